@@ -13,6 +13,7 @@ interval. A mix of the first way is exported, and read by open_clip and transfor
 import argparse
 import json
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,7 +133,8 @@ def largest_differences(run: str, folder: pathlib.Path, share: float) -> dict[st
     texts = ["a red apple", "a grinning face", "the flag of a country"]
     mixed = f"{run}-mix-{share:g}"
     for to in ("open_clip", "hf"):
-        export(mixed, str(folder / f"mix-{to}"), to=to, overwrite=True)
+        shutil.rmtree(folder / f"mix-{to}", ignore_errors=True)
+        export(mixed, str(folder / f"mix-{to}"), to=to)
     ours = xclip_jax.load(mixed)
     expected = ours.encode_image(images), ours.encode_text(texts)
     model, prepare = open_clip.create_model_from_pretrained(f"local-dir:{folder / 'mix-open_clip'}")

@@ -68,7 +68,7 @@ def test_pictures_of_the_demo(tmp_path):
     pictures.search(str(runs[1]), tmp_path / "search.png")
     for name, width in (("comparison", 1180), ("search", 1020)):
         with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.width == width and 1300 < picture.height < 2100
+            assert picture.width == width and 700 < picture.height < 2100
 
 
 @pytest.mark.long

@@ -144,9 +144,10 @@ def test_study(tmp_path, pairs, capsys):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         "from tests.helpers import tiny\n\n\ndef get_config(arg=None):\n"
-        f"    return tiny.config(arg, steps=2, data__sources=('folder:{pairs}',))\n"
+        f"    keys = {{'optim__warmup': 0, 'data__sources': ('folder:{pairs}',)}}\n"
+        "    return tiny.config('clip', steps=1, optim__lr=float(arg), **keys)\n"
     )
-    flags = ["--a", f"{recipe}:clip", "--b", f"{recipe}:nclip", "--sets", "tests.studies.greys:Greys/test"]
+    flags = ["--a", f"{recipe}:0.01", "--b", f"{recipe}:0.1", "--sets", "tests.studies.greys:Greys/test"]
     flags += ["--seeds", "0,1", "--runs", str(tmp_path / "runs")]
     study.main(flags)
     first = capsys.readouterr().out.rpartition("\nA: ")[2]

@@ -1,3 +1,5 @@
+"""The check of pairs: counts, verdicts, sources by their paths, and captions that a model finds unlikely."""
+
 import collections
 import io
 import json
@@ -32,185 +34,101 @@ def run(capsys, *arguments):
 def test_tars(tmp_path, capsys):
     bad_tars.pairs(tmp_path / "0.tar", 0, 20)
     bad_tars.pairs(tmp_path / "1.tar", 15, 20, w=60, h=50)
-    code, out, _ = run(capsys, tmp_path / "*.tar", "--sheet", tmp_path / "sheet.png", "--length", 12)
-    assert code == 0
+    code, out, _ = run(capsys, tmp_path / "*.tar", "--samples", 30)
+    assert code == 0 and "images/s to 224 px" in out
+    assert "read: 30 at random; more repeats show with --samples 0, which reads all\n" in out
+    out = run(capsys, tmp_path / "*.tar", "--samples", 0)[1]
     lines = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
-    assert lines["samples"].startswith("40 in 2 tars, 0.00 GB, index ")
+    assert lines["samples"].startswith("40, index ")
     assert lines["width, 5/50/95 %"] == "40 / 50 / 60"
     assert lines["repeated images"] == "0"
-    assert lines["repeated captions"] == (
-        "5; in one batch they would count as false negatives, data.spread_duplicate_captions=True keeps them apart"
-    )
-    assert lines["tokens, 5/50/95 %"] == "11 / 12 / 12, 75.0% of the captions fill all 12"
-    assert "images/s to 224 px" in out
+    assert re.match(r"5; .* data\.spread_duplicate_captions=True", lines["repeated captions"])
+    assert lines["tokens, 5/50/95 %"] == "11 / 12 / 12, 0.0% of the captions fill all 77"
     assert lines["bad"] == "0.00%, allowed 5.00%: training would run"
-    with Image.open(tmp_path / "sheet.png") as page:
-        assert page.width == 1200
-        assert page.convert("L").getextrema()[0] < 50
 
 
 def test_torture_set_would_stop_a_run(tmp_path, capsys):
     _, bad = bad_tars.make(tmp_path)
-    code, out, _ = run(capsys, f"{tmp_path}/*.tar", "--sheet", "")
-    assert code == 1
-    assert "training would stop" in out
-    counted = collections.Counter()
-    for reason, number in re.findall(r"^bad, ([\w -]+): (\d+) ", out, re.M):
-        counted[reason] += int(number)
+    code, out, _ = run(capsys, f"{tmp_path}/*.tar")
+    assert code == 1 and "training would stop" in out
+    counted = {reason: int(number) for reason, number in re.findall(r"^bad, ([\w -]+): (\d+) ", out, re.M)}
     assert counted == collections.Counter(bad.values())
     shown = [json.loads(line) for line in out.splitlines() if line.startswith("    {")]
     assert {(e["tar"].rpartition("/")[2], e["key"]) for e in shown} <= bad.keys()
     assert {e["reason"] for e in shown} == set(bad.values())
-    code, _, _ = run(capsys, f"{tmp_path}/*.tar", "--sheet", "", "--max_bad_fraction", "0.9")
-    assert code == 0
-
-
-def test_folder_and_errors(tmp_path, capsys):
-    tiny.folder(tmp_path / "pairs", n=10)
-    code, out, _ = run(capsys, f"folder:{tmp_path / 'pairs'}", "--sheet", tmp_path / "x.png", "--samples", 4)
-    assert code == 0
-    assert "read: 4 at random; more repeats show with --samples 0, which reads all\n" in out
-    assert "repeated captions: 0\n" in out
-    code, _, err = run(capsys, "/nowhere/*.tar")
-    assert code == 1 and "'/nowhere/*.tar'" in err
-
-
-def test_options_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
-    tiny.folder(tmp_path, n=3)
-    monkeypatch.setattr(inspect, "read", None)
-    for option, value in (("--length", "1"), ("--tokenizer", "clap")):
-        with pytest.raises(SystemExit, match=f"{option[2:]}.* .?{value}"):
-            check.main([str(tmp_path), option, value])
-    assert not capsys.readouterr().out
+    assert run(capsys, f"{tmp_path}/*.tar", "--max_bad_fraction", "0.9")[0] == 0
 
 
 def test_no_speed_where_no_image_could_be_read(tmp_path, capsys):
     for image in tiny.folder(tmp_path, n=3).glob("*.png"):
         image.write_bytes(b"<html>")
+    (tmp_path / "a\udcff.jpg").touch()  # no UTF-8
     code, out, _ = run(capsys, tmp_path)
-    assert code == 1 and "bad: 100.00%" in out and "images/s" not in out
-
-
-def test_paths_without_a_prefix(tmp_path, capsys):
-    tiny.folder(tmp_path / "pairs", n=3)
-    (tmp_path / "table.csv").write_text("image,text\npairs/000.png,one\npairs/001.png,two\n")
-    bad_tars.pairs(tmp_path / "0.tar", 0, 4)
-    for path, samples in (("pairs", 3), ("table.csv", "2 in 1 file, "), (".", "4 in 1 tar, "), ("*.tar", 4)):
-        code, out, _ = run(capsys, tmp_path / path, "--length", 12)
-        assert code == 0 and f"samples: {samples}" in out, path
-        assert out.endswith(": training would run\n")
-    (tmp_path / "notes.txt").write_text("x")
-    for path in (tmp_path / "notes.txt", "/data/{00..12}", "gs://data/x*", "tars:x*", "/nowhere/x"):
-        assert f"'{path}'" in run(capsys, path)[2]
-    assert "'/nowhere/x'" in run(capsys, "folder:/nowhere/x")[2]
-
-
-def test_five_rows_of_one_image_as_flickr8k_has_them(tmp_path, capsys):
-    """Kaggle's copy has a table captions.txt, the original one lines "NAME.jpg#0", a tab and a caption."""
-    images = [path.rename(tmp_path / path.name) for path in sorted(tiny.folder(tmp_path / "pairs", n=4).glob("*.png"))]
-    assert "; if a table has the captions, name it, csv:FILE." in run(capsys, tmp_path)[2]
-    captions = tmp_path / "captions.txt"
-    rows = [f'{x.name},"a dog, view {i}"\n' for x in images for i in range(5)]
-    captions.write_text("".join(["image,caption\n", *rows]))
-    code, out, _ = run(capsys, f"csv:{captions},text=caption")
-    several = "16; in one batch they would count as false negatives, objective.clip.positives=image makes captions"
-    assert code == 0 and "samples: 20 in 1 file" in out and f"\nrepeated images: {several}" in out
-    lines = [f"{x.name}#{i}\ta dog , view {i} .\n" for x in images for i in range(5)]
-    (tmp_path / "token.txt").write_text("".join(lines))
-    error = run(capsys, f"csv:{tmp_path}/token.txt")[2]
-    assert f"the image '{images[0].name}#0' in its first line" in error and "such as image,text, with" in error
-    page = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
-    command = next(line for line in page.read_text().splitlines() if "Flickr8k.token.txt" in line)
-    (tmp_path / "Flicker8k_Dataset").mkdir()
-    (tmp_path / "token.txt").rename(tmp_path / "Flickr8k.token.txt")
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-    for image in images:
-        image.rename(tmp_path / "Flicker8k_Dataset" / image.name)
-    code, out, _ = run(capsys, tmp_path / "Flicker8k_Dataset" / "pairs.tsv")
-    assert code == 0 and "samples: 20 in 1 file" in out and "repeated images: 16" in out
-
-
-def test_columns_are_named_after_the_source_as_the_recipe_small_has_them(tmp_path, capsys):
-    tiny.folder(tmp_path / "pairs", n=3)
-    (tmp_path / "table.csv").write_text("path,caption\npairs/000.png,one\npairs/001.png,two\n")
-    path = tmp_path / "table.csv"
-    error = run(capsys, path)[2]
-    remedy = f"name its columns, {path},image=COLUMN,text=COLUMN."
-    assert error.endswith(f"'image'; its columns are 'path', 'caption'; {remedy}")
-    assert run(capsys, f"{path},image=path,text=caption", "--length", 12)[0] == 0
-    (tmp_path / "b,text.csv").write_text("path,a,b,words\npairs/000.png,one,two,x\npairs/001.png,two,three,y\n")
-    out = run(capsys, f"csv:{tmp_path}/b,text.csv,image=path,text=a,b,tags=words", "--length", 12)[1]
-    assert "captions of one image: 2.00" in out
-
-
-def test_captions_of_all_columns_count(tmp_path, capsys):
-    """The first alone would have 4 repeats, one letter, and nothing to learn."""
-    tiny.folder(tmp_path / "pairs", n=5)
-    rows = [f"pairs/{i:03d}.png,a,{'a' if i == 4 else f'number {i}'}" for i in range(5)]
-    (tmp_path / "table.csv").write_text("\n".join(["image,text,alt", *rows]))
-    code, out, _ = run(capsys, f"{tmp_path / 'table.csv'},text=text,alt")
-    assert code == 0 and "read: 5 at random\n" in out
-    assert "captions, 5/50/95 %: 1 / 1 / 8 characters\n" in out and "tokens, 5/50/95 %: 3 / 3 / 10, 0.0%" in out
-    assert "repeated captions: 4; in one batch they would count as false negatives, objective.clip.positives=" in out
-    out = run(capsys, f"{tmp_path / 'table.csv'},text=alt")[1]
-    assert "repeated captions: 0\n" in out
-    (tmp_path / "table.csv").write_text("\n".join(["image,text,alt", *rows, "pairs/000.png,a,number 0"]))
-    out = run(capsys, f"{tmp_path / 'table.csv'},text=text,alt")[1]
-    assert "repeated captions: 6; in one batch they would count as false negatives, data.spread_duplicate_" in out
-
-
-def test_a_bad_sample_whose_name_is_not_utf8(tmp_path, capsys):
-    tiny.folder(tmp_path, n=3)
-    (tmp_path / "a\udcff.jpg").touch()
-    code, out, _ = run(capsys, f"folder:{tmp_path}")
-    assert code == 1 and "/a?.jpg" in out
-
-
-def test_a_sheet_is_written_where_it_is_asked_for_alone(tmp_path, capsys, monkeypatch):
-    tiny.folder(tmp_path / "pairs", n=3)
-    monkeypatch.chdir(tmp_path)
-    assert run(capsys, "folder:pairs")[0] == 0
-    assert sorted(os.listdir()) == ["pairs"]
-    assert run(capsys, "folder:pairs", "--sheet", "new/folder/sheet.of.pairs")[0] == 0
-    with Image.open("new/folder/sheet.of.pairs") as page:
-        assert page.format == "PNG"
-    (tmp_path / "file").touch()
-    assert re.search(r"--sheet: '.*/file' is not a folder", run(capsys, "folder:pairs", "--sheet", "file/x/y.png")[2])
-
-
-@pytest.mark.parametrize(("vanished", "left"), [("001.png", 2), ("*.png", 0)])
-def test_a_sheet_of_images_of_which_some_vanished(vanished, left, tmp_path, capsys, monkeypatch):
-    """The verdict comes all the same; a shell leaves the ~ in --sheet=~/x.png as it is."""
-    pairs, original = tiny.folder(tmp_path / "pairs", n=3), inspect.read
-
-    def read(*arguments):
-        done = original(*arguments)
-        for file in pairs.glob(vanished):
-            file.unlink()
-        return done
-
-    monkeypatch.setattr(inspect, "read", read)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    code, out, _ = run(capsys, f"folder:{pairs}", "--sheet=~/x.png")
-    assert code == 0 and f"{left} pairs in" in out and out.splitlines()[-1].startswith("bad: 0.00%")
-    assert (tmp_path / "x.png").is_file() == (left > 0) and not (tmp_path / "~").exists()
+    assert code == 1 and "bad: 100.00%" in out and "images/s" not in out and "/a?.jpg" in out
 
 
 def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):
     for text in tiny.folder(tmp_path, n=6).glob("*.txt"):
         text.write_text("an image")
     code, out, _ = run(capsys, tmp_path)
-    assert code == 1
-    assert "repeated captions: 5; in one batch" in out
+    assert code == 1 and "repeated captions: 5; in one batch" in out
     assert out.endswith(": training would learn nothing; give each image a caption of its own\n")
 
 
-def test_a_folder_without_images_says_so(tmp_path, capsys):
+def test_paths_without_a_prefix(tmp_path, capsys):
+    tiny.folder(tmp_path / "pairs", n=3)
+    (tmp_path / "table.csv").write_text("image,text\npairs/000.png,one\npairs/001.png,two\n")
+    bad_tars.pairs(tmp_path / "0.tar", 0, 4)
+    for path, samples in (("pairs", 3), ("table.csv", 2), (".", 4), ("*.tar", 4)):
+        code, out, _ = run(capsys, tmp_path / path)
+        assert code == 0 and f"samples: {samples}, " in out, path
+        assert out.endswith(": training would run\n")
     (tmp_path / "notes.txt").write_text("x")
-    assert "has 0 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
-    bad_tars.picture(0).save(tmp_path / "x.png")
-    assert "has 1 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
+    for path in (tmp_path / "notes.txt", "/data/{00..12}", "gs://data/x*", "tars:x*", "/nowhere/x", "/nowhere/*.tar"):
+        assert f"'{path}'" in run(capsys, path)[2]
+
+
+def test_five_rows_of_one_image_as_flickr8k_has_them(tmp_path, capsys):
+    """Its lines are "NAME.jpg#0", a tab and a caption."""
+    images = [path.rename(tmp_path / path.name) for path in sorted(tiny.folder(tmp_path / "pairs", n=4).glob("*.png"))]
+    page = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
+    command = next(line for line in page.read_text().splitlines() if "Flickr8k.token.txt" in line)
+    (tmp_path / "Flicker8k_Dataset").mkdir()
+    lines = [f"{x.name}#{i}\ta dog , view {i} .\n" for x in images for i in range(5)]
+    (tmp_path / "Flickr8k.token.txt").write_text("".join(lines))
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    for image in images:
+        image.rename(tmp_path / "Flicker8k_Dataset" / image.name)
+    code, out, _ = run(capsys, tmp_path / "Flicker8k_Dataset" / "pairs.tsv")
+    assert code == 0 and "samples: 20, " in out
+    assert re.search(r"repeated images: 16; .* objective\.clip\.positives=image", out)
+
+
+def test_columns_are_named_after_the_source(tmp_path, capsys):
+    """Captions of all columns count: the first alone would have 4 repeats, and nothing to learn."""
+    tiny.folder(tmp_path / "pairs", n=5)
+    rows = [f"pairs/{i:03d}.png,a,{'a' if i == 4 else f'number {i}'}" for i in range(5)]
+    path = tmp_path / "b,text.csv"
+    path.write_text("\n".join(["path,caption,alt", *rows]))
+    assert run(capsys, path)[2].endswith(f"; name its columns, {path},image=COLUMN,text=COLUMN.")
+    code, out, _ = run(capsys, f"{path},image=path,text=caption,alt,tags=alt")
+    assert code == 0 and "read: 5 at random\n" in out
+    assert re.search(r"repeated captions: 4; .* objective\.clip\.positives=caption", out)
+    assert "repeated captions: 0\n" in run(capsys, f"{path},image=path,text=alt")[1]
+
+
+def test_options_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    tiny.folder(tmp_path, n=3)
+    monkeypatch.setattr(inspect, "read", None)
+    for flags, named in (
+        (["--tokenizer", "clap"], "clap"),
+        (["--samples", "-1"], "--samples is -1"),
+        (["--suspects", "x"], "--by RUN"),
+        (["--by", "a/run", "--suspects", str(tmp_path)], "--suspects"),
+    ):
+        with pytest.raises(SystemExit, match=named):
+            check.main([str(tmp_path), *flags])
+    assert not capsys.readouterr().out
 
 
 class Greys:
@@ -233,20 +151,14 @@ def test_wrong_captions_are_the_least_likely(tmp_path, capsys, monkeypatch):
         grey = 6 * (i // 2)  # of each caption two images
         Image.new("L", (20, 20), grey).save(tmp_path / "pairs" / f"{i:03d}.png")
         (tmp_path / "pairs" / f"{i:03d}.txt").write_text("grey 250" if i in (5, 30) else f"grey {grey}")
-    files = "--suspects", tmp_path / "new" / "wrong.jsonl", "--sheet", tmp_path / "sheet.png"
-    code, out, _ = run(capsys, tmp_path / "pairs", "--samples", 0, "--by", "a/run", *files)
+    written = tmp_path / "new" / "wrong.jsonl"
+    code, out, _ = run(capsys, tmp_path / "pairs", "--samples", 0, "--by", "a/run", "--suspects", written)
     judged = "by a/run, by probability: 95.0% of images have their own caption as the likeliest of about 13"
     assert code == 0 and judged in out
-    lines = [json.loads(line) for line in (tmp_path / "new" / "wrong.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
     assert len(lines) == 40 and {line["file"][-7:] for line in lines[:2]} == {"005.png", "030.png"}
-    assert [line["caption"] for line in lines[:3]][:2] == ["grey 250"] * 2 and lines[2]["probability"] == 0.9
-    shown = [json.loads(line) for line in out.splitlines() if line.startswith("    {")]
-    assert shown == lines[:10]
-    with Image.open(tmp_path / "sheet.png") as page:  # its first pictures are the wrong ones
-        assert sorted((page.getpixel((100, 100))[0], page.getpixel((300, 100))[0])) == [12, 90]
-    assert "--suspects needs a model" in run(capsys, tmp_path / "pairs", "--suspects", "x")[2]
-    # What would fail at the end is said before anything is read.
-    assert "is a folder; name a file" in run(capsys, tmp_path / "pairs", "--by", "a/run", "--sheet", tmp_path)[2]
+    assert [line["caption"] for line in lines[:2]] == ["grey 250"] * 2 and lines[2]["probability"] == 0.9
+    assert [json.loads(line) for line in out.splitlines() if line.startswith("    {")] == lines[:10]
     monkeypatch.setattr(Greys, "similarities", ())
     code, out, error = run(capsys, tmp_path / "pairs", "--by", "a/run")
     assert code == 1 and out == "" and "does not compare images with texts" in error
@@ -273,15 +185,13 @@ def test_every_caption_of_an_image_is_judged(tmp_path, capsys, monkeypatch):
         assert line["likeliest"] == f"grey {line['caption'].split()[1]}"
 
 
-@pytest.mark.parametrize("objective", ["xclip", "nclip"])
-def test_a_model_with_clusters_judges_by_their_cross_entropy(objective, tmp_path, capsys):
+def test_a_model_with_clusters_judges_by_their_cross_entropy(tmp_path, capsys):
     """Of the pair alone, as in the duel; `clusters` gives the distributions."""
-    checkpoint = tiny.untrained(tmp_path / "run", objective, noise=0.3)
+    checkpoint = tiny.untrained(tmp_path / "run", "xclip", noise=0.3)
     tiny.folder(tmp_path / "pairs", n=9)
     written = tmp_path / "all.jsonl"
     code, out, _ = run(capsys, tmp_path / "pairs", "--by", checkpoint, "--suspects", written)
     assert code == 0 and f"by {checkpoint}, by cross-entropy of clusters: " in out
-    assert "least likely captions, with their cross-entropy of clusters:\n" in out
     model, lines = xclip_jax.load(checkpoint), [json.loads(line) for line in written.read_text().splitlines()]
     files = sorted((tmp_path / "pairs").glob("*.png"))
     captions = sorted({line["caption"] for line in lines})
@@ -300,31 +210,3 @@ def test_a_model_with_clusters_judges_by_their_cross_entropy(objective, tmp_path
     found = {(os.path.basename(line["file"]), line["caption"]): line["cross_entropy"] for line in lines}
     assert found == pytest.approx(expected, rel=1e-4)
     assert list(found.values()) == sorted(found.values(), reverse=True) and len(set(found.values())) > 5
-    for line in lines:
-        nearest = between[[file.name for file in files].index(os.path.basename(line["file"]))].argmin()
-        assert line["likeliest"] == captions[nearest]
-
-
-@pytest.mark.long
-def test_probabilities_are_those_of_the_contrastive_loss(tmp_path, capsys):
-    checkpoint = tiny.untrained(tmp_path / "run", "clip", noise=0.3)
-    tiny.folder(tmp_path / "pairs", n=9)
-    written = tmp_path / "all.jsonl"
-    assert run(capsys, tmp_path / "pairs", "--by", checkpoint, "--suspects", written)[0] == 0
-    model = xclip_jax.load(checkpoint)
-    files = sorted((tmp_path / "pairs").glob("*.png"))
-    captions = [path.with_suffix(".txt").read_text().splitlines() for path in files]
-    names = sorted({caption for several in captions for caption in several})
-    logits = np.exp(float(model._variables["params"]["log_scale"])) * (
-        model.encode_image(files) @ model.encode_text(names).T
-    )
-    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    expected = {}
-    for i, (path, several) in enumerate(zip(files, captions, strict=True)):
-        own = p[i, [names.index(caption) for caption in several]]
-        foreign = 1 - own.sum()
-        expected |= {(path.name, caption): x / (x + foreign) for caption, x in zip(several, own, strict=True)}
-    lines = [json.loads(line) for line in written.read_text().splitlines()]
-    found = {(os.path.basename(line["file"]), line["caption"]): line["probability"] for line in lines}
-    assert found == pytest.approx(expected, abs=2e-6)
-    assert [line["probability"] for line in lines] == sorted(line["probability"] for line in lines)

@@ -87,11 +87,6 @@ def test_stalled_stopped_and_complete(tmp_path):
     assert only(folder, "progress", OK).text == "complete at step 1,000"  # though the last has no line: it was skipped
 
 
-def test_a_folder_without_metrics(tmp_path):
-    folder = run_of(tmp_path, [])
-    assert [x.check for x in check_run(str(folder))] == ["progress", "checkpoints"]
-
-
 def test_skipped_steps(tmp_path):
     folder = run_of(tmp_path, rows())
     assert not findings(folder, "skipped steps")
@@ -102,28 +97,25 @@ def test_skipped_steps(tmp_path):
 
     skipped(7, 11, 12, *range(591, 601), {"step": 600, "rewound_to": 500}, *range(601, 611))
     text = only(folder, "skipped steps", WARNING).text
-    assert text.startswith("23 of 610 steps were skipped: their loss or gradient was not finite")
+    assert text.startswith("23 of 610 steps were skipped")
     assert only(folder, "progress", WARNING).remedy == "run the same command to resume"
     skipped(7, 595, *range(597, 608))
     finding = only(folder, "skipped steps", FAIL)
-    assert finding.text == "the last 11 steps, to step 607, were skipped in a row, for which the run stopped"
-    assert "lower optim.lr" in finding.remedy and only(folder, "progress", WARNING).remedy == "see the skipped steps"
+    assert "the last 11 steps, to step 607" in finding.text and "lower optim.lr" in finding.remedy
+    assert only(folder, "progress", WARNING).remedy == "see the skipped steps"
     (folder / "metrics.jsonl").write_text("")  # bad from the first step on
     skipped(*range(1, 12))
-    assert only(folder, "skipped steps", FAIL).values == {"skipped_steps": 11}
+    only(folder, "skipped steps", FAIL)
 
 
 def test_nothing_learned(tmp_path):
     folder = run_of(tmp_path, rows(clip__loss=lambda i: LN_B + 0.001))
     text = only(folder, "objective", FAIL).text
-    assert "clip, plateau: the loss is 2.774, no better than" in text and "Lengthen optim.warmup or lower" in text
+    assert "clip, plateau: the loss is 2.774" in text and "optim.warmup" in text
     assert "Warning at 10 of 10 logged steps" in text
     shutil.rmtree(folder)
-    folder = run_of(tmp_path, rows(clip__loss=lambda i: LN_B * (0.5 if i > 54 else 1)))
-    assert "not at the last step; Warning at 5 of 10" in only(folder, "objective", WARNING).text
-    shutil.rmtree(folder)
     folder = run_of(tmp_path, rows(5, clip__loss=lambda i: LN_B))
-    assert "not judged yet" in only(folder, "objective", OK).text
+    only(folder, "objective", OK)  # not judged yet
     (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "ended": ENDED}))
     assert "plateau" in only(folder, "objective", FAIL).text
 
@@ -137,18 +129,14 @@ def test_collapse_of_clusters(kind, tmp_path):
     }
 
 
-def test_devices_that_wait_for_data(tmp_path):
-    folder = run_of(tmp_path, rows(data__wait_share=lambda i: 0.3 if i >= 30 else 0.0))
+def test_devices_that_wait_and_bad_samples(tmp_path):
+    series = {"data__wait_share": lambda i: 0.3 if i >= 30 else 0.0, "data__bad_share": lambda i: 0.03}
+    folder = run_of(tmp_path, rows(**series))
     finding = only(folder, "input", WARNING)
-    assert finding.values["wait_share"] == pytest.approx(0.3) and "data.threads" in finding.remedy
-
-
-def test_bad_samples(tmp_path):
-    folder = run_of(tmp_path, rows(data__bad_share=lambda i: 0.03))
+    assert "waited 30% of the time" in finding.text and "data.threads" in finding.remedy
     entry = {"position": 1, "source": 0, "index": 1, "reason": "truncated image", "detail": ""}
     (folder / "bad_samples.jsonl").write_text(json.dumps(entry) + "\n")
-    finding = only(folder, "samples", WARNING)
-    assert finding.text.startswith("3.00% bad, the limit is 5.00% (truncated image: 1)")
+    assert only(folder, "samples", WARNING).text.startswith("3.00% bad, the limit is 5.00% (truncated image: 1)")
 
 
 def test_checkpoints(tmp_path, run):
@@ -167,31 +155,13 @@ def test_checkpoints(tmp_path, run):
     metrics = folder / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in rows()))
     finding = only(folder, "checkpoints", OK)
-    assert list(finding.values["checkpoints"]) == [0, 400] and "would lose 190 steps, 0:15" in finding.text
+    assert finding.text.startswith("step 0, step 400;") and "would lose 190 steps, 0:15" in finding.text
     for file in (folder / "checkpoints/400/state").rglob("d/*"):
         os.remove(file)
     assert "is missing)" in only(folder, "checkpoints", FAIL).text
 
 
-def test_a_checkpoint_that_is_rotated_out_meanwhile_is_no_damage(tmp_path, run, monkeypatch):
-    """While its hashes are taken: the run deletes the oldest."""
-    folder, real = tmp_path / "run", checkpoint_files._hash
-    shutil.copytree(run, folder)
-    rotated, kept = folder / "checkpoints/0", folder / "checkpoints/400"
-    shutil.copytree(rotated, kept)
-    (kept / "digest.json").unlink()
-    checkpoint_files.write_digest(epath.Path(kept), 400)
-
-    def rotate(path, *arguments, **options):
-        shutil.rmtree(rotated, ignore_errors=True)
-        return real(path, *arguments, **options)
-
-    monkeypatch.setattr(checkpoint_files, "_hash", rotate)
-    finding = only(folder, "checkpoints", OK)
-    assert list(finding.values["checkpoints"]) == [400] and finding.text.startswith("step 400")
-
-
-def test_a_run_that_keeps_one_checkpoint_is_looked_at_while_it_is_replaced(tmp_path, run, monkeypatch):
+def test_a_checkpoint_that_is_replaced_meanwhile_is_no_damage(tmp_path, run, monkeypatch):
     folder, real = tmp_path / "run", checkpoint_files.find_fault
     shutil.copytree(run, folder)
 
@@ -213,16 +183,16 @@ def test_results(tmp_path):
             "records": [record | {"value": value, "protocol": "", "headline": True}],
         }
         (folder / "results.json").write_text(json.dumps(content))
-        assert only(folder, "results", mark).values == {"sets": 1, "above_chance": int(mark == OK)}
+        assert only(folder, "results", mark).text.startswith(f"{int(mark == OK)} of 1 sets")
     (folder / "results.json").write_text(
         json.dumps({"results": {}, "records": [], "ended": ENDED, "failed": {"b": "file is gone"}})
     )
     assert "b could not be evaluated: file is gone" in only(folder, "results", FAIL).text
 
 
-def test_a_damaged_run_is_one_sentence(tmp_path):
-    folder = run_of(tmp_path, rows())
+def test_a_damaged_run_is_named(tmp_path):
+    folder = run_of(tmp_path, [])
+    assert [x.check for x in check_run(str(folder))] == ["progress", "checkpoints"]
     (folder / "config.json").write_text("{")
-    with pytest.raises(SystemExit) as end:
-        command.main([str(folder), "--json"])
-    assert str(end.value).startswith(f"error: {folder}/config.json is damaged")
+    with pytest.raises(SystemExit, match=f"^error: {folder}/config.json is damaged"):
+        command.main([str(folder)])

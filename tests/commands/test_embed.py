@@ -1,6 +1,9 @@
+"""Embeddings of images and texts in a file: rows, parts, resume and faults."""
+
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +18,7 @@ from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import embed, inputs
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.run_folder import lock
-from xclip_jax.data import embeddings, sources
+from xclip_jax.data import embeddings
 from xclip_jax.data.images import decode
 from xclip_jax.data.readers.folder import FolderSource
 
@@ -116,15 +119,14 @@ def test_a_kill_loses_nothing_and_repeats_nothing(root, straight, capsys, monkey
     assert "is complete" in capsys.readouterr().out and len(decoded) == 26
 
 
-@pytest.mark.parametrize("fault", [BadSample("file cannot be read", "[Errno 5] I/O error"), BadSample("no image file")])
-def test_a_disk_that_fails_is_no_set_of_bad_images(fault, root, straight, tmp_path, monkeypatch):
-    """Nothing is stored of a part that it refused, and the same command goes on."""
+def test_a_disk_that_fails_is_no_set_of_bad_images(root, straight, tmp_path, monkeypatch):
+    """Nothing is stored of a part that it refused, nor of one whose files vanished, and the same command goes on."""
     monkeypatch.setattr(embed, "_FEW", 3)
     original, out = FolderSource.__getitem__, tmp_path / "x.parquet"
 
     def failing(self, index):
         if pathlib.Path(self.images[index]).stem > "018":
-            raise fault
+            raise BadSample(*(("no image file",) if index % 2 else ("file cannot be read", "[Errno 5] I/O error")))
         return original(self, index)
 
     monkeypatch.setattr(FolderSource, "__getitem__", failing)
@@ -134,19 +136,6 @@ def test_a_disk_that_fails_is_no_set_of_bad_images(fault, root, straight, tmp_pa
     monkeypatch.setattr(FolderSource, "__getitem__", original)
     embed.main(flags(root, out))
     np.testing.assert_array_equal(read(out)[0]["embedding"], read(straight)[0]["embedding"])
-
-
-def test_a_caption_that_the_disk_refuses_is_not_empty(root, monkeypatch):
-    source, original = inputs.open_images(str(root / "pictures")), inputs.storage.read
-
-    def read(path, *arguments):
-        if path.endswith(".txt"):
-            raise OSError(5, "I/O error", path)
-        return original(path, *arguments)
-
-    monkeypatch.setattr(embed.storage, "read", read)
-    with pytest.raises(BadSample, match=r"file cannot be read: .*000\.txt"):
-        source.read(0)
 
 
 def test_texts_beside_images_as_npz(root, model, straight):
@@ -160,7 +149,9 @@ def test_texts_beside_images_as_npz(root, model, straight):
     np.testing.assert_allclose(columns["embedding"][[40, 41, 43]], model.encode_text([*texts[:2], texts[3]]), atol=1e-6)
     assert not columns["embedding"][42].any()
     listed = [json.loads(line) for line in (root / "both.npz.bad.jsonl").read_text().splitlines()]
-    assert listed[2] == {"kind": "text", "id": f"{root / 'texts.txt'}#3", "reason": "line is empty", "detail": ""}
+    assert listed[2] == {
+        "kind": "text", "id": f"{root / 'texts.txt'}#3", "index": 2, "reason": "line is empty", "detail": ""
+    }  # fmt: skip
     np.testing.assert_array_equal(columns["embedding"][:40], read(straight)[0]["embedding"])
 
 
@@ -199,34 +190,10 @@ def test_tars(root, model):
     embed.main(flags(root, out, images=f"{root}/{{0..1}}.tar"))
     columns, _ = read(out)
     source = inputs.open_images(f"{root}/*.tar")
-    assert len(source) == 21 == len(columns["id"])
     content = [source.read(i) for i in range(21)]
     assert list(columns["text"]) == [text for _, text in content] and all(columns["text"])
-    assert list(columns["id"][:2]) == [source.name(0), source.name(1)] and "0.tar#" in columns["id"][0]
+    assert list(columns["id"]) == [source.name(i) for i in range(21)] and "0.tar#" in columns["id"][0]
     np.testing.assert_allclose(columns["embedding"], model.encode_image([data for data, _ in content]), atol=1e-6)
-
-
-def test_damaged_tars_give_all_that_is_whole(tmp_path, root):
-    """Of every kind of damage; what has no caption is embedded without it."""
-    good, bad = bad_tars.make(tmp_path)
-    embed.main(flags(root, tmp_path / "x.npz", images=f"{tmp_path}/*.tar"))
-    columns, about = read(tmp_path / "x.npz")
-    listed = [json.loads(line) for line in (tmp_path / "x.npz.bad.jsonl").read_text().splitlines()]
-    assert len(columns["id"]) + len(listed) == len(good) + len(bad) == about["rows"] + about["bad"]
-    assert len(columns["id"]) >= len(good) and all(entry["reason"] for entry in listed)
-    captionless = {entry["reason"] for entry in listed} & {"no caption file", "caption is empty", "caption is not text"}
-    assert not captionless and len(columns["id"]) > len(good)
-
-
-def test_files_in_the_home(tmp_path, monkeypatch):
-    """A shell leaves the ~ in --out=~/x.npz as it is."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "c.txt").write_text("a fox\n")
-    jobs = []
-    monkeypatch.setattr(embed.inference, "load", lambda *_, **__: None)
-    monkeypatch.setattr(embed, "embed", lambda _, items, out, **__: jobs.append((items["text"].name(0), out)))
-    embed.main(["--checkpoint=run", "--texts=~/c.txt", "--out=~/x.npz"])
-    assert jobs == [(f"{tmp_path}/c.txt#1", f"{tmp_path}/x.npz")]
 
 
 def test_a_command_that_embedded_nothing_is_in_the_way_of_none(root, tmp_path):
@@ -256,29 +223,12 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + bytes(40)])
-def test_a_damaged_file_is_named(suffix, content, root, model, tmp_path):
+def test_a_damaged_file_is_named(suffix, model, tmp_path):
     file = tmp_path / f"x{suffix}"
-    file.write_bytes(content)
+    file.write_bytes(b"PK\x03\x04" + bytes(40))
     for read in (embeddings.read, lambda file: embed.embed(model, {"text": inputs.Lines(str(file))}, str(file))):
         with pytest.raises(UserError, match=rf"x\{suffix} is damaged"):
             read(file)
-
-
-@pytest.mark.parametrize("name", ["p [2]", "a,b", "q{1}", "r*?"])
-def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
-    """And not the folder beside it that the pattern matches."""
-    for folder, tar in ((name, "0.tar"), ("p 2", "1.tar"), ("q1", "1.tar"), ("rxy", "1.tar")):
-        (tmp_path / folder).mkdir()
-        shutil.copy(root / tar, tmp_path / folder)
-    below = tmp_path / name / "b"
-    below.mkdir()
-    shutil.copy(root / "1.tar", below)
-    assert len(inputs.open_images(f"{tmp_path}/{name}")) == 21
-    shutil.rmtree(below)
-    images = inputs.open_images(f"{tmp_path}/{name}")
-    pairs = sources.open_pairs(sources.spec_from_path(f"{tmp_path}/{name}"))
-    assert images.name(0).startswith(f"{tmp_path}/{name}/0.tar#") and pairs[0]["id"] == images.name(0)
 
 
 @pytest.mark.parametrize(
@@ -286,32 +236,20 @@ def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
     [
         ({"checkpoint": "{}/none"}, "none'"),
         ({"images": "{}/none/*.jpg"}, "none/*.jpg'"),
-        ({"images": "{}/none"}, "none'"),
         ({"batch": 0}, "--batch is 0"),
-        ({"threads": -1}, "--threads is -1"),
         ({"images": "{}/run"}, "run' has 0 images"),
-        ({"images": "{}/*.t*"}, "*.t*' names 2 tars among 3 files"),
         ({"texts": "{}/none.txt"}, "none.txt'"),
         ({"out": "{}/x.csv"}, "x.csv' is '.csv'"),
+        ({"out": "{}/texts.txt/x.npz"}, "--out"),
         ({"out": "gs://bucket/x.parquet"}, "--out 'gs://bucket/x.parquet'"),
         ({"step": 9}, "step 9"),
         ({"images": "{}/texts.txt", "out": "{}/bad.npz"}, "bad.npz.bad.jsonl"),
-        ({"imagess": "x"}, "--imagess=x"),
     ],
 )
-def test_bad_input_is_one_sentence(root, changes, named):
+def test_bad_input(root, changes, named):
     changes = {key: str(value).format(root) for key, value in changes.items()}
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match=f"^error: .*{re.escape(named)}"):
         embed.main(flags(root, root / "y.npz", **changes))
-    assert named in str(stopped.value) and str(stopped.value).startswith("error: ")
-    assert "\n" not in str(stopped.value)
-
-
-def test_a_folder_that_cannot_be_written_to_is_named_before_the_model_is_loaded(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
-    monkeypatch.setattr(embed.inference, "load", lambda *_, **__: pytest.fail("loaded the model"))
-    with pytest.raises(SystemExit, match=rf"--out '{tmp_path}/new/x\.npz': '{tmp_path}'"):
-        embed.main(flags(root, tmp_path / "new" / "x.npz"))
 
 
 def test_images_in_a_table(root, tmp_path):

@@ -1,7 +1,8 @@
+"""Evaluation of a checkpoint and comparison of two, by functions and by the command."""
+
 import json
+import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
@@ -11,21 +12,18 @@ from tests.helpers import tiny
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry
-from xclip_jax.train import trainer
 
 pytestmark = pytest.mark.long
 
-STEPS = 2
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Two runs of other seeds, and a folder of pictures in two classes."""
+def runs(trained, tmp_path_factory):
+    """Two runs, and a folder of pictures in two classes."""
     root = tmp_path_factory.mktemp("runs")
-    pairs = tiny.folder(root / "pairs")
-    for i, name in enumerate(("a", "b")):
-        changes = {"data__sources": (f"folder:{pairs}",), "checkpoint__every": 1, "mesh__fsdp": 2}
-        trainer.run(tiny.config(run=root / name, steps=STEPS, seed=i, **changes))
+    shutil.copytree(trained, root / "a")
+    tiny.untrained(root / "b", seed=1)
     rng = np.random.default_rng(0)
     for label in ("cat", "dog"):
         (root / "set" / label).mkdir(parents=True)
@@ -61,8 +59,8 @@ def test_the_results_say_what_they_are_and_are_the_same_twice(runs, capsys):
 
 
 def test_an_earlier_step_can_be_evaluated(runs):
-    found = evaluate.evaluate(str(runs / "a"), f"folder:{runs / 'set'}", step=1, output=str(runs / "one.json"))
-    assert found["step"] == 1
+    found = evaluate.evaluate(str(runs / "a"), f"folder:{runs / 'set'}", step=2, output=str(runs / "one.json"))
+    assert found["step"] == 2
 
 
 def test_a_set_that_fails_does_not_keep_others_from_their_results(runs, tmp_path, capsys):
@@ -70,7 +68,7 @@ def test_a_set_that_fails_does_not_keep_others_from_their_results(runs, tmp_path
     for i in range(2):
         (broken / "cat" / f"{i}.png").write_bytes(b"<html>")
     sets = [f"folder:{broken}", f"folder:{runs / 'set'}"]
-    with pytest.raises(UserError, match=r"1 of 2 evaluation sets failed; .*x\.json .*\n  folder:.*broken: 2 of"):
+    with pytest.raises(UserError, match=r"x\.json .*\n  folder:.*broken: 2 of"):
         evaluate.evaluate(str(runs / "a"), ",".join(sets), output=str(tmp_path / "x.json"))
     (result,) = json.loads((tmp_path / "x.json").read_text())["results"]
     assert result["set"] == sets[1] and "broken failed: TooManyUnreadable: 2 of 20" in capsys.readouterr().out
@@ -82,9 +80,8 @@ def test_runs_side_by_side(runs, capsys):
     (row,) = evaluate.compare(str(runs / "a"), str(runs / "b" / "evaluation.json"))
     assert (row["a"], row["b"]) == tuple(values) and row["difference"] == values[1] - values[0]
     assert row["low"] <= row["difference"] <= row["high"]
-    evaluate.main(["--compare", str(runs / "a"), str(runs / "b"), "--output", str(runs / "compared.json")])
+    evaluate.main(["--compare", str(runs / "a"), str(runs / "b")])
     assert f"{row['difference']:+.1f}" in capsys.readouterr().out
-    assert json.loads((runs / "compared.json").read_text())["rows"] == [row]
     (same,) = evaluate.compare(str(runs / "a"), str(runs / "a"))
     assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
 
@@ -105,27 +102,18 @@ def other_results(runs):
     return compare
 
 
-@pytest.mark.parametrize("key", ["split_hash", "version", "metric", "templates", "protocol"])
-def test_sets_that_differ_are_not_compared(other_results, key):
-    with pytest.raises(UserError, match=rf"is not the same in .*: {key} is .* and 'other'; evaluate both again"):
-        other_results(**{key: "other"})
-    assert len(other_results()) == 1
-
-
-def test_files_without_a_result_in_common_are_not_compared(other_results, runs):
+def test_results_that_differ_are_not_compared(other_results, runs, tmp_path):
+    for key in ("split_hash", "version", "metric", "templates", "protocol"):
+        with pytest.raises(UserError, match=rf"is not the same in .*: {key} is .* and 'other'"):
+            other_results(**{key: "other"})
     with pytest.raises(UserError, match="no set in common"):
         other_results(set="other")
+    assert len(other_results()) == 1
     (runs / "changed.json").write_text("{}")
-    with pytest.raises(UserError, match="is not a file of results"):
-        evaluate.compare(str(runs / "changed" / "a.json"), str(runs / "changed.json"))
-
-
-def test_a_run_that_is_missing_or_not_evaluated_is_named(tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match=r"/zzz' does not exist; name the folder of a run, weights"):
-        evaluate.compare(str(tmp_path / "zzz"), str(tmp_path / "mine"))
-    with pytest.raises(UserError, match=r"json does not exist; make it with .* --checkpoint /.*/mine --suite NAME"):
-        evaluate.compare(str(tmp_path / "mine"), str(tmp_path / "mine"))
+    for other in (runs / "changed.json", tmp_path / "zzz", tmp_path / "mine"):
+        with pytest.raises(UserError, match=str(other)):
+            evaluate.compare(str(runs / "changed" / "a.json"), str(other))
 
 
 def test_weights_are_compared_by_their_evaluation(runs, tmp_path, monkeypatch):
@@ -155,26 +143,19 @@ def test_a_suite_is_a_name_or_names():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint", "{}/none"], "none' does not exist; name the folder of a run"),
+        (["--checkpoint", "{}/none"], "none' does not exist"),
         (["--checkpoint", "{}/set"], "has no file of weights"),
         (["--checkpoint", "{}/a", "--suite", "imagenett"], "unknown evaluation set 'imagenett'"),
         (["--checkpoint", "{}/a", "--suite", ","], "--suite is empty"),
         (["--checkpoint", "{}/a", "--profile", "google"], "--profile is 'google'"),
-        (["--checkpoint", "{}/a", "--output", "{}/a/config.json/x"], "--output: '{}/a/config.json' is not a folder"),
-        (["--checkpoint", "{}/a", "--step", "9"], "no checkpoint of step 9"),
-        (["--checkpoint", "{}/a", "--stepp", "9"], "unrecognized arguments: --stepp"),
+        (["--checkpoint", "{}/a", "--output", "{}/a/config.json/x"], "--output"),
+        (["--checkpoint", "{}/a", "--step", "9"], "step 9"),
+        (["--checkpoint", "{}/a", "--stepp", "9"], "--stepp"),
         (["--checkpoint", "{}/bare"], "holds no checkpoint"),
         (["--checkpoint", "{}/broken"], "config.json is damaged"),
-        (["--compare", "{}/bare", "{}/a"], "evaluation.json does not exist"),
-        (["--compare", "{}/a"], "expected 2 arguments"),
-        (["--compare", "{}/a", "{}/b", "--suite", "imagenet"], "--suite has no effect with --compare"),
-        (["--compare", "{}/a", "{}/b", "--captions", "0"], "--captions has no effect with --compare"),
-        (["--compare", "{}/a", "{}/b", "--class-names", "x.json"], "--class-names has no effect with --compare"),
-        (["--checkpoint", "{}/a", "--captions", "-1"], "--captions is -1; expected an integer of at least 0"),
-        (["--checkpoint", "{}/a", "--compare", "{}/a", "{}/b"], "either --checkpoint RUN or --compare A B"),
-        (["{}/a"], "unrecognized arguments: {}/a; see --help"),
-        (["--checkpoint", "My", "own", "run"], "arguments: own run; see --help"),
-        ([], "either --checkpoint RUN or --compare A B"),
+        (["--checkpoint", "{}/a", "--captions", "-1"], "--captions is -1"),
+        (["--checkpoint", "{}/a", "--compare", "{}/a", "{}/b"], "--checkpoint"),
+        ([], "--checkpoint --compare"),
     ],
 )
 def test_bad_input(flags, message, runs):
@@ -182,13 +163,5 @@ def test_bad_input(flags, message, runs):
     shutil.copy(runs / "a" / "config.json", runs / "bare")
     (runs / "broken").mkdir(exist_ok=True)
     (runs / "broken" / "config.json").write_text("{")
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match=f"^error: .*{re.escape(message)}"):
         evaluate.main([flag.format(runs) for flag in flags])
-    assert message.format(runs, runs) in str(stopped.value)
-    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
-
-
-def test_the_command(runs):
-    command = [sys.executable, "-m", "xclip_jax.commands.evaluate", "--checkpoint", str(runs / "none")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")

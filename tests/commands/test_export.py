@@ -1,5 +1,6 @@
+"""Exports of a run: its numbers in other projects, its card, and runs that start from them."""
+
 import json
-import shutil
 import sys
 
 import chex
@@ -147,39 +148,17 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     (entry,) = [entry for entry in evaluation["results"] if entry["step"] == STEPS]
     assert index["name"] == "xCLIP" and shown == {("folder:set", entry["metric"]): round(entry["value"], 2)}
     assert str(run.parent) not in card and "| `folder:pairs` |" in card and "| `folder:set` |" in card
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "huggingface_hub", None)
-        export.export(str(run), str(tmp_path / "hf"), overwrite=True)
-    plain = yaml.safe_load((tmp_path / "hf" / export.CARD).read_text().split("---\n")[1])
-    assert plain == {key: value for key, value in head.items() if key != "model-index"}
-    # Results of the last step are none of an earlier one.
-    export.export(str(run), str(tmp_path / "hf"), step=1, overwrite=True)
-    card = (tmp_path / "hf" / export.CARD).read_text()
+    # Without the client the card has no such index, and results of the last step are none of an earlier one.
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    export.export(str(run), str(tmp_path / "earlier"), step=1)
+    card = (tmp_path / "earlier" / export.CARD).read_text()
     assert "| step | 1 of 2 |" in card and "this checkpoint was not evaluated" in card
+    plain = yaml.safe_load(card.split("---\n")[1])
+    assert plain == {key: value for key, value in head.items() if key != "model-index"}
     # Weights of others: nothing is made up.
     export.export(str(tmp_path / "hf"), str(tmp_path / "oc"), to="open_clip")
     card = (tmp_path / "oc" / export.CARD).read_text()
     assert "## Recipe" not in card and "Converted from `hf`" in card and str(tmp_path) not in card
-
-
-def test_a_folder_with_files_is_kept(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("x")
-    with pytest.raises(UserError, match="is not an empty folder; name another, or add --overwrite"):
-        export.export(str(run), "~/out")
-    export.export(str(run), "~/out", overwrite=True)
-    export.export(str(run), str(tmp_path / "out"), to="open_clip", overwrite=True)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"mine.txt", "README.md", "open_clip_config.json", "open_clip_model.safetensors"}
-    for out in (run, run.parent):
-        with pytest.raises(UserError, match="contains the weights to export"):
-            export.export(str(run), str(out), overwrite=True)
-    shutil.copytree(run, tmp_path / "other")
-    with pytest.raises(UserError, match="is a run directory; name another folder"):
-        export.export(str(run), str(tmp_path / "other"), overwrite=True)
-    with pytest.raises(UserError, match=r"has no file of weights .*for a run's weights, its xclip-jax export"):
-        interop.read(str(run))
 
 
 def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
@@ -196,16 +175,14 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint", "{}", "--private", "{}/../x"], "error: --private is for a repository of the Hub; add --push"),
-        (["--checkpoint", "{}", "--to", "onnx", "{}/../x"], "error: --to is 'onnx'; it must be one of 'hf', "),
-        (["--checkpoint", "{}/none", "{}/../x"], "does not exist; name the folder of a run"),
-        (["--checkpoint", "{}", "--step", "9", "{}/../x"], "no checkpoint of step 9"),
-        (["--checkpoint", "{}"], "required: OUT"),
-        (["--checkpoint", "{}", "{}/config.json"], "is not an empty folder"),
+        (["--checkpoint", "{}", "--to", "onnx", "{}/../x"], "--to is 'onnx'"),
+        (["--checkpoint", "{}/none", "{}/../x"], "none' does not exist"),
+        (["--checkpoint", "{}", "--step", "9", "{}/../x"], "step 9"),
+        (["--checkpoint", "{}"], "OUT"),
+        (["--checkpoint", "{}", "{}/config.json"], "config.json' is not an empty folder"),
+        (["--checkpoint", "{}", "{}"], "is not an empty folder"),
     ],
 )
 def test_bad_input(flags, message, run):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         export.main([flag.format(run) for flag in flags])
-    assert message in str(stopped.value)
-    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)

@@ -74,7 +74,6 @@ TUNED = {"init__weights": "x", "finetune__lora__rank": 2}
         ({"optim__on_bad_steps": "rewind", "checkpoint__every": 0}, ("optim.on_bad_steps", "checkpoint.every")),
         (TUNED | {"optim__name": "muon"}, ("optim.name", "finetune.lora.rank", "optim.lr")),
         ({"optim__name": "muon", "init__freeze": ("img", "txt")}, ("optim.name", "init.freeze")),
-        ({"optim__name": "muon", "init__freeze": ("img.blocks.0", "txt")}, ("optim.name", "init.freeze")),
         (TUNED | {"init__freeze": ("img", "txt")}, ("finetune.lora.rank", "init.freeze")),
         ({"eval__resize": "longest", "eval__resize_size": 32}, ("eval.resize_size", "eval.resize='longest'")),
         ({"init__weights": "x", "finetune__lora": {"rank": 2, "targets": ()}}, ("finetune.lora.rank", "targets")),
@@ -104,11 +103,6 @@ def test_what_the_model_cannot_have_is_refused_at_once():
     ]  # fmt: skip
     for line in lines:
         assert re.search(line, str(error.value)), (line, str(error.value))
-
-
-def test_muon_takes_the_blocks_that_are_not_frozen():
-    changes = {"optim__name": "muon", "init__freeze": ("img.blocks.0", "txt"), "model__img__depth": 2}
-    assert schema.resolve(tiny.config("clip", **changes)).init.freeze == ("img.blocks.0", "txt")
 
 
 def test_a_key_that_does_not_exist_is_named_with_the_nearest():

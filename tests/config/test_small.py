@@ -47,9 +47,7 @@ def discs(tmp_path_factory):
     ("count", "device", "preset", "batch", "clusters", "holdout"),
     [
         (20, "cpu", "Ti/12", 8, 256, 0.2),
-        (200, "cpu", "Ti/12", 64, 256, 0.1),
         (1_000, "cpu", "Ti/12", 256, 1024, 0.05),
-        (5_000, "cpu", "Ti/12", 256, 1024, 0.05),
         (5_000, "gpu", "Ti/12", 1024, 1024, 0.05),
         (200_000, "gpu", "S/16", 2048, 4096, 0.025),
         (10_000_000, "tpu", "B/16", 4096, 32_768, 0.0005),
@@ -80,14 +78,13 @@ def test_sizes_follow_from_the_number_of_pairs(count, device, preset, batch, clu
     assert resolved.eval.sets == ("retrieval/holdout",)
 
 
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-@pytest.mark.parametrize("preset", ["", "Ti/12", "S/16", "B/16"])
-def test_cluster_heads_are_cheap_beside_any_towers(preset, device):
+@pytest.mark.parametrize("preset", ["", "B/16"])
+def test_cluster_heads_are_cheap_beside_any_towers(preset):
     """At most a twentieth of a step, no more clusters than pairs, and never larger than the towers."""
     clusters, patch = {}, preset.partition("/")[2]
     sizes = [{"preset": preset}, {"preset": preset, "size": patch}] if preset else [{}]  # a patch alone is cheapest
-    for count, size in itertools.product((100, 1_500, 33_000, 200_000, 3_000_000), sizes):
-        c = schema.resolve(config(count, device, objective="xclip", **size))
+    for count, size in itertools.product((100, 33_000, 3_000_000), sizes):
+        c = schema.resolve(config(count, "gpu", objective="xclip", **size))
         head, widths = c.model.cluster_head, c.model.widths
         blocks = sum(12 * tower.depth * tower.width**2 for tower in (c.model.img, c.model.txt))  # their kernels
         assert head.layers == 0 and sum(widths.values()) * head.clusters < blocks
@@ -99,27 +96,20 @@ def test_cluster_heads_are_cheap_beside_any_towers(preset, device):
     assert (clusters[100], clusters[33_000]) == (256, 1024) and clusters[3_000_000] == (1024 if small else 32_768)
 
 
-@pytest.mark.parametrize("objective", ["nclip", "xclip", "siglip"])
-def test_other_objectives_of_small_towers_have_a_lower_rate(objective):
-    c = config(20_000, objective=objective)
+def test_rates_warm_up_and_intervals():
+    c = config(20_000, objective="xclip")  # CLIP alone has twice the rate
     assert (c.optim.name, c.optim.lr, c.optim.warmup) == ("muon", 4e-3, min(c.steps, 4000) // 2)
-    assert (c.objective.clip.label_smoothing, c.optim.weight_decay) == (0.0, 0.1)
-
-
-def test_warm_up_and_intervals_follow_from_steps_and_parts_of_epochs():
-    for steps in (1, 2, 10, 40):
-        c = load.load_config(f"small:pairs=folder:x,count=1000,device=cpu,steps={steps}")
-        schema.resolve(c)
+    for steps in (1, 40):
+        c = schema.resolve(config(1000, steps=steps))
         assert (c.steps, c.eval.every, c.log.every) == (steps, min(steps, 20), max(steps // 20, 1))
         assert c.optim.warmup == int(0.6 * steps)
-    whole, half = (load.load_config(f"small:pairs=folder:x,count=5000,device=cpu,epochs={n}").steps for n in (1, 0.5))
-    assert (whole, half) == (19, 9)
+    assert [config(5000, epochs=n).steps for n in (1, 0.5)] == [19, 9]
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
     tiny.folder(tmp_path / "pairs", 7)
     refused = {f"pairs={tmp_path / 'pairs'},tokenizer=bytes": r"pairs' has 7 pairs", "device=cpu": "needs your pairs"}
-    for given in ("epochs=-1", "epochs=nan", "epochs=inf", "steps=-1", "epochs=2,steps=5"):
+    for given in ("epochs=nan", "steps=-1", "epochs=2,steps=5"):
         refused[f"pairs=folder:x,count=1000,device=cpu,{given}"] = given.partition("=")[0]
     for arguments, named in refused.items():
         with pytest.raises(UserError, match=named):
@@ -127,8 +117,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
 
 
 def test_other_pairs_have_another_folder_and_no_secret_in_its_name():
-    specs = ("folder:фото/кошки", "folder:фото/собаки", "folder:写真/犬", "folder:.", "tar:...", "csv:/",
-             f"folder:/home/alice/{'data/' * 9}train", f"folder:/home/bob/{'data/' * 9}train")  # fmt: skip
+    specs = ["folder:фото/кошки", "folder:写真/犬", "tar:...", "csv:/"]
+    specs += [f"folder:/home/{name}/{'data/' * 9}train" for name in ("alice", "bob")]
     names = [small.run_name(spec) for spec in specs]
     assert len(set(names)) == len(specs) and names[0] == "фото-кошки"
     assert small.run_name("tar:my/pairs/*.tar") == "my-pairs-.tar"
@@ -136,42 +126,18 @@ def test_other_pairs_have_another_folder_and_no_secret_in_its_name():
     assert small.run_name("tar:https://alice:hunter2@host/p.tar") == small.run_name("tar:https://host/p.tar")
 
 
-def test_activations_take_a_quarter_of_the_memory():
-    plain = config(10_000_000, "gpu")
-    assert plain.optim.microbatches == 1 < small.microbatches(plain, small.ORDINARY["gpu"])  # of how many chips?
-    for size in (12, 16, 80):
-        machine = dataclasses.replace(small.ORDINARY["gpu"], memory=size * 2**30)
+def test_memory_time_and_devices_of_the_machine():
+    """Activations take a quarter of the memory, a CPU is not asked for days, and devices get equal parts."""
+    plain, gpu = config(10_000_000, "gpu"), small.ORDINARY["gpu"]
+    for size in (12, 80):
+        machine = dataclasses.replace(gpu, memory=size * 2**30)
         parts = small.microbatches(plain, machine)
         held = plain.data.batch / parts * cost.activation_bytes(plain)
         assert held <= machine.memory / 4 and (parts == 1 or 2 * held > machine.memory / 4)
-    assert config(200).optim.microbatches == 1
-
-
-def test_a_cpu_is_not_asked_for_days():
-    slow, fast = config(1_000_000), config(1_000_000, epochs=3)
+    slow = config(1_000_000)
     assert slow.steps * slow.data.batch == pytest.approx(995_000, rel=0.01)  # one epoch, for want of more time
-    assert fast.steps == pytest.approx(3 * slow.steps, rel=0.01)
-    few, more = (small.Machine("cpu", 1, 2**33, cores) for cores in (2, 64))
-    steps = []
-    for machine in (few, more):
-        c = config(20_000)
-        small.set_schedule(c, machine, 19_000, 0, 0)
-        steps.append(c.steps)
-    assert steps[0] < steps[1]
-
-
-def test_updates_of_muon_count_where_a_cpu_has_little_time(monkeypatch):
-    c = config(100_000, batch=32, size=36)
-    whole = c.steps
-    monkeypatch.setattr(small, "MUON_FLOPS", 0)
-    small.set_schedule(c, small.ORDINARY["cpu"], 95_000, 0, 0)
-    assert whole < 0.6 * c.steps
-
-
-def test_batches_are_in_equal_parts_for_the_devices():
-    machine = dataclasses.replace(small.ORDINARY["gpu"], devices=6)
-    assert small.batch_size(180, "Ti/12", machine) == 60
-    assert small.batch_size(10, "Ti/12", machine) == 6
+    six = dataclasses.replace(gpu, devices=6)
+    assert (small.batch_size(180, "Ti/12", six), small.batch_size(10, "Ti/12", six)) == (60, 6)
 
 
 def test_counts_are_those_of_the_pairs(tmp_path):
@@ -212,15 +178,13 @@ def test_repeats_are_counted_in_all_pairs(tmp_path, monkeypatch):
     assert c.data.spread_duplicate_captions
     few = table(tmp_path, "few.tsv", text=[*titles[330:], *map(str, range(330))])  # 70 of 4,000
     assert not load.load_config(f"small:pairs={few}").data.spread_duplicate_captions
-    # Captions differ if one of them does, as in the order of a run.
-    both = table(tmp_path, "both.tsv", text=titles, other=[f"photo {i}" for i in range(4000)])
-    assert not load.load_config(f"small:pairs={both}").data.spread_duplicate_captions
     # The pairs are not read again to train.
     monkeypatch.setattr(holdout.records, "read_each", lambda *_, **__: pytest.fail("read again"))
     assert sources.open_sources(schema.resolve(c).data, fields=("image", "text"))
 
 
 def test_the_context_is_long_enough_for_every_column(tmp_path):
+    """And captions differ if one of them does, as in the order of a run."""
     others = [f"number {i} of the captions in another column" for i in range(40)]
     c = load.load_config(f"small:pairs={table(tmp_path, 'x.tsv', text=['a'] * 40, other=others)}")
     assert c.model.txt.context_length == 48 and not c.data.spread_duplicate_captions
@@ -238,7 +202,6 @@ def test_the_pairs_decide_on_size_context_and_captions_apart(discs):
     assert c.data.spread_duplicate_captions and c.data.cache
     assert c.eval.sets == ("retrieval/holdout", "zeroshot/holdout")
     assert load.load_config(f"small:pairs={discs},tokenizer=bytes").to_dict() == c.to_dict()  # so that it resumes
-    assert load.load_config(f"small:pairs={discs},tokenizer=bytes,size=24").model.img.image_size == 24
 
 
 def test_a_table_and_its_columns(tmp_path):
@@ -256,38 +219,14 @@ def test_a_table_and_its_columns(tmp_path):
         load.load_config(f"small:pairs={tmp_path / 'all.csv'}")
 
 
-def all_trained(folder, n):
-    """Pairs none of which is held out of training, whatever bytes this version of Pillow writes."""
+def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(tmp_path):
+    """No pair of the second class is held out, whatever bytes this version of Pillow writes."""
+    tiny.folder(tmp_path / "pairs" / "cat", 40)
     for seed in itertools.count(1):
-        images = [file.read_bytes() for file in tiny.folder(folder, n, seed).glob("*.png")]
-        if not holdout.selected(images, small.LARGEST_SHARE):
-            return
-
-
-def sub_folders(folder):
-    """Two hundred pairs, and two folders with three images each, none of which is held out."""
-    tiny.folder(folder, 200)
-    for name in ("cat", "dog"):
-        all_trained(folder / name, 3)
-    return folder
-
-
-def one_class_held_out(folder):
-    tiny.folder(folder / "cat", 40)
-    all_trained(folder / "dog", 1)
-    return folder
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        sub_folders,
-        one_class_held_out,
-        lambda folder: tiny.folder(folder / "12").parent,
-    ],
-)
-def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(make, tmp_path):
-    c, describe = load.load_recipe(f"small:pairs={make(tmp_path / 'pairs')},tokenizer=bytes")
+        image = tiny.folder(tmp_path / "pairs" / "dog", 1, seed) / "000.png"
+        if not holdout.selected([image.read_bytes()], small.LARGEST_SHARE):
+            break
+    c, describe = load.load_recipe(f"small:pairs={tmp_path / 'pairs'},tokenizer=bytes")
     assert c.eval.sets == ("retrieval/holdout",)
     assert "(no zero-shot classification: it needs" in describe(c)
 
@@ -302,8 +241,6 @@ def test_the_description_is_that_of_the_config_with_its_flags():
         "small: 1,000 pairs, 20 % of them held out; xclip (0.5 clip + 0.25 nclip), 512 clusters, towers of other sizes "
         "than a preset, 96 px, 32 tokens, batch 16, 30 steps (0.6 epochs), adamw at 0.002"
     )
-    c.data.holdout = 1.0  # refused later, in a sentence
-    assert describe(c)
 
 
 @pytest.mark.slow
@@ -318,5 +255,4 @@ def test_a_run_from_pairs_to_results(discs, tmp_path):
     assert 0 <= results["retrieval/holdout/image_to_text/r5"] <= 100 and 0 < level <= 100
     assert "zeroshot/holdout/top1" in results
     assert sum("retrieval/holdout/image_to_text/r1" in line for line in tiny.lines(c.run)) > 2  # on the way
-    losses = tiny.losses(c.run)
-    assert losses[-1] < losses[0]
+    assert tiny.losses(c.run)[-1] < tiny.losses(c.run)[0]

@@ -32,14 +32,10 @@ def test_the_commit_is_that_of_the_packages_own_checkout_at_the_start(checkout):
     assert environment.git_commit(package) == first
     git(checkout, "commit", "-qm", "two", "--allow-empty")
     assert environment.git_commit(package) == first  # what runs is of then
-
-
-def test_changed_files_are_named(checkout):
     (checkout / "package" / "__init__.py").write_text("x = 1\n")
-    assert environment.git_commit(epath.Path(checkout / "package")) == git(checkout, "rev-parse", "HEAD") + "-dirty"
-
-
-def test_a_package_in_another_projects_folder_is_not_of_its_commit(checkout):
+    environment.git_commit.cache_clear()
+    assert environment.git_commit(package) == git(checkout, "rev-parse", "HEAD") + "-dirty"
+    # A package in another project's folder is not of its commit.
     assert environment.git_commit(epath.Path(checkout / ".venv" / "lib" / "package")) == "unknown"
 
 
@@ -57,10 +53,3 @@ def test_command_is_as_it_was_typed(monkeypatch):
     monkeypatch.setattr(environment.Parser, "program", "xclip-jax train")
     monkeypatch.setattr(environment.sys, "argv", ["/where/it/is/train.py", "--config", "demo"])
     assert environment.capture()["command"] == "xclip-jax train --config demo"
-
-
-def test_a_result_has_the_commit_of_this_checkout():
-    root = epath.Path(xclip_jax.__file__).parent.parent
-    if not (root / ".git").exists():
-        pytest.skip("the package is not in a checkout")
-    assert environment.capture()["commit"].startswith(git(root, "rev-parse", "HEAD"))

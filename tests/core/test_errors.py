@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-from xclip_jax import main as cli
 from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, redact
 
 
@@ -42,14 +41,12 @@ def test_an_address_is_shown_without_its_secrets(text, shown):
     assert redact(shown) == shown
 
 
-@pytest.mark.parametrize(
-    "text", ["http://" + "a" * 50_000, "http://" * 8_000, "http://x?" + "." * 50_000, "a" * 50_000 + "://"]
-)
-def test_a_long_text_takes_no_long_time(text):
-    """Captions of others are shown so too; a quadratic form took 20 to 70 s."""
+def test_a_long_text_takes_no_long_time():
+    """Captions of others are shown so too; a quadratic form took 20 to 70 s for four times the length."""
     began = time.process_time()
-    redact(text)
-    assert time.process_time() - began < 8
+    for text in ("http://" + "a" * 12_000, "http://" * 2_000, "http://x?" + "." * 12_000, "a" * 12_000 + "://"):
+        redact(text)
+    assert time.process_time() - began < 2
 
 
 def test_all_texts_of_json_are_shown_so():
@@ -126,21 +123,14 @@ def python(*arguments, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_ctrl_c_while_a_command_imports_is_one_sentence(command):
-    assert python("-c", IMPORTS, command, "nowhere") == (EXIT_INTERRUPTED, "", "error: interrupted\n")
-
-
-def test_ctrl_c_of_a_module_is_one_sentence(tmp_path):
+def test_ctrl_c_while_a_command_imports_is_one_sentence(tmp_path):
     """Programs of others, which import the package too, are left alone."""
+    for command in ("train", "evaluate"):
+        assert python("-c", IMPORTS, command, "nowhere") == (EXIT_INTERRUPTED, "", "error: interrupted\n")
     (tmp_path / "numpy").mkdir()
     (tmp_path / "numpy" / "__init__.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
     (tmp_path / "other.py").write_text("import xclip_jax, numpy")
-    path = f"{tmp_path}{os.pathsep}{ROOT}"
-    for command in ("train", "evaluate"):
-        ended = python("-m", "xclip_jax.main", command, PYTHONPATH=path)
-        assert ended == (EXIT_INTERRUPTED, "", "error: interrupted\n"), command
-    status, _, errors = python("-m", "other", PYTHONPATH=path)
+    status, _, errors = python("-m", "other", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert status and "KeyboardInterrupt" in errors
 
 

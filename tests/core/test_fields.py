@@ -1,5 +1,7 @@
 """Values that a config does not allow: each gives one sentence with key, value and what is allowed, before any file."""
 
+import re
+
 import pytest
 
 from tests.helpers import tiny
@@ -7,103 +9,71 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.train import trainer
 
-INF, NAN = float("inf"), float("nan")
+NAN = float("nan")
 # (key, value, what the sentence says beside the key and the value)
 BAD = [
     ("run", "", "string that is not empty"),
-    ("run", 3, "a string"),
     ("seed", -1, "from 0 to 4294967295"),
-    ("seed", 5_000_000_000, "from 0 to 4294967295"),
-    ("seed", 1.5, "an integer"),
     ("steps", 0, "at least 1"),
-    ("steps", -1, "at least 1"),
     ("steps", True, "an integer"),
     ("init.freeze", ("image",), "'txt.embed'"),
     ("mesh.data", 0, "-1 for the rest"),
-    ("mesh.model", -2, "-1 for the rest"),
     ("mesh.strategy", "ddp", "'dp', 'zero1', 'fsdp', 'fsdp_tp'"),
     ("model.img.image_size", 0, "at least 1"),
-    ("model.img.image_size", -8, "at least 1"),
     ("model.img.patch", 0, "at least 1"),
-    ("model.img.patch", -4, "at least 1"),
     ("model.img.width", 0, "at least 1"),
-    ("model.img.depth", 0, "at least 1"),
-    ("model.img.depth", -1, "at least 1"),
-    ("model.img.heads", 0, "at least 1"),
     ("model.img.mlp_ratio", 0, "above 0"),
-    ("model.img.mlp_ratio", -1, "above 0"),
     ("model.img.style", "relu6", "'xclip', 'openai', 'tanh', 'siglip'"),
     ("model.img.remat", "some", "'none', 'dots', 'full'"),
     ("model.img.pool", "max", "'cls', 'mean', 'map'"),
     ("model.img.stem", "conv", "'linear', 'hmlp'"),
     ("model.img.patch_dropout", 1.0, "at least 0 and below 1"),
-    ("model.img.patch_dropout", -0.1, "at least 0 and below 1"),
     ("model.img.drop_path", 1.0, "at least 0 and below 1"),
     ("model.txt.width", 0, "at least 1"),
-    ("model.txt.depth", 0, "at least 1"),
-    ("model.txt.heads", 0, "at least 1"),
-    ("model.txt.context_length", 0, "at least 2"),
-    ("model.txt.context_length", -1, "at least 2"),
     ("model.txt.context_length", 1, "at least 2"),
     ("model.embed", 0, "at least 1"),
-    ("model.embed", -1, "at least 1"),
     ("model.cluster_head.clusters", 0, "at least 1"),
-    ("model.cluster_head.clusters", -1, "at least 1"),
     ("model.cluster_head.hidden", 0, "at least 1"),
     ("model.cluster_head.layers", -1, "at least 0"),
     ("model.dtype", "float16", "'float32', 'bfloat16'"),
     ("objective.name", "", "not empty"),
     ("objective.terms", {"clip": -1.0}, "at least 0"),
-    ("objective.terms", {"clip": "much"}, "a group of keys"),
     ("objective.terms", 0.3, "a group of keys"),
     ("objective.nclip.target", "stop", "'detach'"),
     ("objective.nclip.tau", 0.0, "above 0"),
     ("objective.classify.smoothing", 1.0, "below 1"),
     ("optim.lr", 0.0, "above 0"),
-    ("optim.lr", -1.0, "above 0"),
     ("optim.lr", 1e39, "float32 can hold"),
-    ("optim.lr", INF, "a number"),
     ("optim.lr", NAN, "a number"),
     ("optim.lr", "fast", "a number"),
     ("optim.schedule", "step", "'cosine', 'linear', 'constant'"),
     ("optim.warmup", -1, "at least 0"),
     ("optim.grad_clip_norm", -1.0, "at least 0"),
-    ("optim.b1", 1.0, "at least 0 and below 1"),
-    ("optim.b1", 2.0, "at least 0 and below 1"),
     ("optim.b1", 0.9999999999, "at least 0 and below 1"),  # 1 in float32: no bias correction
     ("optim.lr", 3e37, "at most 1000"),
     ("optim.eps", 1e-16, "at least 1e-15"),
     ("optim.b2", 1.0, "at least 0 and below 1"),
-    ("optim.b2", -1.0, "at least 0 and below 1"),
-    ("optim.eps", -1.0, "at least 1e-15"),
     ("optim.weight_decay", -0.1, "from 0 to 1000"),
     ("optim.layer_decay", -1.0, "above 0 and at most 1"),
     ("optim.microbatches", 0, "at least 1"),
     ("loss.chunk_size", -1, "at least 0"),
-    ("ema.momentum", -1.0, "below 1"),
     ("ema.momentum", 2.0, "below 1"),
     ("data.sources", "folder:x", "a tuple of strings"),
     ("data.batch", 0, "at least 1"),
-    ("data.batch", -4, "at least 1"),
     ("data.crop_scale", (0.5,), "a tuple of 2 values"),
     ("data.resample", "nearest", "'area', 'bicubic'"),
     ("data.normalization", "cifar", "'imagenet'"),
     ("data.flip_prob", 2.0, "from 0 to 1"),
-    ("data.flip_prob", -1.0, "from 0 to 1"),
     ("data.color_jitter", -1.0, "from 0 to 1"),
     ("data.tags", -1, "at least 0"),
     ("data.threads", -1, "at least 1"),
     ("data.max_bad_fraction", -1.0, "from 0 to 1"),
     ("eval.batch", 0, "at least 1"),
-    ("eval.batch", -1, "at least 1"),
     ("eval.every", -1, "at least 0"),
     ("log.every", -1, "at least 0"),
-    ("log.profile", (100,), "0 < START < STOP"),
     ("log.profile", (0, 3), "0 < START < STOP"),
-    ("log.profile", (3, 3), "0 < START < STOP"),
     ("log.profile", ("3:5",), "a tuple of integers"),
     ("checkpoint.keep", 0, "at least 1"),
-    ("checkpoint.keep", -1, "at least 1"),
     ("checkpoint.every", -1, "at least 0"),
 ]
 CLASSIFY = {"objective.name": "classify", "objective.terms": {"classify": 1.0}}
@@ -161,28 +131,26 @@ def changed(run, changes):
 
 
 @pytest.mark.parametrize(("key", "value", "allowed"), BAD, ids=lambda x: str(x)[:30])
-def test_a_value_that_is_not_allowed(key, value, allowed, tmp_path):
-    run = tmp_path / "run"
-    with pytest.raises(UserError) as caught:
-        trainer.run(changed(run, {key: value}))
-    message = str(caught.value)
-    assert message.startswith(f"{key} is {value!r}; expected ")
-    assert allowed in message
-    assert len(message.splitlines()) == 1
-    assert not run.exists()
+def test_a_value_that_is_not_allowed(key, value, allowed):
+    with pytest.raises(UserError, match=re.escape(f"{key} is {value!r}; expected ") + ".*" + re.escape(allowed)):
+        schema.resolve(changed("run", {key: value}))
 
 
 @pytest.mark.parametrize(("changes", "message"), CONFLICTS, ids=lambda x: str(x)[:50])
-def test_values_that_do_not_go_together(changes, message, tmp_path):
-    run = tmp_path / "run"
-    with pytest.raises(UserError, match=message) as caught:
-        trainer.run(changed(run, changes))
-    assert len(str(caught.value).splitlines()) == 1
-    assert not run.exists()
+def test_values_that_do_not_go_together(changes, message):
+    with pytest.raises(UserError, match=message):
+        schema.resolve(changed("run", changes))
 
 
-def test_all_faults_are_reported_at_once(tmp_path):
-    values = changed(tmp_path / "run", {"optim.lr": -1.0, "data.batch": 0, "steps": 0, "optim.warmup": -1})
+def test_a_run_refuses_before_its_folder_is_made(tmp_path):
+    for changes in ({"optim.lr": 0.0}, {"optim.warmup": 10}):
+        with pytest.raises(UserError, match=next(iter(changes))):
+            trainer.run(changed(tmp_path / "run", changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_faults_are_reported_at_once():
+    values = changed("run", {"optim.lr": -1.0, "data.batch": 0, "steps": 0, "optim.warmup": -1})
     values["optim"]["lrr"] = values["evil"] = 1
     with pytest.raises(UserError) as caught:
         schema.resolve(values)
@@ -221,19 +189,13 @@ def test_facts_of_a_group_are_those_of_its_keys():
     assert schema.fields.keys_where(schema.DataConfig, card="batch") == ("batch",)
 
 
-@pytest.mark.parametrize("group", ["", *(name for name in schema.default() if hasattr(schema.default()[name], "keys"))])
-def test_a_misspelt_key_cannot_be_set_from_python(group):
+def test_a_misspelt_key_cannot_be_set_from_python():
     config = schema.default()
-    with pytest.raises(AttributeError, match="does not exist"):
-        (config[group] if group else config).misspelt = 1
+    for group in (config, config.optim):
+        with pytest.raises(AttributeError, match="does not exist"):
+            group.misspelt = 1
 
 
-def test_a_group_that_is_a_value(tmp_path):
+def test_a_group_that_is_a_value():
     with pytest.raises(UserError, match=r"optim is 3; expected a group of keys"):
-        schema.resolve(changed(tmp_path, {}) | {"optim": 3})
-
-
-def test_a_warm_up_as_long_as_the_run_names_the_key_and_the_recipes_arguments():
-    remedy = r"shorten it with --config\.optim\.warmup=N, or give the recipe its length \(steps= or epochs=\)"
-    with pytest.raises(UserError, match=rf"optim\.warmup=\d+ must be below the 1 steps of the run; {remedy}"):
-        schema.resolve(tiny.config(steps=1, optim__warmup=1))
+        schema.resolve(changed("run", {}) | {"optim": 3})

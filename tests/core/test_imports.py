@@ -14,28 +14,26 @@ from xclip_jax.commands import embed, evaluate, export, report
 from xclip_jax.commands.doctor import main as doctor
 from xclip_jax.commands.serve import main as serve
 from xclip_jax.config import load as config_file
-from xclip_jax.core import imports
 from xclip_jax.core.errors import UserError
-from xclip_jax.train import trainer
 
 EXTENSION = pathlib.Path(__file__).parents[1] / "extension"
 REFUSED = "evil_mod:ConvMixer'.* if you trust these files, add --trust .*trust=True, or import evil_mod first"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(trained, tmp_path_factory):
     """A working folder with evil_mod.py, a complete tower that leaves a file when it is imported, and runs of it."""
     root = tmp_path_factory.mktemp("trust")
     code = (EXTENSION / "conv_mixer.py").read_text() + (EXTENSION / "greys.py").read_text()
     code += (EXTENSION / "json_lines.py").read_text().replace("tests.extension.greys", "evil_mod")
     (root / "evil_mod.py").write_text(f"{code}\npathlib.Path({str(root / 'executed')!r}).touch()\n")
     tower = {"img": {"type": "evil_mod:ConvMixer", "image_size": tiny.SIZE, "patch": 8, "width": 32, "depth": 1}}
-    pairs = tiny.folder(root / "pairs")
+    tiny.folder(root / "pairs")
+    shutil.copytree(trained, root / "plain")
     sys.path.insert(0, str(root))
     try:
         run = tiny.untrained(root / "run", "clip", model__plugins=tower)
         export.export(str(run), str(root / "weights"), to="safetensors")
-        trainer.run(tiny.config(run=root / "plain", steps=2, data__sources=(f"folder:{pairs}",), eval__report=False))
     finally:
         sys.path.remove(str(root))
         forget(root)
@@ -83,14 +81,14 @@ def test_a_download_imports_with_consent_alone(root, server):
     assert xclip_jax.load("hf:lab/x", batch=8, trust=True).card["commit"]
 
 
-@pytest.mark.parametrize("name", ["run", "weights"])
-def test_commands_take_trust(name, root, tmp_path):
+def test_commands_take_trust(root, tmp_path):
     commands = {
-        embed.main: ["--checkpoint", name, "--images", "pairs", "--out", str(tmp_path / "x.npz")],
-        export.main: ["--checkpoint", name, "--to", "safetensors", str(tmp_path / "out")],
-        evaluate.main: ["--checkpoint", name, "--suite", "retrieval/folder:pairs", "--output", f"{tmp_path}/e.json"],
+        embed.main: ["--checkpoint", "weights", "--images", "pairs", "--out", str(tmp_path / "x.npz")],
+        export.main: ["--checkpoint", "run", "--to", "safetensors", str(tmp_path / "out")],
+        evaluate.main: ["--checkpoint", "run", "--suite", "retrieval/folder:pairs", "--output", f"{tmp_path}/e.json"],
+        report.main: ["run", "--output", str(tmp_path / "page.html")],
+        doctor: ["run"],
     }  # fmt: skip
-    commands |= {report.main: [name, "--output", str(tmp_path / "page.html")], doctor: [name]} if name == "run" else {}
     for command, arguments in commands.items():
         with pytest.raises(SystemExit, match=REFUSED):
             command(arguments)
@@ -99,29 +97,17 @@ def test_commands_take_trust(name, root, tmp_path):
         assert executed(root)
         forget(root)
     with pytest.raises(SystemExit, match=REFUSED):
-        serve([name, "--images", "pairs", "--port", "0"])
+        serve(["run", "--images", "pairs", "--port", "0"])
 
 
-@pytest.mark.parametrize("flag", ["--trust", "--trust=True"])
-def test_a_recipe_that_reads_weights_takes_trust(root, flag):
+def test_a_recipe_that_reads_weights_takes_trust(root):
     argv = ["train", "--config", "finetune:weights=weights,data=folder:none"]
     with pytest.raises(SystemExit, match=REFUSED):
         config_file.parse(argv)
     assert not executed(root)
     with pytest.raises(SystemExit, match="'none/train' does not exist"):  # what the recipe reads next
-        config_file.parse([*argv, flag])
+        config_file.parse([*argv, "--trust"])
     assert executed(root)
-
-
-def test_init_weights_import_with_consent_alone(root):
-    from xclip_jax.train import build, weights
-
-    made = build.build(tiny.config("clip", init__weights=str(root / "weights")))
-    with pytest.raises(UserError, match=REFUSED):
-        weights.read_initial(made.config, made.abstract)
-    assert not executed(root)
-    with imports.trusting(True):
-        weights.read_initial(made.config, made.abstract)
 
 
 def test_results_import_nothing(root, tmp_path):
@@ -130,7 +116,7 @@ def test_results_import_nothing(root, tmp_path):
     records = [{"set": "x", "family": "own", "metric": "nearer", "value": 12.5, "n": 4, "headline": True,
                 "evaluator": "evil_mod:Neighbours"}]  # fmt: skip
     entry = {"set": "x", "name": "own/x", "metric": "nearer", "value": 12.5, "n": 4, "metrics": {"nearer": 12.5},
-             "records": records, "checkpoint": "run", "step": 2, "profile": "openai", "changes": {},
+             "records": records, "checkpoint": "run", "step": 4, "profile": "openai", "changes": {},
              "fingerprint": "1", "items": "2"}  # fmt: skip
     (tmp_path / "plain" / "evaluation.json").write_text(json.dumps({"results": [entry]}))
     results = json.loads((tmp_path / "plain" / "results.json").read_text())
@@ -162,17 +148,15 @@ def test_sets_and_sources_of_a_run_are_imported_by_its_report_with_consent_alone
     (root / "pairs.jsonl").write_text("")
     arguments = [str(tmp_path / "plain"), "--output", str(tmp_path / "page.html")]
     shutil.copytree(tmp_path / "plain", tmp_path / "again")
-    for several in ([], [str(tmp_path / "again")]):
-        try:
-            report.main([*several, *arguments])
-        except SystemExit as stopped:
-            assert "add --trust" in str(stopped)
-        assert not executed(root)
+    try:
+        report.main([str(tmp_path / "again"), *arguments])
+    except SystemExit as stopped:
+        assert "add --trust" in str(stopped)
+    assert not executed(root)
     if content["config"]["data"]["holdout"]:
-        run = str(tmp_path / "plain")
-        for suite in ("retrieval/holdout", "zeroshot/holdout", f"zeroshot/holdout@{tmp_path / 'again'}"):
+        for suite in ("retrieval/holdout", f"zeroshot/holdout@{tmp_path / 'again'}"):
             with pytest.raises(SystemExit, match=r"evil_mod:JsonLines'.* add --trust"):
-                evaluate.main(["--checkpoint", run, "--suite", suite])
+                evaluate.main(["--checkpoint", str(tmp_path / "plain"), "--suite", suite])
             assert not executed(root)
     with contextlib.suppress(SystemExit):
         report.main([*arguments, "--trust"])

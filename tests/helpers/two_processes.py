@@ -23,7 +23,7 @@ from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.build import make_encoder
 from xclip_jax.train.checkpoint import Checkpointer
 
-STEPS, BATCH, IMAGES = 3, 16, 13
+STEPS, BATCH, IMAGES = 2, 16, 13
 BROKEN = 20  # of twice IMAGES
 
 
@@ -34,14 +34,14 @@ class Broken(list):
         return super().__getitem__(index)
 
 
-def main(folder, out, *others):
+def main(folder, out, *others, devices=None):
     if others:
         runtime.join(False, others[0], int(others[1]), int(others[2]))
     # The kernels of the hidden layer are whole on each device, and large enough for each process to read a part.
     head = {"clusters": 64, "hidden": 1024, "layers": 1}
     changes = {"model__img__patch_dropout": 0.5, "model__cluster_head": head}
     config = tiny.config("xclip", data__batch=BATCH, data__sources=(f"folder:{folder}",), **changes)
-    p = build.build(config)
+    p = build.build(config, devices)
     order = loader.sample_order(sources.open_sources(p.config.data), p.config.data, config.seed)
     transform = loader.Transform(p.config.data, p.image_size, p.tokenizer, p.context_length)
     hosts = {"host": jax.process_index(), "hosts": jax.process_count()}

@@ -1,9 +1,7 @@
 """A run's folder in a bucket, which here is fsspec's file system in memory."""
 
-import collections
 import types
 
-import numpy as np
 import pytest
 from etils import epath
 
@@ -66,15 +64,6 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     for to in ("safetensors", "open_clip"):
         export.export(config.run, str(tmp_path / to), to=to)
         assert tokenizer.load(str(tmp_path / to / "tokenizer.json"))(TEXTS, 6).tolist() == expected.tolist()
-
-
-def test_the_first_save_does_not_look_for_a_folder(bucket, monkeypatch):
-    with Checkpointer(f"{bucket}/runs/new") as checkpointer:
-        assert not checkpointer.path.exists()
-        saved = []
-        monkeypatch.setattr(checkpointer._manager, "save", lambda step, args: saved.append(step) or True)
-        checkpointer.save(collections.namedtuple("State", "step")(np.asarray(3)), {"samples": 0})
-    assert saved == [3]
 
 
 def test_requests_for_a_digest_do_not_grow_with_the_files(bucket):

@@ -33,8 +33,7 @@ def smoothed(z_img, z_txt, scale, smoothing):
     return total
 
 
-@pytest.mark.parametrize("scale", [1.0, 1 / 0.07, 100.0])
-@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize(("scale", "chunk"), [(1 / 0.07, 0), (100.0, 2)])
 def test_label_smoothing_equals_oracle(scale, chunk):
     z_img, z_txt = embeddings(8, 4)
     term = Clip(label_smoothing=0.1)

@@ -27,14 +27,18 @@ def steps(run):
     return [line["step"] for line in tiny.lines(run)]
 
 
-def test_lost_checkpoints_are_not_trained_over(pairs, tmp_path):
-    c = tiny.short(pairs, tmp_path / "run", steps=8)
-    trainer.run(c)
-    (tmp_path / "run" / "results.json").unlink()
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+def test_lost_checkpoints_are_not_trained_over(pairs, run):
+    """The run went on to step 8, and must have written checkpoints."""
+    content = json.loads((run / "config.json").read_text())
+    content["config"]["steps"] = 8
+    (run / "config.json").write_text(json.dumps(content))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(5, 9)))
+    (run / "results.json").unlink()
+    shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match=r"metrics up to step 8 and no checkpoint; restore .*checkpoints"):
-        trainer.run(c)
-    assert steps(tmp_path / "run")[-1] == 8
+        trainer.run(tiny.short(pairs, run, steps=8))
+    assert steps(run)[-1] == 8
 
 
 def test_a_run_that_starts_again_for_want_of_a_checkpoint_says_so(pairs, run, capsys):
@@ -48,24 +52,20 @@ def test_a_run_that_starts_again_for_want_of_a_checkpoint_says_so(pairs, run, ca
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content"),
     [
-        ("config.json", b"{", r"config\.json is damaged"),
-        ("config.json", b"\xff\xfe", r"config\.json is damaged"),
-        ("config.json", b'{"model": 1}', r"config\.json is damaged, or another program's"),
-        ("config.json", b"[]", r"config\.json is damaged, or another program's"),
-        ("data.json", b"[{]", r"data\.json is damaged"),
-        ("data.json", b'{"samples": 3}', r"data\.json is damaged"),
-        ("results.json", b"", r"results\.json is damaged"),
-        ("results.json", b"3", r"results\.json is damaged"),
-        ("results.json", b'{"results": {}, "config": 3}', r"results\.json is damaged"),
+        ("config.json", b"\xff\xfe"),
+        ("config.json", b'{"model": 1}'),
+        ("data.json", b"[{]"),
+        ("data.json", b'{"samples": 3}'),
+        ("results.json", b'{"results": {}, "config": 3}'),
     ],
 )
-def test_a_damaged_file_is_named(pairs, run, name, content, message):
+def test_a_damaged_file_is_named(pairs, run, name, content):
     (run / name).write_bytes(content)
     if name == "data.json":
         (run / "results.json").unlink()
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"{name} is damaged"):
         trainer.run(tiny.short(pairs, run))
 
 

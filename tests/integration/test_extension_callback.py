@@ -71,37 +71,24 @@ def test_a_run_calls_them(pairs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("key", "name", "message"),
     [
-        ("callbacks", "status_file", r"log\.callbacks is \('status_file',\); expected names of the form 'package\."),
+        ("callbacks", "status_file", r"log\.callbacks is \('status_file',\)"),
         ("callbacks", "tests.extension.status_file:Status", r"log\.callbacks: .* has no attribute 'Status'"),
-        ("callbacks", "no_such.module:Class", r"log\.callbacks: .*cannot be imported .*install its package"),
         ("callbacks", LIST, r"List' is not a class derived from xclip_jax\.train\.callbacks\.Callback"),
-        ("trackers", "tests.integration.test_extension_callback:Lists", r"log\.trackers: .* has no attribute 'Lists'"),
+        ("trackers", "no_such.module:Class", r"log\.trackers: .*cannot be imported"),
         ("trackers", STATUS, r"StatusFile' is not a class derived from xclip_jax\.train\.callbacks\.Tracker"),
     ],
 )
-def test_a_wrong_name_is_one_sentence_before_the_folder(key, name, message, pairs, tmp_path):
+def test_a_wrong_name_is_refused_before_the_folder(key, name, message, pairs, tmp_path):
     with pytest.raises(UserError, match=message):
         trainer.run(tiny.short(pairs, tmp_path / "run", **{f"log__{key}": (name,)}))
     assert not (tmp_path / "run").exists()
 
 
-def test_the_check_of_a_config_imports_what_it_names_and_makes_nothing():
-    values = {
-        "data.sources": ("folder:/x",),
-        "log.callbacks": (f"{__name__}:Failing",),
-        "log.trackers": ("no.such:Class",),
-    }
-    flags = ["--config", "pretrain", *(f"--config.{key}={value}" for key, value in values.items())]
-    command = [sys.executable, "-m", "xclip_jax.main", "--check", *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: log.trackers: 'no.such:Class' cannot be imported")
-    with pytest.raises(UserError, match=r"log\.callbacks: 'no\.such:Class' cannot be imported"):
-        callbacks.classes(schema.resolve(tiny.config(log__callbacks=("no.such:Class",))))
-
-
 def test_the_check_of_a_config_ends_with_what_it_did_not_look_at():
+    """It imports the classes that a config names, and makes none."""
     command = [sys.executable, "-m", "xclip_jax.main", "--check", "--config", "pretrain", "--config.init.weights=no.pt"]
-    done = subprocess.run([*command, "--config.data.sources='folder:/x',"], capture_output=True, text=True)
+    command += ["--config.data.sources='folder:/x',", f"--config.log.callbacks='{__name__}:Failing',"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     last = "not checked: data, weights and disk; xclip-jax doctor does that"
     assert done.stdout.splitlines()[0].endswith(" are valid") and done.stdout.splitlines()[-1] == last

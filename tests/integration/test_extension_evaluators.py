@@ -92,7 +92,6 @@ def test_results_without_their_evaluator_have_their_headline(evaluator, run):
     ("spec", "message"),
     [
         ("no_such_package.evals:Mine", "'no_such_package.evals:Mine' cannot be imported .*No module named"),
-        ("tests.extension.greys:Nothing/20", "evaluation set .*greys:Nothing.* cannot be imported .*no attribute"),
         ("tests.extension.greys:Neighbours", "Neighbours' is not a class derived from .*SetKind"),
     ],
 )

@@ -9,7 +9,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import sklearn.metrics
-from etils import epath
 
 from tests.helpers import tiny
 from tests.helpers.encoding import by_name
@@ -18,12 +17,10 @@ from xclip_jax.commands import evaluate, export
 from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.storage import write_json
 from xclip_jax.data.readers import glue
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.probe import ClassifierEvaluator
-from xclip_jax.train import build, state, trainer, weights
-from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train import build, trainer, weights
 
 pytestmark = pytest.mark.long
 
@@ -103,13 +100,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A run that was saved before its first step, whose towers are then fine-tuned."""
-    run = tmp_path_factory.mktemp("pretrained") / "run"
-    c = tiny.config("clip", run=run, model__txt__context_length=24)
-    p = build.build(c, jax.devices()[:1])
-    with Checkpointer(run) as checkpointer:
-        checkpointer.save(state.create(p.init, p.abstract), {"samples": 0})
-    write_json(epath.Path(run) / "config.json", {"config": c.to_dict(), "environment": {}})
-    return c.run
+    return tiny.untrained(tmp_path_factory.mktemp("pretrained") / "run", "clip", model__txt__context_length=24)
 
 
 def small(config, run, steps):
@@ -149,25 +140,29 @@ def test_a_column_of_strings_is_learned(images, pretrained, tmp_path):
     assert weights.load(str(c.run)).classes == ("bright", "dark", "grey")
 
 
-def test_images_are_learned_and_evaluated(images, pretrained, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def tuned(images, pretrained, tmp_path_factory):
+    """A run that has learned the images, and its results."""
+    run = tmp_path_factory.mktemp("tuned") / "run"
     arg = f"data=folder:{images},batch={tiny.BATCH},epochs=7,weights={pretrained}"
-    c = small(load_config(f"finetune:{arg}"), tmp_path / "run", 30)
+    c = small(load_config(f"finetune:{arg}"), run, 30)
     assert c.objective.classify.classes == 3 and c.objective.classify.mixup == 0.8 and c.model.img.width == 32
-    results = trainer.run(c)
+    return run, trainer.run(c)
+
+
+def test_images_are_learned_and_evaluated(images, tuned):
+    run, results = tuned
     name = f"visual/finetuned/folder:{images}/validation"
     assert results[f"{name}/finetuned/top1"] >= 90 and results[f"{name}/n"] == 15
-    said = capsys.readouterr().out
-    assert "fine-tuned, %" in said and "so initialised at random: params/classifier" in said and "WARNING" not in said
-    found = evaluate.evaluate(str(c.run), f"finetuned/folder:{images}/validation")
+    found = evaluate.evaluate(str(run), f"finetuned/folder:{images}/validation")
     assert found["results"][0]["value"] == results[f"{name}/finetuned/top1"]
     with pytest.raises(UserError, match=r"does not compare images with texts: .*evaluate probe/SET or finetuned/SET"):
-        evaluate.evaluate(str(c.run), f"folder:{images}/validation")
+        evaluate.evaluate(str(run), f"folder:{images}/validation")
 
 
-def test_export_keeps_the_classes(images, pretrained, tmp_path):
+def test_export_keeps_the_classes(images, tuned, tmp_path):
     """By name: of a set with another class both the run and its export say so, and score none."""
-    run, out, spec = tmp_path / "run", tmp_path / "out", f"finetuned/folder:{images}/validation"
-    trainer.run(small(load_config(f"finetune:data=folder:{images},batch={tiny.BATCH},weights={pretrained}"), run, 5))
+    run, out, spec = tuned[0], tmp_path / "out", f"finetuned/folder:{images}/validation"
     export.export(str(run), str(out), to="safetensors")
     assert weights.load(str(out)).classes == weights.load(str(run)).classes == ("bright", "dark", "grey")
     by_run, by_export = (evaluate.evaluate(str(path), spec)["results"] for path in (run, out))

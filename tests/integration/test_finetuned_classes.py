@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -11,17 +10,13 @@ from tests.helpers import tiny
 from tests.helpers.encoding import by_name
 from tests.integration.test_finetune import FakeEncoder, folder_of_classes
 from xclip_jax.commands import evaluate
-from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import write_json
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.probe import ClassificationSet, ClassifierEvaluator
-from xclip_jax.train import build, weights
+from xclip_jax.train import weights
 from xclip_jax.train.build import make_encoder
-from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.run_writer import RunWriter
-from xclip_jax.train.state import create
 
 pytestmark = pytest.mark.long
 
@@ -78,14 +73,7 @@ def test_runs_that_do_not_say_their_classes_are_tested_by_number():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of three classes, saved before its first step."""
-    run = tmp_path_factory.mktemp("finetuned") / "run"
-    c = tiny.config("classify", run=run, objective__classify__classes=3, data__batch=8)
-    with RunWriter(run).claimed(resolve(c), []):
-        pass
-    p = build.build(c, jax.devices()[:1])
-    with Checkpointer(run) as checkpointer:
-        checkpointer.save(create(p.init, p.abstract), {"samples": 0})
-    return run
+    return tiny.untrained(tmp_path_factory.mktemp("finetuned") / "run", "classify", objective__classify__classes=3)
 
 
 def test_the_runs_data_json_names_its_classes(run, tmp_path, capsys):

@@ -60,24 +60,6 @@ def test_as_many_batches_are_read_at_once_as_there_are_threads():
     assert len(batches) == threads
 
 
-def test_the_order_of_an_epoch_is_made_once(monkeypatch):
-    made, make = [], loader._SpreadDuplicates._order
-    monkeypatch.setattr(loader._SpreadDuplicates, "_order", lambda self, epoch: made.append(epoch) or make(self, epoch))
-    order = loader._SpreadDuplicates(np.arange(200_000), seed=0)
-    barrier, found = threading.Barrier(8), []
-
-    def place():
-        barrier.wait()
-        found.append(order(5))
-
-    threads = [threading.Thread(target=place) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert made == [0] and len(set(found)) == 1
-
-
 def test_an_order_of_all_captions_decodes_no_image(monkeypatch):
     decoded = []
     decode = sources.images.decode

@@ -43,9 +43,8 @@ trainer.run(tiny.short(pairs, run, data__batch=8, checkpoint__every=1000))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [5, 130])
-def test_a_signal_in_a_long_step_saves(seconds, pairs, tmp_path):
-    run = tmp_path / "run"
+def test_a_signal_in_a_long_step_saves(pairs, tmp_path):
+    run, seconds = tmp_path / "run", 5
     line = [sys.executable, "-u", "-c", SLEEPS, *map(str, (run, pairs, seconds))]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     with open(tmp_path / "log", "w+") as log:
@@ -63,4 +62,3 @@ def test_a_signal_in_a_long_step_saves(seconds, pairs, tmp_path):
     # 0 while one step has ended; the last line may be written before the end of its step is noticed.
     speeds = [speed for line in tiny.lines(run) if (speed := line["samples_per_second"])]
     assert speeds == pytest.approx([8 / seconds] * len(speeds), rel=0.3)
-    assert said.count("WARNING: no progress: a step") == (seconds > 60), said

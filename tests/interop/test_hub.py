@@ -257,10 +257,9 @@ def push(run, out, *flags):
 
 def test_an_export_is_uploaded_and_read_again(clip_run, server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-    push(clip_run, tmp_path / "out", "--to", "safetensors", "--private")
+    push(clip_run, tmp_path / "out", "--to", "safetensors")
     assert f"uploaded: {server.url}/lab/mine" in capsys.readouterr().out
     made = server.repositories["lab/mine"]
-    assert made["visibility"] == "private"
     files = made["commits"][made["refs"]["main"]]
     local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert files == local | {".gitattributes": b""}

@@ -239,10 +239,9 @@ def test_images_that_differ_are_not_put_side_by_side(tmp_path):
 def test_names_of_runs():
     assert command.short_names(["runs/a/", "runs/b"]) == ["a", "b"]
     assert command.short_names(["x/1/run", "y/1/run", "z"]) == ["x/1/run", "y/1/run", "z"]
-    with pytest.raises(UserError, match="run 'a/' is named twice"):
-        command.short_names(["a", "a/"])
-    with pytest.raises(UserError, match="9 runs are named; a page shows at most 8"):
-        command.short_names(list("abcdefghi"))
+    for runs in (["a", "a/"], list("abcdefghi")):
+        with pytest.raises(UserError, match="at most 8 different runs"):
+            command.short_names(runs)
 
 
 def test_the_command_writes_a_page_of_trained_runs(tmp_path, monkeypatch, capsys):

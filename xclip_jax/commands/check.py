@@ -1,6 +1,6 @@
 """Check image-text pairs before a run: number and sizes, bad samples, duplicates, reading speed.
 
-    xclip-jax check '/data/cc12m/{00000..01242}.tar' --sheet pairs.png
+    xclip-jax check '/data/cc12m/{00000..01242}.tar'
     xclip-jax check folder:/data/pairs --samples 0
     xclip-jax check pairs.csv,image=path,text=caption
     xclip-jax check folder:/data/pairs --samples 0 --by RUN --suspects wrong.jsonl
@@ -12,13 +12,12 @@ many bad samples.
 
 import argparse
 import collections
-import dataclasses
 import json
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ _SUSPECTS = 10  # captions to list
 _NEGATIVES = "; in one batch they would count as false negatives"
 _BLOCK = 256  # pairs that a model compares with each other
 _SIZE = 224  # pixels of the crop
+_LENGTH = 77  # tokens of CLIP's context
 
 
 def _percentiles(values: Sequence[float] | np.ndarray) -> str:
@@ -53,13 +53,7 @@ def _duplicates(values: Sequence[Any]) -> int:
 def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     """Yield lines about a source; the last is the verdict, which also sets `options.passed`."""
     n = len(source)
-    fingerprint = source.fingerprint()
-    size = ""
-    for unit in fingerprint.keys() & {"tars", "files"}:
-        files = fingerprint[unit]
-        gigabytes = sum(file["bytes"] for file in files) / 1e9
-        size = f" in {len(files):,} {unit if len(files) > 1 else unit[:-1]}, {gigabytes:.2f} GB"
-    yield f"samples: {n:,}{size}, index {fingerprint['hash']}"
+    yield f"samples: {n:,}, index {source.fingerprint()['hash']}"
     count = min(options.samples or n, n)
     chosen = np.random.default_rng(0).choice(n, count, replace=False)
     threads = records.cores()
@@ -71,18 +65,13 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
         yield from _statistics(good, options)
         rate = count / seconds
         yield f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h"
-    reasons = collections.Counter(s.reason for s in bad)
-    for reason, number in sorted(reasons.items()):
+    for reason, number in sorted(collections.Counter(s.reason for s in bad).items()):
         yield f"bad, {reason}: {number:,} of {count:,} that were read"
-    for reason in sorted(reasons):
         for sample in [s for s in bad if s.reason == reason][:_EXAMPLES]:
             entry = source.describe(sample.index) | {"reason": reason, "detail": sample.detail}
             yield f"    {json.dumps(entry, ensure_ascii=False)}"
-    shown = good
     if options.model and good:
-        shown = yield from _suspects(source, good, options)
-    if options.sheet and good:
-        yield f"{inspect.write_sheet(shown, source, options.sheet)} pairs in {options.sheet}"
+        yield from _suspects(source, good, options)
     share = len(bad) / count
     verdict = "training would run"
     if share > options.max_bad_fraction:
@@ -96,14 +85,11 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
 def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
     """Yield lines about the good samples."""
     captions = [caption for s in good for caption in s.captions]
-    lengths = options.tokens.lengths(options.tokens(captions, options.length))
-    full = np.mean(lengths >= options.length)
+    lengths = options.tokens.lengths(options.tokens(captions, _LENGTH))
+    full = np.mean(lengths >= _LENGTH)
     yield f"width, 5/50/95 %: {_percentiles([s.size[0] for s in good])}"
     yield f"height, 5/50/95 %: {_percentiles([s.size[1] for s in good])}"
-    yield f"image files, 5/50/95 %: {_percentiles([s.file_bytes for s in good])} bytes"
-    yield f"captions, 5/50/95 %: {_percentiles([*map(len, captions)])} characters"
-    yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
-    yield f"captions of one image: {np.mean([len(s.captions) for s in good]):.2f}"
+    yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {_LENGTH}"
     images = _duplicates([s.digest for s in good])
     remedy = f"{_NEGATIVES}, objective.clip.positives=image makes captions of one image positives"
     yield f"repeated images: {images:,}" + (remedy if images else "")
@@ -114,10 +100,8 @@ def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator
     yield f"repeated captions: {repeated:,}" + (remedy if repeated else "")
 
 
-def _suspects(
-    source: Source, good: Sequence[Sample], options: argparse.Namespace
-) -> Generator[str, None, Sequence[Sample]]:
-    """Yield lines about the least likely captions by a model; return all samples, sorted, for a sheet."""
+def _suspects(source: Source, good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
+    """Yield lines about the least likely captions by a model."""
     # Clusters find wrong captions better than embeddings (docs/verdicts.md), by their cross-entropy without rivals.
     clusters = any(isinstance(similarity, ClusterSimilarity) for similarity in options.model.similarities)
     score = ClusterSimilarity.logits if clusters else ""
@@ -144,7 +128,7 @@ def _suspects(
             judged += [(likelihood, caption, answer.labels[i], sample) for caption, likelihood in own.items()]
     if not judged:
         yield f"by {options.by}: no image could be read again"
-        return good
+        return
     judged.sort(key=lambda row: row[0])
     among = f"the likeliest of about {len(judged) // blocks}"
     way = "cross-entropy of clusters" if clusters else "probability"
@@ -159,7 +143,6 @@ def _suspects(
     if options.suspects:
         pathlib.Path(options.suspects).write_text("".join(f"{strict_json(entry)}\n" for entry in entries))
         yield f"all {len(entries):,}, the least likely first: {options.suspects}"
-    return [dataclasses.replace(sample, captions=(f"{caption} (or {label}?)",)) for _, caption, label, sample in judged]
 
 
 def _image(record: Record) -> bytes | np.ndarray:
@@ -180,16 +163,12 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         "feature or a .json file's field, FOLDER the root of TFDS data sets",
     )
     parser.add_argument("--samples", type=int, default=2000, help="number of samples to read, 0 for all")
-    parser.add_argument("--length", type=int, default=77, help="tokens per text")
     parser.add_argument("--tokenizer", default="clip")
     fraction = loader.DataConfig.max_bad_fraction
     parser.add_argument("--max_bad_fraction", type=float, default=fraction, help="data.max_bad_fraction of the run")
     parser.add_argument("--by", default="", metavar="RUN", help="run or weights that judge how well captions fit")
-    home = os.path.expanduser  # a shell leaves the ~ in --sheet=~/x.png
     suspects = "JSON lines file for the results of --by, the least likely pair first"
-    parser.add_argument("--suspects", default="", type=home, metavar="FILE", help=suspects)
-    sheet = "PNG file for random pairs, or with --by for the least likely ones; its folder is created"
-    parser.add_argument("--sheet", default="", type=home, help=sheet)
+    parser.add_argument("--suspects", default="", type=os.path.expanduser, metavar="FILE", help=suspects)
     add_trust(parser)
     return parser.parse_args(arguments)
 
@@ -199,13 +178,11 @@ def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
     with exit_with_message():
         check_count("--samples", options.samples, 0)
-        check_count("--length", options.length, 2)  # a start and an end
         options.tokens = tokenizer.load(options.tokenizer)
         if options.suspects and not options.by:
             raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
-        for option, path in (("--sheet", options.sheet), ("--suspects", options.suspects)):
-            if path:  # written at the end
-                check_file(option, path)
+        if options.suspects:  # written at the end
+            check_file("--suspects", options.suspects)
         given = {"image": "image", "text": "text", "tags": "", "dir": ""}
         path, *pairs = re.split(rf",(?=(?:{'|'.join(given)})=)", options.source)
         given |= dict(pair.split("=", 1) for pair in pairs)

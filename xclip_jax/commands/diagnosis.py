@@ -5,15 +5,13 @@ import statistics
 import time
 from collections.abc import Iterator
 
-from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_duration
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import is_remote
-from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.report import collect
 from xclip_jax.report.collect import Record, Warnings, complete_rows
-from xclip_jax.train import checkpoint_files, cost, weights
-from xclip_jax.train.checks import Finding, attempt, fail, warning
+from xclip_jax.train import checkpoint_files
+from xclip_jax.train.checks import Finding, fail, warning
 from xclip_jax.train.log import INPUT_BOUND
 from xclip_jax.train.recovery import MOST_SKIPPED
 
@@ -31,7 +29,6 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
     diverged = _diverged(run, folder)
     yield _progress(run, folder, step_seconds, bool(diverged), time.time() if now is None else now)
     yield _checkpoints(run, folder, step_seconds)
-    yield from attempt("heads", lambda: check_heads(weights.run_config(folder)))
     yield from _objective(run)
     yield from _input(run)
     yield from _samples(run, folder)
@@ -39,45 +36,27 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
     yield from _results(run, folder)
 
 
-def check_heads(config: Config) -> Iterator[Finding]:
-    """Yield a warning if cluster heads have more parameters than the towers, and a large share of the FLOPs."""
-    names = cost.cluster_heads(config)
-    if not names:
-        return
-    counts = cost.num_parameters(config)
-    share = cost.heads_share(config)
-    heads = sum(counts[name] for name in names)
-    towers = sum(counts.get(name, 0) for name in TOWERS)
-    if heads > towers and (share is None or share > cost.HEADS_SHARE):
-        text = f"the cluster heads have {heads:,} parameters, and the towers {towers:,}"
-        text += f"; all heads take {share:.1%} of a step's FLOPs" if share else ""
-        remedy = "lower model.cluster_head.clusters and .hidden, or set model.cluster_head.layers=0 for linear heads"
-        yield warning("heads", text, remedy, cluster_heads=heads, towers=towers, flops_share=share)
-
-
 def _progress(run: Record, folder: RunReader, step_seconds: float, diverged: bool, now: float) -> Finding:
     """Return whether the run is complete, in progress, stalled or stopped, and the remaining time."""
     config = run.config
-    left = (config.steps - run.steps) * step_seconds or None
-    values = {"step": run.steps, "steps": config.steps, "seconds_left": left}
+    left = (config.steps - run.steps) * step_seconds
     if run.complete:
-        return Finding("progress", f"complete at step {run.steps:,}", values=values)
+        return Finding("progress", f"complete at step {run.steps:,}")
     last = folder.metrics_file if folder.metrics_file.exists() else folder.config_file
     age = max(now - last.stat().mtime, 0.0)
     late = age > max(_LATE * (config.log.every or config.steps) * step_seconds, _STALLED_SECONDS)
     remaining = f", {format_duration(left)} left without evaluations" if left else ""
     text = f"step {run.steps:,} of {config.steps:,}{remaining}; the last line of metrics is {format_duration(age)} old"
-    values |= {"seconds_since_last_line": age}
     writer = folder.writer()
     if writer and late:
         remedy = "look at its output; stopping it (Ctrl-C) saves a checkpoint, and the same command resumes"
-        return fail("progress", f"stalled? {text}, and {writer} is still at it", remedy, **values)
+        return fail("progress", f"stalled? {text}, and {writer} is still at it", remedy)
     if writer:
-        return Finding("progress", f"in progress by {writer}: {text}", values=values)
+        return Finding("progress", f"in progress by {writer}: {text}")
     if late or not is_remote(str(folder.path)):
         remedy = "see the skipped steps" if diverged else "run the same command to resume"
-        return warning("progress", f"not running and not complete: {text}", remedy, **values)
-    return Finding("progress", text, values=values)
+        return warning("progress", f"not running and not complete: {text}", remedy)
+    return Finding("progress", text)
 
 
 def _checkpoints(run: Record, folder: RunReader, step_seconds: float) -> Finding:
@@ -92,17 +71,16 @@ def _checkpoints(run: Record, folder: RunReader, step_seconds: float) -> Finding
     faults = {step: fault for step, fault in faults.items() if step in folder.steps()}
     newest = folder.latest_step() or 0
     lost = max(run.steps - newest, 0)
-    values = {"checkpoints": list(faults), "steps_lost": lost, "seconds_lost": lost * step_seconds}
     damaged = [f"{step} ({fault})" for step, fault in faults.items() if fault]
     if damaged:
         remedy = "restore it; a run that resumes moves it aside and goes on from the newest whole one"
-        return fail("checkpoints", f"damaged in {folder.checkpoints}: {', '.join(damaged)}", remedy, **values)
+        return fail("checkpoints", f"damaged in {folder.checkpoints}: {', '.join(damaged)}", remedy)
     text = ", ".join(f"step {step:,}" for step in faults)
     text = text or (f"step {newest:,}, written meanwhile" if newest else "none yet")
     if lost > 0 and not run.complete:
         seconds = f", {format_duration(lost * step_seconds)}" if step_seconds else ""
         text += f"; a kill now would lose {lost:,} steps{seconds}"
-    return Finding("checkpoints", text, values=values)
+    return Finding("checkpoints", text)
 
 
 def _objective(run: Record) -> Iterator[Finding]:
@@ -116,14 +94,9 @@ def _objective(run: Record) -> Iterator[Finding]:
             # A complete run is judged even if it was short.
             last = warnings.last(check.name) or (check.warning if check.failed and run.complete else "")
             if last:
-                text = f"{label}: {last.partition(': ')[2]}{f' {history}' if warnings.steps else ''}"
-                yield fail("objective", text.rstrip("."))
-            elif check.name in warnings.names:
-                remedy = "look at its chart, xclip-jax report RUN"
-                yield warning("objective", f"{label}: not at the last step; {history}".rstrip("."), remedy)
+                yield fail("objective", f"{label}: {last.partition(': ')[2]} {history}".rstrip(". "))
             else:
-                judged = f"no. {check.measurement}" if warnings.steps else "not judged yet."
-                yield Finding("objective", f"{label}: {judged} {history}".rstrip("."))
+                yield Finding("objective", f"{label}: no. {check.measurement} {history}".rstrip(". "))
 
 
 def _input(run: Record) -> Iterator[Finding]:
@@ -133,11 +106,8 @@ def _input(run: Record) -> Iterator[Finding]:
     if recent:
         share = statistics.fmean(recent)
         text = f"the devices waited {share:.0%} of the time for data in the last {len(recent):,} logged steps"
-        if share > INPUT_BOUND:
-            remedy = "raise data.threads, or store smaller images"
-            yield warning("input", text, remedy, wait_share=share)
-        else:
-            yield Finding("input", text, values={"wait_share": share})
+        bound = share > INPUT_BOUND
+        yield warning("input", text, "raise data.threads, or store smaller images") if bound else Finding("input", text)
 
 
 def _samples(run: Record, folder: RunReader) -> Iterator[Finding]:
@@ -147,29 +117,25 @@ def _samples(run: Record, folder: RunReader) -> Iterator[Finding]:
         return
     share = last["data/bad_share"]
     allowed = run.config.data.max_bad_fraction
-    values = {"bad": last.get("data/bad", 0), "bad_share": share, "allowed_share": allowed}
     reasons = collections.Counter(entry.get("reason", "") for entry in folder.read_bad_samples())
     text = f"{share:.2%} bad, the limit is {allowed:.2%}"
     if reasons:
         text += f" ({', '.join(f'{reason}: {count:,}' for reason, count in reasons.most_common(3))})"
     if share > _MANY_BAD * allowed:
         remedy = f"see {folder.bad_samples_file} and repair the data, or raise data.max_bad_fraction"
-        yield warning("samples", f"{text}; more of them stop the run", remedy, **values)
+        yield warning("samples", f"{text}; more of them stop the run", remedy)
     else:
-        yield Finding("samples", text, values=values)
+        yield Finding("samples", text)
 
 
 def _diverged(run: Record, folder: RunReader) -> list[int]:
     """Return the skipped steps that stopped the run, or []."""
     row: list[int] = []
     for line in folder.read_skipped_steps():
-        if "rewound_to" in line:
-            row = []
-        else:
-            step = int(line["step"])
-            row = [*row, step] if row and step == row[-1] + 1 else [step]
-    stops = len(row) > MOST_SKIPPED or len(row) == run.config.steps
-    return row if row and stops and row[-1] > run.steps else []
+        row = [] if "rewound_to" in line else [*row, int(line["step"])]
+    row = row[-MOST_SKIPPED - 1 :]
+    in_a_row = len(row) > MOST_SKIPPED and row[-1] - row[0] == MOST_SKIPPED
+    return row if in_a_row and row[-1] > run.steps else []
 
 
 def _skipped(run: Record, folder: RunReader, row: list[int]) -> Iterator[Finding]:
@@ -179,12 +145,12 @@ def _skipped(run: Record, folder: RunReader, row: list[int]) -> Iterator[Finding
     if row:
         text = f"the last {len(row):,} steps, to step {row[-1]:,}, were skipped in a row, for which the run stopped"
         remedy = f"{samples}, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different --config.run"
-        yield fail("skipped steps", text, remedy, skipped_steps=len(steps))
+        yield fail("skipped steps", text, remedy)
     elif steps:
         total = f"{len(steps):,} of {max([run.steps, *steps]):,} steps"
         text = f"{total} were skipped: their loss or gradient was not finite"
         remedy = f"{samples} or set optim.grad_clip_norm=1"
-        yield warning("skipped steps", text, remedy, skipped_steps=len(steps))
+        yield warning("skipped steps", text, remedy)
 
 
 def _results(run: Record, folder: RunReader) -> Iterator[Finding]:
@@ -195,9 +161,8 @@ def _results(run: Record, folder: RunReader) -> Iterator[Finding]:
     judged = collect.verdicts(run.results)
     above = sum(verdict == collect.ABOVE for verdict in judged.values())
     text = f"{above} of {len(judged)} sets are above chance"
-    values = {"sets": len(judged), "above_chance": above}
     if judged and not above:
         remedy = "see the objective's lines; too few steps, a wrong tokenizer, or captions of other images do this"
-        yield warning("results", text, remedy, **values)
+        yield warning("results", text, remedy)
     elif judged:
-        yield Finding("results", text, values=values)
+        yield Finding("results", text)

@@ -24,7 +24,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
-from xclip_jax.commands.inputs import IMAGES, Inputs, Lines, open_images
+from xclip_jax.commands.inputs import IMAGES, Images, Inputs, Lines, open_images
 from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message
@@ -45,7 +45,6 @@ from xclip_jax.evaluators.encoder import MAX_UNREADABLE
 from xclip_jax.parallel import compiler
 
 PART = 4096  # rows that an interruption may cost
-_PROGRESS_SECONDS = 5
 _REFUSED = ("file cannot be read", "tar cannot be read")  # faults of a disk or store, not of the content
 _FEW = 10  # number of items per part that a disk may always refuse
 
@@ -58,42 +57,38 @@ class Part(NamedTuple):
     bad: dict[int, BadSample]
 
 
-def embed_images(
-    model: inference.Model, read: Callable[[int], tuple[Any, str]], n: int, size: int, *, threads: int = 0
-) -> Iterator[Part]:
-    """Yield `n` embedded images in parts of `size`; bad ones are embedded as black images.
-
-    `read` returns content and caption of image i, or raises `BadSample`; it is called in threads, 0 for one per core.
-    """
+def embed_images(model: inference.Model, source: Images, first: int, threads: int) -> Iterator[Part]:
+    """Yield the embedded images of a source from image `first` on, in parts; bad ones are embedded as black images."""
     black = np.zeros((model.size, model.size, 3), np.uint8)
 
     def make(i: int) -> tuple[np.ndarray, str, BadSample | None]:
         try:
-            data, text = read(i)
+            data, text = source.read(first + i)
             return model.prepare(data), text, None
         except BadSample as error:
             return black, "", error
 
+    n = len(source) - first
     # The threads read ahead while the device computes.
     with ThreadPrefetcher(make, n, threads=threads, window=2 * model.batch) as ahead:
-        for start in range(0, n, size):
-            stop = min(start + size, n)
+        for start in range(0, n, PART):
+            stop = min(start + PART, n)
             rows = []
             made = []
-            for first in range(start, stop, model.batch):
-                batch = [ahead[i] for i in range(first, min(first + model.batch, stop))]
+            for begin in range(start, stop, model.batch):
+                batch = [ahead[i] for i in range(begin, min(begin + model.batch, stop))]
                 rows.append(model.encode_prepared([image for image, _, _ in batch]))
                 made += [(text, error) for _, text, error in batch]
             bad = {row: error for row, (_, error) in enumerate(made) if error is not None}
             yield Part(np.concatenate(rows), [text for text, _ in made], bad)
 
 
-def embed_texts(model: inference.Model, source: Inputs, first: int, size: int) -> Iterator[Part]:
-    """Yield the embedded texts of a source in parts of `size`, from text `first` on; bad ones get zeros."""
-    for start in range(first, len(source), size):
+def embed_texts(model: inference.Model, source: Lines, first: int) -> Iterator[Part]:
+    """Yield the embedded texts of a source from text `first` on, in parts; bad ones get zeros."""
+    for start in range(first, len(source), PART):
         texts: list[str] = []
         bad: dict[int, BadSample] = {}
-        for row, index in enumerate(range(start, min(start + size, len(source)))):
+        for row, index in enumerate(range(start, min(start + PART, len(source)))):
             try:
                 texts.append(source.read(index)[1])
             except BadSample as error:
@@ -104,6 +99,11 @@ def embed_texts(model: inference.Model, source: Inputs, first: int, size: int) -
         rows = np.zeros((len(texts), embedded.shape[1]), np.float32)
         rows[good] = embedded
         yield Part(rows, texts, bad)
+
+
+def ledger_of(out: pathlib.Path) -> pathlib.Path:
+    """Return the file that lists the bad items of a file of embeddings; it exists only if there are any."""
+    return out.with_name(f"{out.name}.bad.jsonl")
 
 
 def embed(model: inference.Model, sources: Mapping[str, Inputs], out: str, *, threads: int = 0) -> dict[str, Any]:
@@ -156,25 +156,26 @@ def _embed(
     if complete:
         log0(f"resuming after part {complete:,} of {len(files):,} of {modality}s")
     first = complete * PART
-    if modality == "image":
-        n = len(source) - first
-        parts = embed_images(model, lambda i: source.read(first + i), n, PART, threads=threads)
-    else:
-        parts = embed_texts(model, source, first, PART)
-    progress = Progress(f"{modality}s", first, len(source))
+    is_images = isinstance(source, Images)
+    parts = embed_images(model, source, first, threads) if is_images else embed_texts(model, source, first)
+    began = time.perf_counter()
     for file, start, part in zip(files[complete:], starts[complete:], parts, strict=True):
         names = [source.name(start + row) for row in range(len(part.texts))]
         _check_refused(names, part.bad, start)
         lines = []
         for row, error in sorted(part.bad.items()):
-            lines.append({"kind": modality, "id": names[row], "reason": error.reason, "detail": error.detail})
+            place = {"kind": modality, "id": names[row], "index": start + row}
+            lines.append(place | {"reason": error.reason, "detail": error.detail})
         file.with_suffix(".bad.jsonl").write_text("".join(f"{strict_json(line)}\n" for line in lines))
         kept = [row for row in range(len(names)) if modality == "text" or row not in part.bad]
         columns = {"kind": [modality] * len(kept), "embedding": part.rows[kept]}
         columns |= {"id": [names[row] for row in kept], "text": [part.texts[row] for row in kept]}
         with storage.whole_file(file) as temporary:  # an existing part is complete
             embeddings.format_of(out).write(temporary, columns)
-        progress.after(start + len(names), len(lines))
+        done = start + len(names)
+        speed = (done - first) / (time.perf_counter() - began)
+        left = format_duration((len(source) - done) / speed)
+        log0(f"{modality}s {done:,}/{len(source):,}  {speed:,.0f}/s, {left} left, {len(lines):,} bad")
     return files
 
 
@@ -198,7 +199,7 @@ def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any
     """Join the parts and the lists of bad items to one file each; return the metadata."""
     bad = [line for file in files for line in file.with_suffix(".bad.jsonl").read_text().splitlines()]
     total = sum(about["plan"].get(modality, {"n": 0})["n"] for modality in ("image", "text"))
-    ledger = out.with_name(f"{out.name}.bad.jsonl")
+    ledger = ledger_of(out)
     ledger.unlink(missing_ok=True)
     if bad:
         ledger.write_text("\n".join(bad) + "\n")
@@ -216,27 +217,6 @@ def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any
     return about
 
 
-class Progress:
-    """Prints how many items are done, the speed and the remaining time, every few seconds."""
-
-    def __init__(self, unit: str, first: int, n: int) -> None:
-        self._unit = unit
-        self._first = first
-        self._n = n
-        self._bad = 0
-        self._began = self._printed = time.perf_counter()
-
-    def after(self, done: int, bad: int) -> None:
-        """Print the state after `done` items; `bad` items failed since the last call."""
-        self._bad += bad
-        now = time.perf_counter()
-        if now - self._printed > _PROGRESS_SECONDS or done == self._n:
-            self._printed = now
-            speed = (done - self._first) / (now - self._began)
-            left = format_duration((self._n - done) / speed)
-            log0(f"{self._unit} {done:,}/{self._n:,}  {speed:,.0f}/s, {left} left, {self._bad:,} bad")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = Parser(prog="xclip-jax embed", description=__doc__)
@@ -247,13 +227,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=home, metavar="FILE", help="file with one text per line")
     parser.add_argument("--out", type=home, required=True, help="local file to write, .parquet or .npz")
     parser.add_argument("--batch", type=int, default=32, help="number of items to encode at once")
-    parser.add_argument("--threads", type=int, default=0, help="threads that read and decode; 0 for one per core")
     add_trust(parser)
     options = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
         check_count("--batch", options.batch, 1)
-        check_count("--threads", options.threads, 0)
         if storage.is_remote(options.out):
             raise UserError(f"--out {options.out!r} is in a bucket; name a local file, and copy it there afterwards.")
         embeddings.format_of(pathlib.Path(options.out))
@@ -265,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("there is nothing to embed; give --images, --texts or both.")
         compiler.enable_cache()
         model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
-        embed(model, sources, options.out, threads=options.threads)
+        embed(model, sources, options.out)
 
 
 if __name__ == "__main__":

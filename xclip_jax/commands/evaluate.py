@@ -31,7 +31,7 @@ from xclip_jax.core import environment
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_count, check_writable, exit_with_message, redact
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.core.storage import is_remote, write_json
+from xclip_jax.core.storage import is_remote
 from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.evaluators.results import Result
@@ -86,7 +86,7 @@ def evaluate(
     opened = registry.open_all(names, encoder, data_dir, profile_used, experiment.config.data)
     command = {"config": schema.to_dict(config), "environment": environment.capture()}
     command["suite"] = suite if isinstance(suite, str) else list(suite)
-    shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
+    shared = {"checkpoint": place.name, "step": loaded_step, "profile": profile, "changes": changes}
     model: dict[str, Any] = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length}
     model |= {"eval": results.settings(config.eval), "fingerprint": weights.fingerprint(experiment, variables)}
     model |= ({"commit": place.commit} if place.commit else {}) | shared
@@ -109,7 +109,7 @@ def evaluate(
             results.add(path, redact(entry), results.items(of_set), command, own=not output)
         entries.append(entry)
         measured += of_set
-    log0(f"{run}, step {loaded_step}, profile {profile}\n{tables.render(measured)}\nresults: {path}")
+    log0(f"{place.name}, step {loaded_step}, profile {profile}\n{tables.render(measured)}\nresults: {path}")
     if failed:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(names)} evaluation sets failed; {path} has the others.{reasons}")
@@ -119,7 +119,9 @@ def evaluate(
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="xclip-jax evaluate", description=__doc__, epilog=registry.listing())
     add = parser.add_argument
-    add("--checkpoint", metavar="RUN", help="folder of a run, or weights")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or weights")
+    model.add_argument("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, weights, or results files")
     add("--suite", action="append", help="demo (the default), paper, or names from the list below, joined by commas")
     add("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
     add("--prefix", help="text before captions in retrieval; by default the profile's, for published sets only")
@@ -130,16 +132,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--step", type=int, help="step of a run's checkpoint; the newest by default")
     add("--data-dir", default="", help="root of the data sets")
     add("--output", default="", type=os.path.expanduser, help="results file")
-    add("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, weights, or results files")
     add_trust(parser)
-    flags = parser.parse_args(argv)
-    if bool(flags.checkpoint) == bool(flags.compare):
-        parser.error("give either --checkpoint RUN or --compare A B")
-    for name in ("suite", "data_dir", *PROFILE_FIELDS) if flags.compare else ():
-        if getattr(flags, name) not in (None, ""):
-            option = {"templates": "template", "names": "class-names", "data_dir": "data-dir"}.get(name, name)
-            parser.error(f"--{option} has no effect with --compare, which reads results; evaluate both with it first")
-    return flags
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -148,12 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)
     with exit_with_message(), trusting(flags.trust):
         if flags.compare:
-            if flags.output:
-                epath.Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
             rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
             log0(render_comparison(rows, *flags.compare))
-            if flags.output:
-                write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
             return
         if flags.captions is not None:
             check_count("--captions", flags.captions, 0)

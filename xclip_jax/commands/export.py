@@ -30,25 +30,14 @@ from xclip_jax.train import weights
 CARD = "README.md"
 
 
-def export(
-    path: str,
-    out: str,
-    *,
-    to: str = "hf",
-    step: int | None = None,
-    overwrite: bool = False,
-    push: str = "",
-    private: bool = False,
-) -> None:
+def export(path: str, out: str, *, to: str = "hf", step: int | None = None, push: str = "") -> None:
     """Write the weights at `path` to the folder `out`, with a model card.
 
     Args:
       path, step: see `weights.load`.
       out: an empty or new folder.
       to: one of `interop.FORMATS`.
-      overwrite: replace the files of an earlier export in `out`; other files stay.
-      push: repository "ORG/NAME" of the Hub to upload to, where an earlier export is replaced too; "" for none.
-      private: whether a new repository is private.
+      push: repository "ORG/NAME" of the Hub to upload to, where an earlier export is replaced; "" for none.
 
     Raises:
       UserError: bad input, or a model that the format does not support.
@@ -56,15 +45,10 @@ def export(
     check_choice("--to", to, interop.FORMATS)
     out = os.path.expanduser(out)
     folder = epath.Path(out)
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{out!r} is not an empty folder; name another, or add --overwrite.")
-    source = epath.Path(path).expanduser().resolve()
-    if folder.resolve() in (source, source.parent):
-        raise UserError(f"{out!r} contains the weights to export; name another folder.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{out!r} is not an empty folder; name another.")
     if push:
         hub.check_push(push)
-    elif private:
-        raise UserError("--private is for a repository of the Hub; add --push ORG/NAME.")
     place = hub.locate(path)
     loaded = weights.load(place, step)
     variables = jax.device_get(loaded.variables)
@@ -81,7 +65,7 @@ def export(
     log0(f"{path}, step {loaded.step}, as {to}: {out}")
     if push and jax.process_index() == 0:
         names = [name for name in (*interop.WRITTEN, CARD) if (folder / name).exists()]
-        log0(f"uploaded: {hub.push(out, names, push, obsolete=interop.WRITTEN, private=private)}")
+        log0(f"uploaded: {hub.push(out, names, push, obsolete=interop.WRITTEN)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,16 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory, or weights")
     parser.add_argument("--to", default="hf", help=", ".join(interop.FORMATS))
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--push", default="", metavar="ORG/NAME", help="repository of the Hub to upload the files to")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
     add_trust(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write")
     flags = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     with exit_with_message(), trusting(flags.trust):
-        options = {key: getattr(flags, key) for key in ("to", "step", "overwrite", "push", "private")}
-        export(flags.checkpoint, flags.out, **options)
+        export(flags.checkpoint, flags.out, to=flags.to, step=flags.step, push=flags.push)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,15 @@
 """Inputs of embed and serve: images with optional captions, and lines of text."""
 
-import functools
-import glob
 import hashlib
 import os
 import pathlib
-import re
 
-from xclip_jax.core import storage
-from xclip_jax.core.errors import BadSample, UserError, redact
-from xclip_jax.data import labelled, sources
-from xclip_jax.data.base import IMAGE_SUFFIXES, Source, SourceOptions, decode_text
-from xclip_jax.data.readers.folder import FolderSource
-from xclip_jax.data.readers.tar import TarSource
+from xclip_jax.core.errors import BadSample, redact
+from xclip_jax.data import sources
+from xclip_jax.data.base import Source, SourceOptions, decode_text
 from xclip_jax.evaluators.sets.custom import query_columns
 
+CONTAINERS = (".tar", ".csv", ".tsv", ".parquet")
 IMAGES = "a folder; files: globs, ranges {00..12}, lists; tars; or a source: csv:, parquet:, hf:, ..."  # for --help
 
 
@@ -29,9 +24,6 @@ class Images:
     def __init__(self, source: Source, spec: str) -> None:
         self.source = source
         self._spec = spec
-        self._stamp = functools.lru_cache(_stamp)  # a tar may contain thousands of images
-        # Hash of names and sizes of images and captions, but not of times, which change in copies.
-        self.digest = functools.cache(lambda: str(source.fingerprint()["hash"]))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -48,24 +40,9 @@ class Images:
         record = self.source[index]
         return record["image"], next(iter(record["text"]), "")
 
-    def caption(self, index: int, known: str) -> str:
-        """Return the current caption of an image file; `known` for other sources, whose `stamp` covers captions."""
-        return next(iter(self.source.captions(index)), "") if isinstance(self.source, FolderSource) else known
-
-    def stamp(self, index: int) -> str:
-        """Return size and time of an image's local file, or its table's digest, to notice changes."""
-        if not isinstance(self.source, FolderSource | TarSource):
-            return self.digest()
-        place = self.source.describe(index)
-        return self._stamp(place.get("tar") or place["file"])
-
-
-def _stamp(path: str) -> str:
-    """Return size and time of a local file; "" for missing files, and in buckets, to avoid requests."""
-    try:
-        return "" if storage.is_remote(path) else "{} {}".format(*storage.stat(path))
-    except OSError:
-        return ""
+    def digest(self) -> str:
+        """Return a hash of names and sizes of images and captions, but not of times, which change in copies."""
+        return str(self.source.fingerprint()["hash"])
 
 
 class Lines:
@@ -99,29 +76,11 @@ def open_images(pattern: str) -> Images:
     "?image=COLUMN&text=COLUMN" at the end of a table's name names its columns; without `text` it has no captions.
     """
     spec, columns = query_columns(pattern)
-    if sources.is_spec(spec) or spec.lower().endswith((".csv", ".tsv", ".parquet")):
-        spec = sources.spec_from_path(spec)
-        texts = columns.get("text", ["text"] if spec.startswith("tar:") else [])
-    else:
-        spec = _files(pattern)
-        texts = ["text"]
+    container = os.path.isdir(os.path.expanduser(spec)) or redact(spec).lower().endswith(CONTAINERS)
+    spec = sources.spec_from_path(spec) if container or sources.is_spec(spec) else f"folder:{pattern}"
+    texts = columns.get("text", ["text"] if spec.startswith(("tar:", "folder:")) else [])
     options = SourceOptions(image_column=columns.get("image", ["image"])[0], text_columns=tuple(texts), captions=False)
     return Images(sources.open_pairs(spec, options), spec)
-
-
-def _files(pattern: str) -> str:
-    """Return the spec for a folder or pattern that contains either images or tars."""
-    pattern = pattern if storage.is_remote(pattern) else os.path.expanduser(pattern)
-    if not os.path.isdir(pattern):
-        paths = storage.expand(pattern)
-        tar_pattern = pattern
-    else:
-        paths = list(map(str, labelled.images_in(pathlib.Path(pattern), (*IMAGE_SUFFIXES, ".tar"))))
-        tar_pattern = os.path.join(re.sub("[{},]", "?", glob.escape(pattern)), "**", "*.[tT][aA][rR]")
-    tars = sum(redact(path).lower().endswith(".tar") for path in paths)
-    if 0 < tars < len(paths):
-        raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them separately.")
-    return f"tar:{tar_pattern}" if tars else f"folder:{pattern}"
 
 
 Inputs = Images | Lines  # `read` returns content and text of an item

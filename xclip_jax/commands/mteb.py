@@ -32,18 +32,15 @@ class Model:
         caches results by name and revision.
     """
 
-    def __init__(
-        self, model: inference.Model | str | os.PathLike, *, name: str = "", step: int | None = None, batch: int = 32
-    ) -> None:
+    def __init__(self, model: inference.Model | str | os.PathLike, *, step: int | None = None, batch: int = 32) -> None:
         """Load a model, on all devices of this machine.
 
         Args:
           model: a path or repository for `xclip_jax.load`, or its result.
-          name: "ORG/NAME" for the results; by default the repository of the Hub, or xclip_jax/FOLDER.
           step, batch: see `xclip_jax.load`.
 
         Raises:
-          UserError: `mteb` is not installed, the model cannot be loaded, or a name without a slash.
+          UserError: `mteb` is not installed, or the model cannot be loaded.
         """
         try:
             from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -52,12 +49,9 @@ class Model:
                 "xclip_jax.commands.mteb needs mteb of version 2: pip install 'xclip_jax[mteb]'."
             ) from error
         self.model = model if isinstance(model, inference.Model) else inference.load(model, step=step, batch=batch)
-        name = name or _name(str(self.model.card.get("checkpoint", "model")))
-        if "/" not in name:
-            raise UserError(f"name is {name!r}; mteb expects ORG/NAME.")
         self.mteb_model_meta = ModelMeta.create_empty(
             {
-                "name": name,
+                "name": _name(str(self.model.card.get("checkpoint", "model"))),
                 "revision": self.model.fingerprint(),
                 "n_parameters": self.model.num_parameters,
                 "max_tokens": self.model.length,

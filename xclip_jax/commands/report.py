@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, check_writable, exit_with_message
+from xclip_jax.core.errors import Parser, UserError, check_file, exit_with_message
 from xclip_jax.core.imports import add_trust, named_by, trusting
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import is_remote
@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", default="", help="evaluation sets to show, separated by commas; by default the run's")
     parser.add_argument("--step", type=int, help="step of the checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
-    parser.add_argument("--seed", type=int, default=0, help="draws the examples")
     parser.add_argument("--output", type=os.path.expanduser, default="", help="the page, by default RUN/report.html")
     add_trust(parser)
     flags = parser.parse_args(argv)
@@ -58,9 +57,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
     several = len(records) > 1
     path = epath.Path(flags.output or ("comparison.html" if several else RunReader(flags.runs[0]).report_file))
     if not is_remote(str(path)):  # before the predictions
-        if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"--output {str(path)!r} is not a file in an existing folder; name one.")
-        check_writable("--output", path.parent)
+        check_file("--output", path)
     specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
     for spec in specs:
         registry.check(spec)
@@ -79,11 +76,8 @@ def make(flags: argparse.Namespace) -> epath.Path:
 def short_names(folders: Sequence[str]) -> list[str]:
     """Return the shortest distinct ends of the paths; raises `UserError` for equal or too many paths."""
     parts = [folder.rstrip("/").split("/") for folder in folders]
-    if len(parts) > _MOST_RUNS:
-        raise UserError(f"{len(parts)} runs are named; a page shows at most {_MOST_RUNS}.")
-    for i, folder in enumerate(folders):
-        if parts[i] in parts[:i]:
-            raise UserError(f"run {folder!r} is named twice; name different runs.")
+    if len(parts) > _MOST_RUNS or len(set(map(tuple, parts))) < len(parts):
+        raise UserError(f"runs {', '.join(folders)}: name at most {_MOST_RUNS} different runs.")
     depth = 1
     while len({tuple(p[-depth:]) for p in parts}) < len(parts):
         depth += 1
@@ -102,10 +96,10 @@ def _predict(
     except UserError as error:
         if flags.step is not None:
             raise
-        return Examples(flags.seed, missing=[str(error)]), None, None
-    options = {**first, "data_dir": flags.data_dir, "seed": flags.seed}
+        return Examples(missing=[str(error)]), None, None
     with named_by(RunReader(flags.runs[0]).config_file):  # sets and sources; those in --sets were imported before
-        examples = page.predict(experiment, make_encoder(experiment), variables, specs, **options)
+        encoder = make_encoder(experiment)
+        examples = page.predict(experiment, encoder, variables, specs, data_dir=flags.data_dir, **first)
     return examples, experiment.num_parameters, step
 
 

@@ -1,8 +1,6 @@
 """The config of a command: loads the recipe, checks the overrides, and reports faults in one sentence."""
 
-import functools
 import importlib.util
-import operator
 import pathlib
 import re
 import sys
@@ -24,12 +22,6 @@ __all__ = ["find_recipe", "load_config", "load_recipe", "recipes"]
 TRUST = flags.DEFINE_bool(
     "trust", False, "Import the modules of other packages named in files of weights, which runs their code."
 )
-# Python's messages about values of a wrong type.
-_CONVERSIONS = {
-    "invalid literal for int() with base 10": "an integer",
-    "could not convert string to float": "a number",
-    "Non-boolean argument to boolean flag": "True or False",
-}
 
 
 def recipes() -> dict[str, pathlib.Path]:
@@ -51,10 +43,8 @@ def find_recipe(name: str) -> str:
         return str(known[name])
     if pathlib.Path(name).is_file() and name.endswith(".py"):
         return name
-    is_path = name.endswith(".py") or pathlib.PurePath(name).name != name
-    guess = f"recipe {name!r} is unknown; did you mean {fields.nearest(name, known)!r}? Give"
-    fault = f"no recipe file {name!r}; give" if is_path else guess
-    raise UserError(f"{fault} a path FILE.py, or a recipe by name: {', '.join(known)}")
+    guess = f"recipe {name!r} is unknown; did you mean {fields.nearest(name, known)!r}?"
+    raise UserError(f"{guess} Give a path FILE.py, or a recipe by name: {', '.join(known)}")
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
@@ -79,23 +69,17 @@ def load_recipe(spec: str) -> tuple[ml_collections.ConfigDict, Describe | None]:
     try:
         module_spec.loader.exec_module(module)
         config = module.get_config(arg or None)
-        if not isinstance(config, ml_collections.ConfigDict):
-            raise UserError(f"{file}: get_config returns {type(config).__name__}, not a ConfigDict.")
         fill_in = getattr(module, "fill_in", None)
         describe = fill_in(config, arg or None) if fill_in else None
+        return config.lock(), describe
     except UserError:
         raise
     except Exception as error:
         # The innermost line of the recipe itself.
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == module_spec.origin]
-        text = str(error)
-        if isinstance(error, SyntaxError):
-            lines += [error.lineno] * (error.filename == module_spec.origin)
-            text = error.msg
         place = f"{file}, line {lines[-1]}" if lines else file
-        raise UserError(f"{place}: {type(error).__name__}: {' '.join(text.split())}") from error
-    return config.lock(), describe
+        raise UserError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
@@ -109,14 +93,6 @@ def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
             if part not in keys:
                 raise UserError(fields.unknown_key(".".join(path[: i + 1]), keys))
             node = node[part]
-
-
-def quote_list(config: ml_collections.ConfigDict, override: str) -> str:
-    """Return --config.KEY=a,b for a list as --config.KEY=('a','b'), and any other argument unchanged."""
-    match = re.fullmatch(r"(--?config\.([\w.-]+)=)([a-zA-Z][\w./@-]*(?:,[a-zA-Z][\w./@-]*)+)", override)
-    if match is None or not isinstance(functools.reduce(operator.getitem, match[2].split("."), config), tuple):
-        return override
-    return f"{match[1]}{tuple(match[3].split(','))}"
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -144,7 +120,6 @@ def parse(argv: list[str]) -> list[str]:
             with imports.trusting(any(re.fullmatch(r"--?trust(=(true|t|1))?", arg, re.IGNORECASE) for arg in argv)):
                 config, describe = load_recipe(spec)
             check_keys(config, argv)
-            argv = [quote_list(config, arg) for arg in argv]
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=argv)
         elif "--helpfull" not in argv:
             raise UserError("--config is missing or empty; start with --config demo")
@@ -159,6 +134,4 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except (flags.Error, TypeError, ValueError, MemoryError, RecursionError) as error:
         text = " ".join(str(error).split()) or "a value is nested too deeply"  # for Python's parser
-        for python, expected in _CONVERSIONS.items():
-            text = re.sub(rf"(\(')?{re.escape(python)}.*", f"expected {expected}", text)
         sys.exit(f"error: {text}; --help lists the keys with their defaults")

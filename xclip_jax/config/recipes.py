@@ -49,15 +49,13 @@ def _convert(key: str, text: str, default: Any) -> Any:
     """Convert `text` to the type of `default`."""
     kind = type(default)
     low = min(default, 1) if kind is int else 0  # a default of 0 means that the recipe chooses the value
-    expected = _KINDS.get(kind, "text")
     try:
         value = kind(text)
-        if kind is str or low <= value < math.inf:
-            return value
-        expected = f"at least {low}"
     except ValueError:
-        pass
-    raise UserError(f"config argument {key}={text!r}; expected {expected}.")
+        value = math.nan
+    if kind is not str and not low <= value < math.inf:
+        raise UserError(f"config argument {key}={text!r}; expected {_KINDS[kind]} of at least {low}.")
+    return value
 
 
 def base(objective: str, size: str) -> ml_collections.ConfigDict:

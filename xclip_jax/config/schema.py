@@ -168,20 +168,15 @@ class Config:
         if {part.partition(".")[0] for part in frozen} - set(names):
             yield f"init.freeze is {frozen}; the model only has the {names[0]} tower"
         towers = {name: self.model.tower(name) for name in TOWERS}
-        missing = [fault for part in frozen for fault in _refusal(lambda part=part: frozen_layers((part,), towers))]
-        yield from missing
+        for part in frozen:
+            yield from _refusal(lambda part=part: frozen_layers((part,), towers))
         if lora.rank and not self.init.weights:
             yield "finetune.lora.rank adapts given weights, and init.weights is empty; name weights, or set it to 0"
         if lora.rank and {*names} <= {*frozen}:
             yield "finetune.lora.rank adapts towers, and init.freeze freezes all of them; leave one of the two out"
         known = [(name, kernel) for name in names for kernel in lora.targets if kernel in towers[name].kernel_sizes]
         yield from lora.too_large({f"{name} {kernel}": towers[name].kernel_sizes[kernel] for name, kernel in known})
-        idle = bool(lora.rank)  # whether no kernel of a block is trained
-        if not missing:
-            layers = frozen_layers(frozen, towers)
-            blocks = {name: {*range(1, towers[name].num_layers - 1)} or {0} for name in names}
-            idle |= all(blocks[name] <= layers.get(name, set()) for name in names)
-        if self.optim.name == "muon" and idle:
+        if self.optim.name == "muon" and (lora.rank or {*names} <= {*frozen}):
             freezing = "finetune.lora.rank" if lora.rank else "init.freeze"
             yield (
                 f"optim.name is 'muon', and {freezing} freezes all kernels that it takes; set it to 'adamw', "

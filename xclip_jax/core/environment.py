@@ -1,5 +1,6 @@
 """Versions, devices and commit behind a result, and the memory of this machine."""
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -29,15 +30,13 @@ def git_commit(folder: epath.Path) -> str:
 
     A commit with changed files ends in "-dirty". The answer is cached, as the checkout may change during a run.
     """
-    try:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         # The package may be installed in another project's checkout, such as in .venv.
-        if not os.path.samefile(_git(folder, "rev-parse", "--show-toplevel"), folder.parent):
-            raise FileNotFoundError
-        return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        archive = folder.parent / ".git_archival.txt"
-        match = re.fullmatch(r"node: ([0-9a-f]{40})\s*", archive.read_text()) if archive.is_file() else None
-        return match[1] if match else "unknown"
+        if os.path.samefile(_git(folder, "rev-parse", "--show-toplevel"), folder.parent):
+            return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    archive = folder.parent / ".git_archival.txt"
+    match = re.fullmatch(r"node: ([0-9a-f]{40})\s*", archive.read_text()) if archive.is_file() else None
+    return match[1] if match else "unknown"
 
 
 def _git(folder: epath.Path, *arguments: str) -> str:

@@ -216,8 +216,6 @@ def read_plugin(
     """
     options = dict(values)
     name = options.pop("type", type_name)
-    if not name:
-        raise UserError(f"{path}.type is missing; expected 'package.module:Class'.")
     faults: list[str] = []
     made = read_group(find_class(name, table, base, what), options, path, faults)
     if faults:

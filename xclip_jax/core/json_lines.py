@@ -11,14 +11,13 @@ from etils import epath
 from xclip_jax.core.console import log0
 from xclip_jax.core.storage import is_remote, os_errors, strict_json, write_whole
 
-# Seconds between writes of a file in a bucket: 50 times the duration of a write, within limits.
-_REST, _LEAST_SECONDS, _MOST_SECONDS = 50, 60, 600
+_SECONDS = 120  # between writes of a file in a bucket
 
 
 class JsonLines:
     """A file with one JSON object per line; a run appends to it, and a resumed run continues it.
 
-    Objects in a bucket cannot grow, so all lines stay in memory and are rewritten at intervals, see `_REST`.
+    Objects in a bucket cannot grow, so all lines stay in memory and are rewritten at intervals.
     `kept` lists the objects of the existing file that stay.
     """
 
@@ -66,13 +65,10 @@ class JsonLines:
         """Write pending lines; more may be appended later. Raises `OSError` if the store refuses."""
         if not (self._lines and self._changed):
             return
-        began = time.monotonic()
-        self._next = began + _LEAST_SECONDS
+        self._next = time.monotonic() + _SECONDS
         with os_errors(str(self.path)):
             self.path.write_text("".join(self._lines))
         self._changed = False
-        ended = time.monotonic()
-        self._next = ended + min(max(_REST * (ended - began), _LEAST_SECONDS), _MOST_SECONDS)
 
 
 def read(path: epath.Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> list[dict[str, Any]]:

@@ -112,8 +112,7 @@ class RunReader:
 
     def read_results(self) -> dict[str, Any] | None:
         """Return the content of results.json."""
-        remedy = "delete it and run the same command to evaluate again"
-        return self._read(self.results_file, lambda content: content.keys() >= {"results", "records"}, remedy)
+        return self._read(self.results_file, lambda content: content.keys() >= {"results", "records"})
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Return the objects of metrics.jsonl with a step, without values other than finite numbers."""
@@ -137,9 +136,7 @@ class RunReader:
         """Return the lines of skipped_steps.jsonl, see `train.recovery`."""
         return [line for line in json_lines.read(self.skipped_steps_file) if "step" in line]
 
-    def _read(
-        self, path: epath.Path, is_sound: Callable[[Any], bool], remedy: str = "restore it, or name another folder"
-    ) -> Any:
+    def _read(self, path: epath.Path, is_sound: Callable[[Any], bool]) -> Any:
         if not path.exists():
             return None
         fault = ""
@@ -149,7 +146,9 @@ class RunReader:
                 return content
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             fault = f" ({first_line(error)})"
-        raise UserError(f"{path} is damaged, or another program's{fault}; {remedy}.")
+        raise UserError(
+            f"{path} is damaged, or another program's{fault}; restore or delete it, or name another folder."
+        )
 
 
 def evaluation_file(path: str | epath.Path) -> epath.Path:

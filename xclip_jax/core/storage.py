@@ -159,9 +159,8 @@ def _braces(pattern: str) -> Iterator[str]:
     limits = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if limits:
         first, last = map(int, limits.groups())
-        step = 1 if last >= first else -1
         width = max(map(len, limits.groups())) if re.search(r"\b0\d", match[1]) else 0
-        choices = (f"{number:0{width}d}" for number in range(first, last + step, step))
+        choices = (f"{number:0{width}d}" for number in range(first, last + 1))
     for choice in choices:
         yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
@@ -184,20 +183,17 @@ def expand(pattern: str) -> list[str]:
     """List the files of a comma-separated pattern of paths, brace ranges and globs, local or remote.
 
     "a/{00000..00331}.tar,b/*.tar" is 332 files and all matches of the glob. Each file is listed once, globs are sorted
-    and skip folders. The path of an existing file is taken literally with its commas, brackets and braces, both as the
-    whole pattern and as a part; in a glob "?" matches such a letter ("a?b/*.tar" for the folder "a,b").
+    and skip folders. The path of an existing file is taken literally; in a glob "?" matches a comma, bracket or brace
+    ("a?b/*.tar" for the folder "a,b").
     `UserError` if nothing matches a glob, or a file does not exist.
     """
-    parts = [pattern]
-    if not os.path.isfile(os.path.expanduser(pattern)):
-        # Commas inside braces, even nested ones, do not split.
-        parts = re.split(r",(?![^{}]*(?:\{[^{}]*\}[^{}]*)*\})", pattern)
+    if os.path.isfile(os.path.expanduser(pattern)):
+        return [os.path.expanduser(pattern)]
     names: dict[str, None] = {}
-    for part in filter(None, map(str.strip, parts)):
-        literal = os.path.isfile(os.path.expanduser(part))
-        for name in map(os.path.expanduser, [part] if literal else _braces(part)):
-            is_glob = glob.has_magic(redact(name)) and not os.path.isfile(name)  # a query is not a glob
-            matches = _glob(name) if is_glob else [name]
+    # Commas inside braces, even nested ones, do not split.
+    for part in filter(None, map(str.strip, re.split(r",(?![^{}]*(?:\{[^{}]*\}[^{}]*)*\})", pattern))):
+        for name in map(os.path.expanduser, _braces(part)):
+            matches = _glob(name) if glob.has_magic(redact(name)) else [name]  # a query is not a glob
             names |= dict.fromkeys(matches)
             if not matches:
                 raise UserError(f"no file matches {name!r}; check the path.")

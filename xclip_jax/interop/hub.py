@@ -124,15 +124,15 @@ def check_push(repository: str) -> None:
         raise UserError(f"{flag}: expected ORG/NAME with an ORG to which the account has access: {', '.join(names)}.")
 
 
-def push(folder: str, names: Sequence[str], repository: str, *, obsolete: Sequence[str], private: bool = False) -> str:
+def push(folder: str, names: Sequence[str], repository: str, *, obsolete: Sequence[str]) -> str:
     """Upload the files `names` of `folder` to `repository` in one commit, and return the repository's URL.
 
-    A missing repository is created, private if `private`. Files in `obsolete` are removed unless they are uploaded.
+    A missing repository is created. Files in `obsolete` are removed unless they are uploaded.
     """
     flag = f"--push {repository}"
     api = hub_client.load(flag).HfApi()
     with hub_client.sentences(f"{flag}: {folder} is written", repository):
-        url = api.create_repo(repository, private=private or None, exist_ok=True)
+        url = api.create_repo(repository, exist_ok=True)
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,

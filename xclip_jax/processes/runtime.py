@@ -18,9 +18,8 @@ from typing import Any, NoReturn
 
 import jax
 
-# Not public in JAX: the client for messages between processes, and whether devices are initialised.
+# Not public in JAX: the client for messages between processes.
 from jax._src import distributed as jax_distributed
-from jax._src import xla_bridge
 
 from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe, exit_now, redact
 
@@ -99,16 +98,15 @@ class Peers:
                     raise
         different = [key for key in sorted(mine | first) if mine.get(key) != first.get(key)]
         if different:
-            shown = ", ".join(f"{key} ({_short(mine.get(key))}, not {_short(first.get(key))})" for key in different[:5])
-            more = f" and {len(different) - 5} more" if len(different) > 5 else ""
-            raise UserError(f"process {self.index} differs from process 0: {shown}{more}; {remedy}.")
+            shown = ", ".join(f"{key} ({mine.get(key)!r:.60}, not {first.get(key)!r:.60})" for key in different[:5])
+            raise UserError(f"process {self.index} differs from process 0: {shown}; {remedy}.")
         self._client.key_value_set(f"{_SAME}{self._rounds}/{self.index}", "")
 
     def waiting(self) -> str:
         """Return the current work of other processes, if it differs from this process's."""
         mine = self.status().partition(" (")[0]
-        others = sorted((int(k.rpartition("/")[2]), v) for k, v in self._client.key_value_dir_get(_ALIVE))
-        states = [(k, json.loads(v)["status"]) for k, v in others if k != self.index]
+        signs = sorted(self._client.key_value_dir_get(_ALIVE))
+        states = [(name.rpartition("/")[2], json.loads(sign)["status"]) for name, sign in signs]
         return "; ".join(f"process {k}: {s}" for k, s in states if s.partition(" (")[0] not in ("", "done", mine))
 
     def leave(self, sentence: str, status: int) -> NoReturn:
@@ -178,11 +176,6 @@ class Peers:
             time.sleep(_LINGER_SECONDS)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 _peers: Peers | None = None
 
 
@@ -203,11 +196,6 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
         )
     if not distributed and not coordinator:
         return
-    if xla_bridge.backends_are_initialized():
-        raise UserError(
-            "the recipe has looked at this machine's devices before the processes joined: give the recipe small "
-            "device=cpu, gpu or tpu, and call no jax.devices() in your get_config."
-        )
     addresses = (coordinator, processes, process) if coordinator else ()
     if not coordinator:
         print(f"waiting for the other processes, {_JOIN_SECONDS // 60} minutes at most ...", flush=True)
@@ -222,7 +210,7 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"this process cannot join the others ({reason}). If JAX cannot discover them, start each with "
-            "--coordinator=HOST:PORT --processes=N --process=I."
+            "--coordinator=HOST:PORT --processes=N --process=I; if a recipe calls jax.devices(), give it the device."
         ) from error
     global _peers
     state = jax_distributed.global_state

@@ -25,7 +25,6 @@ from xclip_jax.processes.interrupt import SIGNALS, PreemptionHandler
 DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
 CHECKPOINT, RESTORE, EVALUATION = "a checkpoint", "restoring a checkpoint", "an evaluation"
 _WARNING = 60.0  # seconds without progress before a warning
-_SLOWER = 3  # and this factor of the phase's longest wait so far
 _POLL_SECONDS = 0.5
 _MOMENT = 2.0  # seconds within which Python's handler runs, unless the main thread is in C code
 
@@ -57,15 +56,13 @@ class Watchdog:
         self._warning = min(_WARNING, limit / 3) if limit else _WARNING
         self._limit = limit
         self._clock = clock
-        self._last = clock()
         self.current: str | None = None
         self._detail = ""
         self._since = clock()
-        self._warned_of = 0.0
+        self._warned: set[str] = set()
         self._asked_at = 0.0
         self._asked = 0
         self.step = self.saved = 0
-        self._longest = {STEP: 0.0, EVALUATION: 0.0}  # seconds without progress
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -105,10 +102,7 @@ class Watchdog:
         self.enter(*before)
 
     def progress(self) -> None:
-        now = self._clock()
-        if self.current in self._longest:
-            self._longest[self.current] = max(self._longest[self.current], now - self._since)
-        self._since = now
+        self._since = self._clock()
 
     def end_step(self) -> None:
         """Record the end of a step on the devices, which counts as progress in the phase `STEP`."""
@@ -122,24 +116,18 @@ class Watchdog:
     def check(self) -> None:
         """Warn about a long phase, or end the process; the thread calls this every half second."""
         now = self._clock()
-        if now - self._last > 10 * _POLL_SECONDS:  # the whole process was suspended
-            self._since += now - self._last
-        self._last = now
         if self._asked and now - self._asked_at > _MOMENT:
             if self._asked > 1 and not self._preemption.signal_received:
                 self._end("asked to stop twice", EXIT_RESUMABLE, stacks=False)
             if self.current == COMPILATION and jax.process_count() == 1:
                 lost = f"{self.step - self.saved} steps since the last checkpoint are lost"
-                if not self.saved:
-                    lost = f"there is no checkpoint yet, and {self.step} steps are lost"
                 self._end(f"stopping in the compilation: {lost}", EXIT_RESUMABLE, stacks=False)
         if self.current:
-            self._check_progress(now)
+            self._check_progress(self.current, now - self._since)
 
     def _watch(self) -> None:
         signals = select.poll()  # select() takes no descriptor above 1023
         signals.register(self._read_end, select.POLLIN)
-        self._last = self._clock()
         while not self._stop.is_set():
             if signals.poll(1000 * _POLL_SECONDS):
                 with contextlib.suppress(BlockingIOError):
@@ -149,13 +137,11 @@ class Watchdog:
                     self._asked += count
             self.check()
 
-    def _check_progress(self, now: float) -> None:
-        since = self._since
-        if self._limit and now - since > self._limit:
+    def _check_progress(self, phase: str, seconds: float) -> None:
+        if self._limit and seconds > self._limit:
             self._end(f"no progress: {self.status()}{self._others()}", EXIT_RESTART)
-        warns = self.current != COMPILATION and self._warned_of != since
-        if warns and now - since > max(self._warning, _SLOWER * self._longest.get(self.current or "", 0.0)):
-            self._warned_of = since
+        if phase not in (COMPILATION, *self._warned) and seconds > self._warning:
+            self._warned.add(phase)  # a phase that always takes long gives one warning
             limit = f"; the run ends after {self._limit:.0f} s (log.stall_limit)" if self._limit else ""
             with contextlib.suppress(OSError):  # a full disk or a closed pipe must not end this thread
                 print(f"WARNING: {self._who()}no progress: {self.status()}{self._others()}{limit}", flush=True)

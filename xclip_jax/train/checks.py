@@ -208,7 +208,7 @@ def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, s
         flags = f"--config.mesh.strategy=fsdp {_split(experiment.config, n)}"
         yield fail("memory", takes, f"shard it over {n} devices, {flags}, or use a smaller model{small}", **values)
     elif compile_step is None:
-        step = "the step is not compiled here: --step=always does, xclip-jax plan for TPUs"
+        step = "the step is not compiled here; xclip-jax plan compiles it for TPUs"
         yield Finding("memory", f"{takes}; {step}", values=values)
     elif cost.fits_by_far(experiment, limit):
         yield Finding("memory", f"{takes}; the step needs far less", values=values)

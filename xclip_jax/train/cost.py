@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import jax
 import ml_collections
-import optax
 
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_bytes
@@ -21,14 +20,12 @@ from xclip_jax.core.environment import host_memory
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.models.heads import ClusterHead, Head
-from xclip_jax.models.lora import LoraConfig
 from xclip_jax.models.tower import TextTower
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import make_objective
 from xclip_jax.parallel.mesh import batch_sharding, batch_shards
 from xclip_jax.plan.roofline import CHIPS
-from xclip_jax.train.build import Experiment, build, make_model
-from xclip_jax.train.state import init_fn
+from xclip_jax.train.build import Experiment, build
 
 # Dense bf16 FLOP/s of one device, by JAX's name of its kind. Sources: cloud.google.com/tpu/docs, and NVIDIA's data
 # sheets, which from H100 on state twice as much, with sparsity.
@@ -70,13 +67,6 @@ def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | N
     if len(counted) < len(towers):
         return None
     return counted | objective.flops(model, vocab, config.data.batch if train else 0)
-
-
-def num_parameters(config: Config) -> dict[str, int]:
-    """Return the number of parameters of each tower and head, from shapes alone."""
-    model = make_model(config, make_objective(config.objective), tokenizer.load(config.data.tokenizer))
-    init = init_fn(model, optax.identity(), loss_state={}, ema=False, seed=0, adapters=LoraConfig())
-    return {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in jax.eval_shape(init).params.items()}
 
 
 def cluster_heads(config: Config) -> list[str]:
