@@ -91,7 +91,7 @@ def test_a_report_that_fails_loses_nothing(run, tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(pages, "predict", broken)
+    monkeypatch.setattr(pages, "collect_examples", broken)
     assert trainer.run(config, [report.callback()]) == pytest.approx(expected, abs=1e-4)
     assert json.loads((tmp_path / "run" / "results.json").read_text())["results"] == pytest.approx(expected, abs=1e-4)
     assert "no report: RuntimeError: broken; xclip-jax report" in capsys.readouterr().out
@@ -119,7 +119,7 @@ def _tuples(value):
     ],
 )
 def test_bad_input_is_one_sentence(flags, message, run, monkeypatch):
-    monkeypatch.setattr(pages, "predict", lambda *_, **__: pytest.fail("made predictions first"))
+    monkeypatch.setattr(command, "collect_examples", lambda *_, **__: pytest.fail("made predictions first"))
     with pytest.raises(SystemExit) as stopped:
         command.main([flag.format(run) for flag in flags])
     assert message.format(run) in str(stopped.value)
