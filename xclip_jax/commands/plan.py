@@ -26,7 +26,6 @@ from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, for example v5e:4x8 or v4:2x4x4.")
-_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
 _MFU = flags.DEFINE_float("mfu", None, "Model FLOPs utilisation, if you know it: the share of the chips' peak.")
 _PRICE = flags.DEFINE_float("price", 0.0, "Price of a chip-hour, for the cost of the run.", lower_bound=0.0)
 _HLO = flags.DEFINE_string("hlo", "", "Output file for the optimised program.")
@@ -37,7 +36,6 @@ def plan(
     config: ml_collections.ConfigDict,
     topology: str,
     *,
-    slices: int = 1,
     mfu: float | None = None,
     price: float = 0.0,
     hlo: str = "",
@@ -46,7 +44,7 @@ def plan(
 
     Args:
       config: the config of a run.
-      topology, slices: see `devices_of`.
+      topology: see `devices_of`.
       mfu: share of peak FLOP/s reached by the model's FLOPs; by default the compiler's estimates decide.
       price: per chip-hour.
       hlo: output file for the optimised program.
@@ -59,15 +57,14 @@ def plan(
     hlo = os.path.expanduser(hlo)
     if hlo:  # compilation takes minutes
         check_file("--hlo", hlo)
-    devices, chip = devices_of(topology, slices)
+    devices, chip = devices_of(topology)
     began = time.perf_counter()
     experiment, compiled, trouble = cost.compile_config(config, devices)
     facts = {
         "topology": topology,
-        "slices": slices,
         "chips": len(devices) // chip.devices,
         "devices": len(devices),
-        "hosts": len({(getattr(d, "slice_index", 0), d.process_index) for d in devices}),
+        "hosts": len({d.process_index for d in devices}),
         "objective": config.objective.name,
         "strategy": config.mesh.strategy,
         "mesh": dict(experiment.mesh.shape),
@@ -128,13 +125,12 @@ def _time(
 def render(facts: dict[str, Any]) -> str:
     """Return the plan as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in facts["mesh"].items())
-    slices = f", {facts['slices']} slices" if facts["slices"] > 1 else ""
     per_chip = facts["devices"] // facts["chips"]
     device = "device" if per_chip > 1 else "chip"
     devices = f" with {per_chip} devices each" if per_chip > 1 else ""
     lines = [
         f"{facts['objective']}, {facts['model_parameters'] / 1e6:.1f} M parameters, batch {facts['batch']:,}, "
-        f"on {facts['topology']}{slices}: {facts['chips']} chips{devices}, {facts['hosts']} hosts",
+        f"on {facts['topology']}: {facts['chips']} chips{devices}, {facts['hosts']} hosts",
         f"mesh {mesh}, strategy {facts['strategy']}; compiled in {facts['compile_seconds']:.0f} s",
         "",
     ]
@@ -186,7 +182,7 @@ def main(_: list[str]) -> None:
     with exit_with_message():
         if not _TOPOLOGY.value:
             raise UserError("--topology is missing; name one such as v5e:4x8, v6e:4x4, v5p:4x4x8 or tpu7x:2x2x2")
-        options = {"slices": _SLICES.value, "mfu": _MFU.value, "price": _PRICE.value, "hlo": _HLO.value}
+        options = {"mfu": _MFU.value, "price": _PRICE.value, "hlo": _HLO.value}
         facts = plan(config, _TOPOLOGY.value, **options)
         print(json.dumps(facts, indent=2) if _JSON.value else render(facts))
 
