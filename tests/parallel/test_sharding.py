@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.experimental import topologies
 
 from tests.helpers import tiny
 from xclip_jax.data import loader
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, make_mesh, replicated
+from xclip_jax.plan.roofline import devices_of
 from xclip_jax.train import build, state
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -179,11 +181,16 @@ def test_zero1_splits_over_one_axis_what_all_devices_do_not_divide(shape, shard,
     assert split.shard_shape(shape) == shard
 
 
-def test_zero1_splits_within_a_slice_where_an_axis_of_the_mesh_is_one(monkeypatch):
-    monkeypatch.setattr(sharding, "num_slices", lambda _: 2)
+def test_slices_of_tpus_are_joined_by_the_data_axis():
+    """zero1 splits within a slice if an axis of the mesh is one."""
+    pytest.importorskip("libtpu")
+    devices_of("v5e:2x2")  # sets the variables of libtpu
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
     x = jax.ShapeDtypeStruct((256, 128), np.float32)
     for fsdp, shard in ((4, (64, 128)), (1, (32, 128))):
-        mesh = make_mesh({"data": 8 // fsdp, "fsdp": fsdp, "model": 1}, jax.devices()[:8])
+        mesh = make_mesh({"data": -1, "fsdp": fsdp, "model": 1}, chips)
+        of_slice = [device.slice_index for device in mesh.devices.flat]
+        assert of_slice == [of_slice[0]] * 4 + [of_slice[-1]] * 4 and len(set(of_slice)) == 2
         split = sharding.zero1_shardings({"x": x}, {"x": replicated(mesh)}, mesh)["x"]
         assert split.shard_shape(x.shape) == shard
 

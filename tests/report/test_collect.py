@@ -1,7 +1,6 @@
 """Results on the page, and whether they are above chance."""
 
 import dataclasses
-import datetime
 import json
 import math
 import re
@@ -54,8 +53,7 @@ def judged_results():
 
 def test_results_are_tested_against_chance(tmp_path):
     results = judged_results()
-    judged = collect.verdicts(results)
-    assert judged == {
+    assert collect.verdicts(results) == {
         ("a<b", "top1"): "above chance", ("b", "top1"): "not distinguishable from chance",
         ("c", "top1"): "below chance", ("r", "image_to_text/r1"): "above chance",
         ("p", "linear/top1"): "not distinguishable from chance",
@@ -64,7 +62,6 @@ def test_results_are_tested_against_chance(tmp_path):
     text = page_of(dataclasses.replace(run, results=results), examples.Examples())
     words = " ".join(check(text).text)
     assert "above chance chance 10.0\u00a0%, a" in words  # the tile of zero-shot classification
-    assert "2 of 5 results are above chance. The first metric of each set, with its 95% interval" in words
     rows = dict(re.findall(r'<th scope="row">([^ ]+?)<br>.*?<span class="pill([a-z ]*">[a-z -]+)</span>', text))
     assert rows["a&lt;b"] == ' above">above chance' and rows["c"] == ' below">below chance'
     assert rows["b"] == rows["p"] == '">not distinguishable from chance'
@@ -73,23 +70,17 @@ def test_results_are_tested_against_chance(tmp_path):
 
 def test_the_first_screen_says_what_to_do_now(tmp_path):
     run = written(tmp_path / "run", tiny.config("clip"), [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
-    complete = dataclasses.replace(run, ended=run.began)
-    bad = [result for result in judged_results() if result.set in "bc"]
     finetuned = written(tmp_path / "labelled", tiny.config("classify", objective__classify={"classes": 3}), [])
     for shown, sentence in (
         (run, "The run is not complete."),
-        (complete, f"xclip-jax serve {run.folder} --images FOLDER"),
-        (dataclasses.replace(complete, results=judged_results()), f"xclip_jax.load('{run.folder}')"),
-        (dataclasses.replace(complete, results=bad), f"xclip-jax doctor {run.folder}"),
+        (dataclasses.replace(run, ended=run.began), f"xclip-jax serve {run.folder} --images FOLDER"),
         (dataclasses.replace(finetuned, ended=run.began), "To use it, load the model in Python by"),
     ):
         page = page_of(shown, examples.Examples())
         assert sentence in unescape(page.partition("What now")[2].partition("</div>")[0])
 
 
-@pytest.mark.parametrize(
-    ("n", "right", "low", "high"), [(40, 23, 0.4089, 0.7296), (100, 11, 0.0562, 0.1883), (8, 0, 0.0, 0.3694)]
-)
+@pytest.mark.parametrize(("n", "right", "low", "high"), [(40, 23, 0.4089, 0.7296), (8, 0, 0.0, 0.3694)])
 def test_verdicts_change_where_the_exact_interval_ends(n, right, low, high):
     """Ends by the beta distribution's quantiles, of which chance is a hair to either side."""
     ends = scipy.stats.beta.ppf([0.025, 0.975], [max(right, 1e-12), right + 1], [n - right + 1, n - right])
@@ -162,10 +153,9 @@ def test_per_example_values_of_an_evaluation_serve_the_results_of_the_run(tmp_pa
     add(run, result, 4, items=PerExample(np.array([1.0, 1.0, 0.0, 0.0]), groups=np.array([0, 0, 1, 1])))
     (read,) = collect.read(run).results
     assert read.items.groups.tolist() == [0, 0, 1, 1]
-    finish(run, [dataclasses.replace(result, value=75.0)])
-    assert collect.read(run).results[0].items is None  # of another step
-    finish(run, [result])
-    assert collect.read(run).results[0].items is not None
+    for value in (75.0, 50.0):
+        finish(run, [dataclasses.replace(result, value=value)])
+        assert (collect.read(run).results[0].items is None) == (value == 75.0)  # of another step
 
 
 def test_the_last_evaluation_of_a_run_leaves_its_per_example_values(tmp_path):
@@ -176,7 +166,7 @@ def test_the_last_evaluation_of_a_run_leaves_its_per_example_values(tmp_path):
     RunWriter(tmp_path / "run").write_results(schema.resolve(config), [result])
     read = collect.read(tmp_path / "run")
     assert read.results[0].items.groups.tolist() == [0, 0, 1, 1] and read.steps == read.config.steps
-    assert abs((datetime.datetime.now(datetime.UTC) - read.ended).total_seconds()) < 60
+    assert read.complete
 
 
 def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
@@ -248,19 +238,6 @@ def test_a_run_that_is_not_complete_shows_the_newest_result_of_each_set_and_its_
     assert [(r.value, collect.read(run).step_of(r)) for r in collect.read(run).results if r.unit] == [(9.0, 60)]
 
 
-def test_a_run_that_is_killed_in_its_last_evaluation_shows_all_of_its_sets(tmp_path):
-    """The last evaluation has a line for each set."""
-    evaluations = [(2, numbers("x", 20.0) + numbers("z", 5.0)), (4, numbers("x", 40.0))]
-    evaluations.append((4, [Result("s", "textual", "r1", 30.0, n=9, chance=2.0, headline=True)]))
-    read = written(tmp_path / "run", tiny.config("clip", steps=4), [], evaluations)
-    assert [step for step, _ in read.evaluations] == [2, 4]
-    text = page_of(read, examples.Examples())
-    shown = tiles(text)
-    assert [number[:4] for number, _ in shown.values()] == ["40.0", "30.0"]
-    assert all(details.endswith("at step 4 ") for _, details in shown.values())
-    assert '<th scope="row">z<br>' in text
-
-
 def lines_of(text):
     """{name: (steps, values)} of the chart of evaluations."""
     (data,) = re.findall(r'data-chart="([^"]+)"[^>]*><figcaption><b>Evaluation during training', text)
@@ -282,14 +259,6 @@ def test_each_step_of_an_evaluation_is_one_point(tmp_path):
     assert lines_of(page_of(collect.read(run), examples.Examples())) == drawn
 
 
-def test_each_unit_has_a_chart_of_its_own(tmp_path):
-    rows = [{"step": 1, "loss": 1.0, "clip/loss": 1.0}]
-    gap = Result("y", "visual", "gap", 1.2, "radians", headline=True)
-    run = written(tmp_path / "run", tiny.config("clip"), rows, [(s, [*numbers("x", 20.0), gap]) for s in (1, 2)])
-    text = page_of(run, examples.Examples())
-    assert re.findall(r"<b>Evaluation during training</b> <small>([^<]+)<", text) == ["%", "radians"]
-
-
 def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
     """JSON has null in its place."""
     rows = [{"step": step, "loss": 1.0, "clip/loss": 1.0} for step in (1, 2)]
@@ -297,7 +266,6 @@ def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
     run = written(tmp_path / "run", tiny.config("clip", steps=4), rows, evaluations).folder
     finish(run, numbers("x", math.nan) + numbers("y", 40.0))
     assert '"value": null' in RunReader(run).results_file.read_text()
-    evaluate(run, "x", math.nan, 4)
     text = page_of(collect.read(run), examples.Examples())
     check(text)
     shown = re.sub("<pre.*?</pre>", "", text.partition("<main")[2].partition("<script")[0], flags=re.DOTALL)
@@ -305,7 +273,6 @@ def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
     assert tiles(text)["zero-shot classification"][0] == "<small>not a number</small>"
     assert re.search(r'<th scope="row">x<br>.*?<td>not a number.*?<th scope="row">y<br>.*?<td>40\.0', shown)
     assert lines_of(text) == {"x, top-1": ([1, 2], [20, 20])}
-    assert math.isnan(from_json([{"set": "x", "family": "zeroshot", "metric": "top1", "value": None}])[0].value)
 
 
 @pytest.mark.parametrize(

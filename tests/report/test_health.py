@@ -17,14 +17,6 @@ from xclip_jax.report import examples
 pytestmark = pytest.mark.long
 
 
-def test_a_run_without_clusters(tmp_path):
-    rows = [{"step": s, "loss": 2 / s, "clip/loss": 2 / s, "clip/ln_b": 2.77, "rank/img": 3.0} for s in (1, 2)]
-    text = page_of(written(tmp_path / "run", tiny.config("clip"), rows), examples.Examples(missing=["nothing"]))
-    words = " ".join(check(text).text)
-    assert "Clusters" not in words and "The value is 0.639; the alarm is below 0.01." in words
-    assert "ln b" in words and "Mutual information" not in words
-
-
 @pytest.fixture(scope="module", autouse=True)
 def judged_at_once():
     """Warnings from step 1 on."""
