@@ -140,18 +140,15 @@ def test_vm_that_exists_is_used_and_training_not_started_twice(cloud):
     code.touch()
     try:
         again = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exec sleep 30"])
-        assert again.returncode != 0
-        assert "error: training runs already, as process" in again.stderr
-        assert cloud.verbs() == ["create", "python"]
-        assert code.exists()  # what runs may import it yet
+        assert again.returncode != 0 and "error: training runs already, as process" in again.stderr
+        assert cloud.verbs() == ["create", "python"] and code.exists()  # what runs may import it yet
     finally:
         os.kill(int(read(home / "train.pid")), signal.SIGTERM)
     while not (home / "train.exit").exists():
         time.sleep(0.05)
     resumed = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["", "exit 0"])
     assert resumed.returncode == 0, resumed.stderr
-    assert cloud.verbs() == ["create", "python", "python"]
-    assert (home / "runs").is_dir()
+    assert cloud.verbs() == ["create", "python", "python"] and (home / "runs").is_dir()
 
 
 @pytest.mark.parametrize(
