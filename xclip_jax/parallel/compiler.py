@@ -1,9 +1,6 @@
 """The XLA compiler: options of a train step by platform, the order of its backward pass, and the cache of programs."""
 
-import hashlib
 import os
-import pathlib
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,13 +100,14 @@ def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
 def enable_cache() -> None:
     """Turn on JAX's persistent compilation cache, so that a restarted command does not compile again.
 
-    Call it before anything is compiled. The folder is JAX_COMPILATION_CACHE_DIR if set, else `cache_folder()` with at
-    most `CACHE_BYTES`; JAX's other environment variables have precedence, too.
+    Call it before anything is compiled. The folder is JAX_COMPILATION_CACHE_DIR if set, else `compiled` in
+    `core.storage.cache_dir` with at most `CACHE_BYTES`; JAX's other environment variables have precedence, too. Keys
+    contain the kind of processor, so that machines may share a home.
     """
     config: Any = jax.config
     if config.jax_compilation_cache_dir:
         return
-    config.update("jax_compilation_cache_dir", str(cache_folder()))
+    config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     limits = {
         "jax_compilation_cache_max_size": CACHE_BYTES,
         "jax_persistent_cache_min_compile_time_secs": CACHE_SECONDS,
@@ -117,16 +115,3 @@ def enable_cache() -> None:
     for name, value in limits.items():
         if name.upper() not in os.environ:
             config.update(name, value)
-
-
-def cache_folder() -> pathlib.Path:
-    """Return `compiled/CPU` in `core.storage.cache_dir`; CPU names this kind of processor.
-
-    Machines with a shared home may have different processors, which do not run each other's code.
-    """
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return cache_dir() / "compiled" / f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
