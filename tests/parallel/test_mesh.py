@@ -70,7 +70,7 @@ def test_devices_of_hosts_are_no_slices_but_on_tpus():
 
     sizes = {"data": 1, "fsdp": 8, "model": 1}
     assert make_mesh(sizes, devices("gpu")).shape["fsdp"] == 8
-    with pytest.raises(UserError, match="data=1 must be a multiple of the 2 slices"):
+    with pytest.raises(UserError, match="a multiple of the number of slices, 2"):
         make_mesh(sizes, devices("tpu"))
 
 

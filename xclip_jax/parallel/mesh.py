@@ -20,19 +20,17 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     shape = [sizes[axis] for axis in AXES]
     given = math.prod(n for n in shape if n != -1)
     shape = [len(devices) // given if n == -1 else n for n in shape]
-    if math.prod(shape) != len(devices):
-        raise UserError(
-            f"mesh {dict(sizes)} does not fit {len(devices)} devices: sizes must multiply to {len(devices)}, and one "
-            "may be -1 for the rest."
-        )
     slices = num_slices(devices)
+    if math.prod(shape) != len(devices) or shape[0] % slices:
+        raise UserError(
+            f"mesh {dict(sizes)} does not fit {len(devices)} devices: sizes must multiply to {len(devices)}, data must "
+            f"be a multiple of the number of slices, {slices}, and one size may be -1 for the rest."
+        )
     types = (AxisType.Auto,) * len(AXES)  # sharding constraints do not work with the default, Explicit
     # An axis of 8 spans two physical axes in a torus of 4 x 4 x 4.
     split: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
         return Mesh(mesh_utils.create_device_mesh(tuple(shape), **split), AXES, axis_types=types)
-    if shape[0] % slices:
-        raise UserError(f"mesh {dict(sizes)}: data={shape[0]} must be a multiple of the {slices} slices.")
     # Gradient sums, embeddings and hidden rows of cluster heads cross the data centre's network between slices.
     inside = (shape[0] // slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **split)
