@@ -4,10 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 from etils import epath
 
+from tests import conftest
+from tests.helpers.browser import chromium
 from tests.helpers.launching import LAUNCH, ROOT
 
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "common.sh")
@@ -63,9 +66,12 @@ def test_run_folder_is_spelt_as_training_spells_it(given):
     assert run_folder(f"--config.run={given}") == f"{epath.Path(given)}\n"
 
 
-@pytest.mark.long
-def test_test_that_is_skipped_says_the_remedy_and_fails_in_ci():
-    command = [sys.executable, "-m", "pytest", "-q", "tests/report/test_page.py", "-k", "tab_key"]
-    env = os.environ | {"CHROMIUM": "/nowhere"}
-    done = subprocess.run([*command, "--no-skips"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 1 and "apt install chromium, or CHROMIUM=/path/to/chromium" in done.stdout
+def test_test_that_is_skipped_says_the_remedy_and_fails_in_ci(monkeypatch):
+    monkeypatch.setenv("CHROMIUM", "/nowhere")
+    with pytest.raises(pytest.skip.Exception, match="apt install chromium, or CHROMIUM=/path/to/chromium"), chromium():
+        pass
+    cases = (("x", True, "failed"), ("x", False, "skipped"), ("is not permitted", True, "skipped"))
+    for reason, no_skips, outcome in cases:
+        report = types.SimpleNamespace(skipped=True, outcome="skipped", longrepr=("", 1, reason))
+        config = types.SimpleNamespace(option=types.SimpleNamespace(no_skips=no_skips))
+        assert conftest._without_skips(report, config).outcome == outcome
