@@ -5,12 +5,11 @@
     JAX_PLATFORMS=cpu python -m benchmarks.accelerator --small      # for tests; its figures mean nothing
 
 Each attempt at a row is a separate process, so that memory and compiled programs of one do not count for the next. Ours
-uses the recipes' rematerialisation (remat=dots). It compiles the step for two small batches, derives from their memory
-the largest multiple of 128 pairs per device that fits (or less, if the device disagrees), and prints the median of
---steps steps. Images are random uint8, texts as long as in CC12M (`benchmarks.step`) and whole without --groups.
-MFU is the model's FLOPs (`xclip_jax.train.cost`, three forward passes, nothing for cut tokens) over the devices' dense
-bf16 peak. open_clip runs on one GPU, without rematerialisation, with torch.compile, bf16 autocast, fused AdamW and
-whole texts, with as many pairs as one of our devices, or the largest half, quarter ... of these that fits.
+uses the recipes' rematerialisation (remat=dots). The first attempt has 1,024 pairs per device, and each further one
+half of the last, until a step fits; the median of --steps steps is printed. Images are random uint8, texts as long as
+in CC12M (`benchmarks.step`) and whole without --groups. MFU is the model's FLOPs (`xclip_jax.train.cost`, three forward
+passes, nothing for cut tokens) over the devices' dense bf16 peak. open_clip runs on one GPU, without rematerialisation,
+with torch.compile, bf16 autocast, fused AdamW and whole texts, first with as many pairs as one of our devices.
 """
 
 import argparse
@@ -30,9 +29,8 @@ import numpy as np
 from benchmarks import step as cpu
 
 PRESET, CLUSTERS = "B/16", 32768
-MULTIPLE = 128  # pairs per device
-LARGEST = 3 * MULTIPLE  # pairs per device in the larger of two steps compiled to measure their memory
-FREE = 0.92  # fraction of a device's memory that a step may take
+LARGEST = 1024  # pairs per device of the first attempt
+LEAST = 128  # fewest pairs of a batch
 WARM_UP = 3
 
 
@@ -59,54 +57,15 @@ def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
     return config
 
 
-def rounded(pairs: float) -> int:
-    """Round down to a multiple of 128 pairs, or below 128 to a power of two; at least 1."""
-    return int(pairs) // MULTIPLE * MULTIPLE or 1 << max(int(pairs), 1).bit_length() - 1
-
-
-def fitting_batch(objective: str, small: bool, groups: bool) -> int:
-    """Return the largest fitting batch, extrapolated from the memory of the steps of two small batches."""
-    import jax
-
-    from xclip_jax.train import cost
-    from xclip_jax.train.build import build
-
-    devices = jax.devices()
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
-    if small or not limit:
-        return 16 * len(devices)
-    peaks: dict[int, float] = {}
-    size = LARGEST
-    while size and len(peaks) < 2:
-        experiment = build(config_of(objective, size * len(devices), small, groups))
-        compiled, trouble = cost.compile_if_fits(experiment)  # TPU compilers refuse large steps
-        if compiled is not None:
-            peaks[size] = cost.memory_usage(experiment, compiled)["peak"]
-        size //= 2
-    if len(peaks) < 2:
-        raise SystemExit(f"not even two pairs per device fit: {trouble}")
-    large, less = peaks
-    slope = (peaks[large] - peaks[less]) / (large - less)
-    return rounded(large + (FREE * limit - peaks[large]) / slope) * len(devices)
-
-
 def attempt(flags: argparse.Namespace) -> dict[str, Any]:
-    """Measure with --batch or the batch that should fit; {"retry": smaller batch} if it does not."""
-    if flags.child == "open_clip":
-        run, batch, devices, fewer = open_clip, flags.batch, MULTIPLE, flags.batch // 2
-    else:
-        import jax
-
-        run = ours
-        devices = jax.device_count()
-        batch = flags.batch or fitting_batch(flags.child, flags.small, flags.groups)
-        fewer = rounded(0.9 * batch / devices) * devices
+    """Measure with --batch; {"retry": half of it} if that does not fit."""
+    run = open_clip if flags.child == "open_clip" else ours
     try:
-        return run(flags, batch)
+        return run(flags, flags.batch)
     except RuntimeError as error:
-        if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error)) or batch <= devices:
+        if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error)) or flags.batch < 2 * LEAST:
             raise
-        return {"retry": fewer}
+        return {"retry": flags.batch // 2}
 
 
 def ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
@@ -200,15 +159,21 @@ def torch_has_cuda() -> bool:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def measure(child: str, flags: argparse.Namespace, batch: int = 0) -> dict[str, Any] | None:
+def device_count() -> int:
+    """Return the number of JAX's devices, by a separate process, since JAX would keep their memory."""
+    code = "import jax; print(jax.device_count())"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def measure(child: str, flags: argparse.Namespace, batch: int) -> dict[str, Any] | None:
     """Return the row of the first fitting batch, or None if the process failed."""
     command = [sys.executable, "-m", "benchmarks.accelerator", "--child", child, "--steps", str(flags.steps)]
     command += ["--small"] * flags.small + ["--groups"] * flags.groups
     command += ["--trace", str(pathlib.Path(flags.trace) / child)] if flags.trace else []
-    result: dict[str, Any] = {"retry": batch or flags.batch}
+    result: dict[str, Any] = {"retry": batch}
     while "retry" in result:
         batch = result["retry"]
-        print(f"{child}, {batch or 'the most'} pairs ...", file=sys.stderr, flush=True)
+        print(f"{child}, {batch} pairs ...", file=sys.stderr, flush=True)
         done = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{child} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
@@ -250,7 +215,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objectives", default="clip,xclip", help="joined by commas")
-    parser.add_argument("--batch", type=int, default=0, help="global batch; by default the largest that fits")
+    parser.add_argument("--batch", type=int, default=0, help="global batch of the first attempt")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--groups", action="store_true", help="texts in groups of their lengths, data.length_groups")
     parser.add_argument("--trace", default="", help="folder for traces of three steps")
@@ -262,7 +227,8 @@ def main() -> None:
             result = attempt(flags)
         print(json.dumps(result))
         return
-    measured_rows = [measure(objective, flags) for objective in flags.objectives.split(",")]
+    batch = flags.batch or (16 if flags.small else LARGEST * device_count())
+    measured_rows = [measure(objective, flags, batch) for objective in flags.objectives.split(",")]
     rows = [row for row in measured_rows if row]
     clip = next((row for row in rows if row["objective"] == "clip"), None)
     if clip and not flags.small and torch_has_cuda():

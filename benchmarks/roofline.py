@@ -166,12 +166,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", type=pathlib.Path, help="file from plan --hlo")
     parser.add_argument("topology")
-    parser.add_argument("--slices", type=int, default=1)
     options = parser.parse_args()
     with exit_with_message():
         chip, grid = grid_of(options.topology)
         text = options.program.read_text()
-        devices = math.prod(grid) * CHIPS[chip].devices * options.slices
+        devices = math.prod(grid) * CHIPS[chip].devices
         exposed = roofline(text, options.topology, devices).exposed_ms
         rows = parts(text, options.topology, devices)
     print(f"{'ms of a step':<30}" + "".join(f"{name:>9}" for name in (*COLUMNS, "all", "HBM")))

@@ -12,19 +12,12 @@ from xclip_jax.config import recipes
 
 TESTS = (
     "emoji/test_concepts",
-    "emoji/test_concepts_one_prompt",
     "emoji/test_rendering",
-    "emoji/test_rendering_flags",
-    "emoji/test_rendering_animals_food",
-    "emoji/test_rendering_rest",
-    "emoji/test_rendering_flags_all_names",
     "emoji/test_line",
     "emoji/test_line_concepts",
     "emoji/test_retrieval",
     "emoji/test_probe",
     "emoji/test_aliases",
-    "emoji/test_translations",
-    "emoji/test_text_probe",
 )
 
 

@@ -21,7 +21,8 @@ from tests.helpers.serving import served
 from xclip_jax.commands import evaluate, report
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import registry
-from xclip_jax.report import collect, page, picture
+from xclip_jax.report import collect, picture
+from xclip_jax.report.examples import collect_examples
 from xclip_jax.train.build import make_encoder, profile_of_run
 from xclip_jax.train.weights import load
 
@@ -69,15 +70,13 @@ def strip(run: str, path: pathlib.Path) -> None:
     """Write 1280 x 360 pixels: four images with names, then the first search and the largest cluster."""
     config = collect.read(run).config
     loaded = load(run)
-    experiment = loaded.experiment
-    variables = loaded.variables
     specs = (*config.eval.sets_at_end, *config.eval.sets)
-    encoder = make_encoder(experiment)
+    encoder = make_encoder(loaded.experiment)
     profile = profile_of_run(config)
-    examples = page.predict(experiment, encoder, variables, specs, config=config, profile=profile)
+    examples = collect_examples(encoder, loaded.variables, specs, data=config.data, profile=profile)
     if examples.clusters is None:
         raise ValueError(f"{run} has no clusters; use a run of the demo with xclip or nclip")
-    named = picture.best_first(examples.named)[0]
+    named = examples.named[0]
     cells = [
         functools.partial(picture.search_card, examples.gallery, result=examples.searches[0]),
         functools.partial(picture.cluster_card, examples.gallery, cluster=examples.clusters.most[0]),

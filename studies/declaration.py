@@ -1,11 +1,8 @@
 """Declaration of a study: arms, measures and claims as plain data."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-from xclip_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class ClaimPart:
-    """A comparison: the sum of one measure over the arms `plus`, minus the sum over the arms `minus`.
+    """A comparison: the sum of one measure over the arms `plus` is better than the sum over the arms `minus`.
 
     One arm on each side is a difference; two on each side compare two differences.
     """
@@ -47,8 +44,6 @@ class ClaimPart:
     measure: str  # name of a measure
     plus: Sequence[str]  # names of arms; "ARM:MEASURE" takes another measure of that arm
     minus: Sequence[str]
-    better: bool = True  # whether `plus` is claimed to be better than `minus`, or worse
-    margin: float = 0.0  # how much worse `plus` may be and still count as "at least as good"; 0 claims a difference
 
     def terms(self, side: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Yield the arm and the measure of each term in `plus` or `minus`."""
@@ -88,22 +83,3 @@ class Study:
     def measure(self, name: str) -> Measure:
         """Return the measure with this name."""
         return next(measure for measure in self.measures if measure.name == name)
-
-
-def check(study: Study) -> None:
-    """Raise `UserError` for wrong names in the declaration."""
-    names = [arm.name for arm in study.arms]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"the study has two arms {name!r}; rename one.")
-        if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
-            raise UserError(f"arm {name!r}: use letters, digits, '_' and '.' alone, since file names contain it.")
-    both = set(study.validation) & set(study.tests)
-    if both:
-        raise UserError(f"set {min(both)!r} is for validation and for tests; remove it from one of them.")
-    known = [measure.name for measure in study.measures]
-    for claim in study.claims:
-        for part in claim.parts:
-            for _, measure in (*part.terms(part.plus), *part.terms(part.minus)):
-                if measure not in known:
-                    raise UserError(f"a claim refers to measure {measure!r}; expected one of {', '.join(known)}.")

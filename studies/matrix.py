@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from studies.declaration import Arm, Measure, Study, check
+from studies.declaration import Arm, Measure, Study
 from studies.records import RunRecord, config_key, full, short
 from xclip_jax.config import schema
 from xclip_jax.config.load import check_keys
@@ -32,8 +32,7 @@ class Matrix:
     """The runs of a study."""
 
     def __init__(self, study: Study, load_config: LoadConfig) -> None:
-        """Check the declaration; `load_config` maps "RECIPE:ARGUMENT" to a config."""
-        check(study)
+        """Make no run yet; `load_config` maps "RECIPE:ARGUMENT" to a config."""
         self.study = study
         self._load = load_config
         self._recipes: dict[str, ml_collections.ConfigDict] = {}

@@ -28,8 +28,6 @@ from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 ROOT = pathlib.Path(__file__).parents[1]
 _CODE = ("xclip_jax", "configs", "studies/*.py", "setup.py")  # git's patterns, which include folders of studies
 _POLL = 0.5  # seconds
-_LOCK_SECONDS = 60
-_MAX_FAILURES = 3  # in a row, after which all would fail
 
 
 def code_version(root: pathlib.Path = ROOT) -> str:
@@ -66,7 +64,6 @@ class Runner:
         only: Collection[str] = (),
         max_hours: float | None = None,
         workers: int = 1,
-        allow_dirty: bool = False,
     ) -> None:
         """Prepare without starting a run.
 
@@ -76,19 +73,16 @@ class Runner:
           scratch: folder of the runs' folders, which are deleted once their records are written.
           max_hours: hours after which runs in progress are saved and stopped.
           workers: number of simultaneous runs.
-          allow_dirty: record runs of uncommitted code.
         """
         self.runs = runs
         self.scratch = scratch
         self.workers = workers
-        self.allow_dirty = allow_dirty
         self._planned = matrix.runs(only)
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self._active: dict[str, _Active] = {}
         self._failed: dict[str, str] = {}
-        self._failures = 0
         self._stopping = ""
-        self._finished: tuple[Any, Collection[str]] = (None, ())
+        self._recorded = set(records.read_all(runs))
         self._lock: Any = None
 
     def run(self) -> bool:
@@ -119,8 +113,6 @@ class Runner:
                 self._end(active)
         if self._deadline is not None and time.monotonic() > self._deadline:
             self._stopping = self._stopping or "--max-hours are over"
-        if self._failures >= _MAX_FAILURES:
-            self._stopping = f"{_MAX_FAILURES} runs failed in a row"
         if self._stopping:
             return False
         waiting = [run for run in self._missing() if run.key not in {**self._active, **self._failed}]
@@ -129,21 +121,13 @@ class Runner:
         return bool(self._active)
 
     def _missing(self) -> list[Run]:
-        """Return the runs without a record, which another command may have written meanwhile."""
-        stat = self.runs.stat() if self.runs.exists() else None
-        state = stat and (stat.st_size, stat.st_mtime_ns)
-        if self._finished[0] != state:
-            self._finished = (state, records.read_all(self.runs))
-        return [run for run in self._planned if run.key not in self._finished[1]]
+        return [run for run in self._planned if run.key not in self._recorded]
 
     def _check_commit(self) -> str:
-        """Return the commit of the code; `UserError` for uncommitted code without `allow_dirty`."""
+        """Return the commit of the code; `UserError` for uncommitted code."""
         commit = code_version()
-        if (commit.endswith("-dirty") or commit == "unknown") and not self.allow_dirty:
-            raise UserError(
-                f"the code has no commit ({commit}): {', '.join(_CODE)} have changes, or are outside a git checkout. "
-                "Commit them, or pass --allow-dirty, which the records state."
-            )
+        if commit.endswith("-dirty") or commit == "unknown":
+            raise UserError(f"the code has no commit ({commit}); commit {', '.join(_CODE)} in a git checkout.")
         return commit
 
     def _start(self, run: Run) -> None:
@@ -191,14 +175,9 @@ class Runner:
             log = active.folder / "output.log"
             *_, reason = [f"status {code}", *log.read_text(errors="replace").strip().splitlines()]
             self._failed[active.run.key] = f"{active}: {reason} (see {log})."
-            self._failures += 1
             print(f"FAILED: {self._failed[active.run.key]}", flush=True)
             return
-        self._failures = 0
-        if active.run in self._missing():
-            self._record(active)
-        else:
-            print(f"{active}: has a record already, which stays as it is", flush=True)
+        self._record(active)
         shutil.rmtree(active.folder)
 
     def _record(self, active: _Active) -> None:
@@ -215,6 +194,7 @@ class Runner:
         if record.key != active.run.key:
             raise UserError(f"{active.folder} has another config than {active}; delete it.")
         name = records.write(self.runs, record)
+        self._recorded.add(record.key)
         headlines = ", ".join(f"{r.set} {r.key} {r.value:.1f}" for r in record.results if r.headline)
         print(f"{name}: {record.error or headlines or 'finished'}", flush=True)
 
@@ -249,18 +229,12 @@ class Runner:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other commands out of the scratch folder, and wait for runs left by a killed command."""
+        """Keep other commands out of the scratch folder, also while runs left by a killed command save."""
         with open(self.scratch / ".lock", "a") as file:
-            since = time.monotonic()
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() - since > _LOCK_SECONDS:
-                        message = f"{self.scratch} is in use by another study; wait, or pass --scratch."
-                        raise UserError(message) from None
-                    time.sleep(_POLL)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.scratch} is in use by another study; wait, or pass --scratch.") from None
             os.set_inheritable(file.fileno(), True)
             self._lock = file
             yield

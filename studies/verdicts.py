@@ -14,11 +14,11 @@ UNCORRECTED = "for the claim, uncorrected"
 OPPOSED = "against the claim, uncorrected"
 RULE = (
     "Differences are paired by seed, with 95 % t-intervals. A part *holds* if the whole interval is on the claimed "
-    "side of zero (with a margin: of minus the margin), and all seeds or all but one. It *fails* if the whole interval "
-    "is on the other side, also after Holm's correction over the parts of the claim. A claim *holds* if all parts "
-    f"hold, which needs no correction; it *fails* if one part fails. Otherwise it is *{UNDECIDED}*, and a part holds "
-    f"only if its p is below {ALPHA:g} after Holm's correction. Fewer than {MIN_SEEDS} seeds decide nothing. *p* is of "
-    "the t-test; the sign-flip test assumes no distribution, but cannot be below 2 / 2^n: it decides nothing."
+    "side of zero, and all seeds or all but one. It *fails* if the whole interval is on the other side, also after "
+    "Holm's correction over the parts of the claim. A claim *holds* if all parts hold, which needs no correction; it "
+    f"*fails* if one part fails. Otherwise it is *{UNDECIDED}*, and a part holds only if its p is below {ALPHA:g} "
+    f"after Holm's correction. Fewer than {MIN_SEEDS} seeds decide nothing. *p* is of the t-test; the sign-flip test "
+    "assumes no distribution, but cannot be below 2 / 2^n: it decides nothing."
 )
 
 
@@ -28,8 +28,8 @@ class PartVerdict:
 
     part: ClaimPart
     difference: Difference | None = None  # `plus` - `minus`, of logarithms for a ratio; None without a common seed
-    agreeing: int = 0  # number of seeds whose difference has the claimed sign, margin included
-    p: float = 1.0  # twice the one-sided p that the difference is on the claimed side, margin included
+    agreeing: int = 0  # number of seeds whose difference has the claimed sign
+    p: float = 1.0  # twice the one-sided p that the difference is on the claimed side
     p_against: float = 1.0  # the same for the other side
     p_holm: float = 1.0  # `p` after Holm's correction within the claim
     verdict: str = UNDECIDED  # or `HOLDS`, `FAILS`, `OPPOSED`, or `UNCORRECTED` in a claim that does not hold
@@ -59,10 +59,10 @@ def compare(snapshot: Snapshot, part: ClaimPart) -> PartVerdict:
     d = difference(snapshot, part)
     if d is None:
         return PartVerdict(part)
-    side = 1 if part.better == snapshot.study.measure(part.measure).higher else -1
-    agreeing = sum(side * x > -part.margin for x in d.values)
-    p = min(1.0, 2 * p_above(side * d.mean + part.margin, d.standard_error, d.n))
-    against = min(1.0, 2 * p_above(-side * d.mean - part.margin, d.standard_error, d.n))
+    side = 1 if snapshot.study.measure(part.measure).higher else -1
+    agreeing = sum(side * x > 0 for x in d.values)
+    p = min(1.0, 2 * p_above(side * d.mean, d.standard_error, d.n))
+    against = min(1.0, 2 * p_above(-side * d.mean, d.standard_error, d.n))
     holds = d.n >= MIN_SEEDS and p < ALPHA and agreeing >= d.n - 1
     return PartVerdict(part, d, agreeing, p, against, p, HOLDS if holds else UNDECIDED)
 

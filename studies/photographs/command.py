@@ -37,7 +37,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="PREFIX", help="arms whose names begin so")
     parser.add_argument("--workers", type=int, default=1, help="simultaneous runs, each on its share of the cores")
     parser.add_argument("--max-hours", type=float, help="save and stop runs in progress after this time")
-    parser.add_argument("--allow-dirty", action="store_true", help="run uncommitted code; records say so")
     parser.add_argument("--home", default=str(HOME), help="folder of the records")
     parser.add_argument("--docs", default=str(ROOT / "docs" / "photographs"), help="folder of the page")
     parser.add_argument("--scratch", default=str(ROOT / "runs" / "photographs"), help="folder of runs in progress")
@@ -82,7 +81,7 @@ def _run(home: pathlib.Path, flags: argparse.Namespace) -> bool:
         runner = Runner(
             stages.PhotographsMatrix(stages.study_of(study.arms), load_config), home / "runs.jsonl",
             pathlib.Path(flags.scratch), only=[name for name in names if name.partition("_")[0] == stage],
-            max_hours=left, workers=flags.workers, allow_dirty=flags.allow_dirty,
+            max_hours=left, workers=flags.workers,
         )  # fmt: skip
         if names:
             if not runner.run():

@@ -137,7 +137,7 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
         "not stored, because 'hf' has no field for it: clusters_img, clusters_txt",
         f"commit `{config['environment']['commit']}`", f"jax {config['environment']['versions']['jax']}",
         "The licence of the training data: see its sources", "## Limits",
-        f"| {evaluation['results'][0]['value']:.1f} |", "zero-shot classification, %",
+        f"| {evaluation['results'][0]['value']:.1f} |",
         "One caption of each pair is drawn, from text",
     ):  # fmt: skip
         assert part in card, part

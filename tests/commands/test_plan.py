@@ -68,18 +68,6 @@ def test_the_text_has_it_all(found):
     assert unfit.endswith("to need less, add one after the other: --config.optim.microbatches=2")
 
 
-@pytest.mark.slow
-def test_several_slices():
-    pytest.importorskip("libtpu")
-    # Arrays narrower than a chip's 128 lanes are padded before they are sent to another slice.
-    wide = config(model__img__width=128, model__txt__width=128)
-    one, two = (plan.plan(wide, "v5e:2x4", slices=slices) for slices in (1, 2))
-    assert (two["chips"], two["hosts"], two["mesh"]["data"]) == (16, 4, 16)
-    # Each chip sends an eighth of large gradients to the other slice, and small ones whole.
-    assert 1 / 8 < two["sent"]["all-reduce between slices"] / one["sent"]["all-reduce"] < 1 / 2
-    assert two["roofline"]["exposed_ms"] > one["roofline"]["exposed_ms"]
-
-
 def test_mesh_axes_may_share_an_axis_of_the_torus():
     pytest.importorskip("libtpu")
     devices, _ = plan.devices_of("v4:4x4x4")
@@ -90,7 +78,6 @@ def test_mesh_axes_may_share_an_axis_of_the_torus():
     ("options", "message"),
     [
         ({"hlo": "FILE/step.hlo"}, "--hlo"),
-        ({"slices": 0}, "--slices is 0"),
     ],
 )
 def test_bad_options_are_refused_before_compiling(options, message, tmp_path, monkeypatch):

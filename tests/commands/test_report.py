@@ -86,7 +86,7 @@ def test_a_report_that_fails_loses_nothing(run, tmp_path, monkeypatch, capsys):
     content = json.loads((tmp_path / "run" / "config.json").read_text())
     content["config"]["run"] = str(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(json.dumps(content))
-    monkeypatch.setattr(pages, "predict", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(pages, "collect_examples", lambda *_, **__: 1 / 0)
     config = schema.complete(content["config"])
     assert trainer.run(config, [report.callback()]) == pytest.approx(expected, abs=1e-4)
     assert json.loads(results.read_text())["results"] == pytest.approx(expected, abs=1e-4)
@@ -106,6 +106,6 @@ def test_a_report_that_fails_loses_nothing(run, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_input(flags, message, run, monkeypatch):
-    monkeypatch.setattr(pages, "predict", lambda *_, **__: pytest.fail("made predictions first"))
+    monkeypatch.setattr(command, "collect_examples", lambda *_, **__: pytest.fail("made predictions first"))
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         command.main([flag.format(run) for flag in flags])

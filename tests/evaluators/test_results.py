@@ -85,8 +85,8 @@ def test_later_commands_add_to_the_file(root):
     for each in entries_:
         name = f"{each['name']}/{each['metric']}"
         assert items[each["items"]][name].value() == pytest.approx(each["value"])
-    card = model_card.evaluations(RunReader(run), STEPS, 2)
-    assert [row[0] for row in card["evaluated"]] == ["`folder:one`"] and card["profile"] == "openai"
+    (measured,) = model_card.measured(RunReader(run), STEPS, 2)
+    assert model_card.evaluations([measured])[0][0] == "`folder:one`"
 
 
 def test_results_of_two_runs_in_one_file(root, tmp_path):

@@ -134,7 +134,7 @@ def test_a_page_is_about_the_sets_own_metric(tmp_path):
     words = " ".join("|".join(text).split())
     (judged,) = (collect.judge(row.shown[0][1]) for row in tables.rows(results))
     assert judged.verdict == "above chance"
-    assert f"|71.2|{judged}|above chance|" in words
+    assert f"|71.2 |chance 50.0|{judged}|above chance|" in words
     # Without values of items there is none: in a mean per class images of rare ones weigh more.
     assert [str(collect.judge(row.shown[0][1])) for row in tables.rows(pets())] == [""]
 

@@ -12,7 +12,7 @@ from xclip_jax.report.collect import Run
 HOSTILE = "<script>alert(1)</script>\" onload='alert(2)' &amp; <b>"
 
 
-SECTIONS = ("names", "search", "attention", "results", "curves", "health", "run")
+SECTIONS = ("names", "search", "results", "curves", "health", "run")
 
 
 class Page(HTMLParser):

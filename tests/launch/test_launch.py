@@ -4,10 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 from etils import epath
 
+from tests import conftest
+from tests.helpers.browser import chromium
 from tests.helpers.launching import LAUNCH, ROOT
 
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "common.sh")
@@ -34,12 +37,11 @@ def test_header_describes_each_variable(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_is_the_header(name, flag, tmp_path):
+def test_help_is_the_header(name, tmp_path):
     """Asked from anywhere, without an environment to make: the tools that would are not there."""
     (tmp_path / "awk").symlink_to(shutil.which("awk"))
     (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
-    command = [shutil.which("bash"), LAUNCH / name, flag]
+    command = [shutil.which("bash"), LAUNCH / name, "--help"]
     done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     header = (LAUNCH / name).read_text().partition("\nset -euo pipefail")[0].splitlines()[1:]
@@ -48,38 +50,28 @@ def test_help_is_the_header(name, flag, tmp_path):
     assert name in done.stdout and len(lines) > 3
 
 
+def run_folder(*arguments):
+    command = ["bash", "-c", '. launch/common.sh; run_folder gs://example "$@"', "run_folder", *arguments]
+    return subprocess.check_output(command, cwd=ROOT, text=True)
+
+
 @pytest.mark.parametrize("given", ["--config.run=gs://b/a b", "--config.run|gs://b/a b", "-config.run|gs://b/a b"])
 def test_run_folder_in_each_spelling_that_python_takes(given):
-    arguments = [
-        "--config",
-        "configs/pretrain.py:objective=xclip",
-        "--config.run=first",
-        *given.split("|"),
-        "--config.steps=1",
-    ]
-    command = ["bash", "-c", '. launch/common.sh; run_folder gs://example "$@"', "run_folder", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "gs://b/a b\n")
+    config = ["--config", "configs/pretrain.py:objective=xclip"]
+    assert run_folder(*config, "--config.run=first", *given.split("|"), "--config.steps=1") == "gs://b/a b\n"
 
 
-@pytest.mark.parametrize(
-    ("given", "folder"),
-    [
-        ("gs://b/runs/mine/", "gs://b/runs/mine"),
-        ("gs:///b//runs/.//mine//", "gs://b/runs/mine"),
-        ("gs://b/.runs/mine.", "gs://b/.runs/mine."),
-        ("/shared//runs/mine/.", "/shared/runs/mine"),
-    ],
-)
-def test_run_folder_is_spelt_as_training_spells_it(given, folder):
-    command = ["bash", "-c", '. launch/common.sh; run_folder gs://example "--config.run=$1"', "run_folder", given]
-    assert subprocess.check_output(command, cwd=ROOT, text=True) == f"{epath.Path(given)}\n" == f"{folder}\n"
+@pytest.mark.parametrize("given", ["gs:///b//runs/.//mine//", "gs://b/.runs/mine.", "/shared//runs/mine/."])
+def test_run_folder_is_spelt_as_training_spells_it(given):
+    assert run_folder(f"--config.run={given}") == f"{epath.Path(given)}\n"
 
 
-@pytest.mark.long
-def test_test_that_is_skipped_says_the_remedy_and_fails_in_ci():
-    command = [sys.executable, "-m", "pytest", "-q", "tests/report/test_page.py", "-k", "clusters_are_searched"]
-    env = os.environ | {"CHROMIUM": "/nowhere"}
-    for flags, status in (((), 0), (("--no-skips",), 1)):
-        done = subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == status and "apt install chromium, or CHROMIUM=/path/to/chromium" in done.stdout
+def test_test_that_is_skipped_says_the_remedy_and_fails_in_ci(monkeypatch):
+    monkeypatch.setenv("CHROMIUM", "/nowhere")
+    with pytest.raises(pytest.skip.Exception, match="apt install chromium, or CHROMIUM=/path/to/chromium"), chromium():
+        pass
+    cases = (("x", True, "failed"), ("x", False, "skipped"), ("is not permitted", True, "skipped"))
+    for reason, no_skips, outcome in cases:
+        report = types.SimpleNamespace(skipped=True, outcome="skipped", longrepr=("", 1, reason))
+        config = types.SimpleNamespace(option=types.SimpleNamespace(no_skips=no_skips))
+        assert conftest._without_skips(report, config).outcome == outcome

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.helpers.fake_cloud import REQUIRED
-from tests.helpers.launching import COMMAND, TRAINING, commands, launch, read, untouched
+from tests.helpers.launching import COMMAND, ROOT, RUN, TRAINING, commands, launch, read, untouched
 
 WANDB = "--config.log.trackers=('wandb',)"
 FIRST_STEP = 'echo "clip: 1,234 parameters, 56 pairs"'
@@ -20,106 +20,69 @@ def remote(call):
     return shlex.split(next(word for word in call if word.startswith("--command=")).removeprefix("--command="))
 
 
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
+RECIPE = ["--config", "configs/pretrain.py:objective=xclip"]
+
+
 @pytest.mark.parametrize(
-    ("env", "args", "message"),
+    ("script", "env", "args", "message"),
     [
-        ({"ZONE": "z"}, TRAINING, "error: PROJECT is not set; set it as in PROJECT=my-project"),
-        ({"PROJECT": "p"}, TRAINING, "error: ZONE is not set; set it as in ZONE=us-west4-a"),
-        (REQUIRED | {"TYPE": "v9-8"}, TRAINING, "error: RUNTIME is not set, and none is known for TYPE=v9-8; set it"),
-        (REQUIRED | {"TYPE": "tpu7x-8"}, TRAINING, "error: TYPE=tpu7x-8: the Cloud TPU API, on which this"),
-        (REQUIRED | {"TYPE": "tpu7x", "RUNTIME": "v2-alpha-tpuv6e"}, TRAINING, "error: TYPE=tpu7x: "),
-        (REQUIRED | {"EXTRAS": "wandb"}, TRAINING, "error: EXTRAS=wandb lacks tpu, without which JAX finds no TPU"),
-        (REQUIRED, [], "error: "),
-        (REQUIRED, TRAINING, "error: gcloud is missing"),
+        ("tpu_vm.sh", {"ZONE": "z"}, TRAINING, "error: PROJECT is not set"),
+        ("tpu_pod.sh", {"PROJECT": "p"}, TRAINING, "error: ZONE is not set"),
+        ("tpu_vm.sh", REQUIRED | {"TYPE": "v9-8"}, TRAINING, "error: RUNTIME is not set, and none is known for TYPE"),
+        ("tpu_pod.sh", REQUIRED | {"TYPE": "tpu7x-8"}, TRAINING, "error: TYPE=tpu7x-8: the Cloud TPU API"),
+        ("tpu_vm.sh", REQUIRED | {"EXTRAS": "wandb"}, TRAINING, "error: EXTRAS=wandb lacks tpu"),
+        ("tpu_vm.sh", REQUIRED, TRAINING, "error: gcloud is missing"),
+        ("tpu_pod.sh", REQUIRED, [], "error: --config.run is missing"),
+        ("tpu_pod.sh", REQUIRED, [*RECIPE, "--config.run=runs/mine"], "error: --config.run=runs/mine would be lost"),
+        ("slurm.sh", REQUIRED, [*RECIPE, "--config.run="], "error: --config.run is missing"),
     ],
 )
 def test_what_is_missing_is_one_sentence(script, env, args, message):
     done = launch(script, *args, env=env)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(message)
-    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("script", "run", "message"),
+    ("script", "env", "flags", "runtime"),
     [
-        ("tpu_pod.sh", "", "error: --config.run is missing; say where the run is kept"),
-        ("tpu_pod.sh", "runs/mine", "error: --config.run=runs/mine would be lost with the pod; give a gs:// folder"),
-        ("slurm.sh", "", "error: --config.run is missing; say where the run is kept"),
-    ],
-)
-def test_a_run_that_would_be_lost_is_one_sentence(script, run, message):
-    done = launch(script, "--config", "configs/pretrain.py:objective=xclip", f"--config.run={run}", env=REQUIRED)
-    assert done.returncode == 2
-    assert done.stderr.startswith(message)
-
-
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
-@pytest.mark.parametrize(
-    ("env", "flags", "runtime"),
-    [
-        ({}, {"--zone=some-zone", "--project=some-project"}, "v2-alpha-tpuv5-lite"),
-        ({"TYPE": "v4-8"}, {"--accelerator-type=v4-8"}, "tpu-ubuntu2204-base"),
-        ({"TYPE": "v5p-8"}, {"--accelerator-type=v5p-8"}, "v2-alpha-tpuv5"),
-        ({"TYPE": "v6e-8", "SPOT": "1"}, {"--accelerator-type=v6e-8", "--spot"}, "v2-alpha-tpuv6e"),
-        ({"TYPE": "v4", "TOPOLOGY": "2x2x4"}, {"--type=v4", "--topology=2x2x4"}, "tpu-ubuntu2204-base"),
-        ({"RUNTIME": "next", "CREATE_FLAGS": "--reserved --network=x"}, {"--reserved", "--network=x"}, "next"),
+        ("tpu_vm.sh", {"TYPE": "v5p-8"}, {"--accelerator-type=v5p-8"}, "v2-alpha-tpuv5"),
+        ("tpu_pod.sh", {"TYPE": "v6e-8", "SPOT": "1"}, {"--accelerator-type=v6e-8", "--spot"}, "v2-alpha-tpuv6e"),
+        ("tpu_pod.sh", {"TYPE": "v4", "TOPOLOGY": "2x2x4"}, {"--type=v4", "--topology=2x2x4"}, "tpu-ubuntu2204-base"),
+        ("tpu_vm.sh", {"RUNTIME": "next", "CREATE_FLAGS": "--reserved"}, {"--reserved"}, "next"),
     ],
 )
 def test_dry_run_creates_what_was_asked_for(script, env, flags, runtime, checkout, tmp_path):
     with untouched(tmp_path) as path:
         done = launch(script, "--dry-run", *TRAINING, env=REQUIRED | env, cwd=checkout, path=[path])
     create = next(call for call in commands(done) if "create" in call[:5])
-    if script == "tpu_vm.sh":
-        assert create[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "create", "xclip-jax"]
-        flags = flags | {f"--version={runtime}"}
-    else:
-        assert create[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "xclip-jax"]
-        flags = flags | {"--node-id=xclip-jax", f"--runtime-version={runtime}"}
-    assert flags <= set(create)
-    assert ("--spot" in create) == ("SPOT" in env)
+    version = "--version" if script == "tpu_vm.sh" else "--runtime-version"
+    assert flags | {f"{version}={runtime}"} <= set(create)
 
 
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
-@pytest.mark.parametrize("more", [{}, {"LIBTPU_INIT_ARGS": "--xla_a=1 --xla_b=2"}])
-def test_dry_run_reaches_all_workers_with_the_command_intact(script, more, checkout, tmp_path):
-    env = REQUIRED | {"NAME": "mine", "SETUP": "sudo mount /dev/sdb '/a b'", "EXTRAS": "tpu,wandb"} | more
+SLICES = {"NAME": "mine", "SLICES": "2", "EXTRAS": "tpu,wandb", "SETUP": "sudo mount /dev/sdb '/a b'"}
+SLICES |= {"LIBTPU_INIT_ARGS": "--xla_a=1 --xla_b=2"}
+SHARED = [word.replace(RUN, "/shared/runs/mine") for word in TRAINING]
+
+
+@pytest.mark.parametrize(
+    ("script", "env", "args"),
+    [
+        ("tpu_vm.sh", REQUIRED, TRAINING),
+        ("tpu_pod.sh", REQUIRED | SLICES, TRAINING),
+        ("slurm.sh", {"PYTHON": "/my env/bin/python"}, SHARED),
+    ],
+)
+def test_dry_run_is_its_golden_file(script, env, args, checkout, tmp_path):
+    """UPDATE_GOLDEN=1 writes the files; a change of theirs is read line by line."""
     with untouched(tmp_path) as path:
-        calls = commands(launch(script, "--dry-run", *TRAINING, env=env, cwd=checkout, path=[path]))
-    # A config that is wrong, a bucket out of reach and a checkout that cannot be packed cost nothing.
-    assert calls[0] == ["env", "JAX_PLATFORMS=cpu", "python3", "-m", "xclip_jax.main", "--check", *TRAINING]
-    assert calls[1] == ["gcloud", "storage", "ls", "gs://bucket"]
-    assert [call[0] for call in calls[2:4]] == ["mkdir", "git"]
-    for call in calls[4:]:
-        assert call[0] == "gcloud"
-        if call[:3] == ["gcloud", "compute", "tpus"]:
-            assert {"--project=some-project", "--zone=some-zone"} <= set(call)
-            assert call[5] == "mine" or call[4] == "scp"
-    over_ssh = [call for call in calls if call[4:5] == ["ssh"]]
-    everywhere = [remote(call) for call in over_ssh if "--worker=all" in call]
-    flags = ["env", f"LIBTPU_INIT_ARGS={more['LIBTPU_INIT_ARGS']}"] if more else []
-    start = ["bash", "xclip_jax/launch/detach.sh", *flags, ".venv/bin/python", *COMMAND]
-    assert everywhere[-2:] == [["sudo", "mount", "/dev/sdb", "/a b"], start]
-    assert any(".[tpu,wandb]" in command for command in everywhere)
-    assert any("--worker=all" in call for call in calls if call[4:5] == ["scp"])
-
-
-def test_dry_run_reaches_the_workers_of_all_slices(checkout, tmp_path):
-    env = REQUIRED | {"NAME": "mine", "SLICES": "2"}
-    with untouched(tmp_path) as path:
-        calls = commands(launch("tpu_pod.sh", "--dry-run", *TRAINING, env=env, cwd=checkout, path=[path]))
-    create = next(call for call in calls if "create" in call[:5])
-    assert create[5] == "mine" and {"--node-count=2", "--node-prefix=mine"} <= set(create)
-    assert not any(word.startswith("--node-id") for word in create)
-    # What one slice gets the other gets next, and the first worker of all is asked how training goes.
-    everywhere = [call for call in calls if call[4:5] in (["ssh"], ["scp"]) and "--worker=all" in call]
-    assert len(everywhere) > 4
-    for first, second in zip(everywhere[::2], everywhere[1::2], strict=True):
-        assert any(word.startswith("mine-0") for word in first)
-        assert [word.replace("mine-0", "mine-1") for word in first] == second
-    assert {call[5] for call in calls if "--worker=0" in call} == {"mine-0"}
-    assert [call[5] for call in calls if call[3:5] == ["queued-resources", "delete"]] == ["mine"]
+        done = launch(script, "--dry-run", *args, env=env, cwd=checkout, path=[path])
+    assert done.returncode == 0, done.stderr
+    golden = ROOT / "tests" / "golden" / "launch" / f"{script}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(done.stdout)
+    assert done.stdout == golden.read_text()
 
 
 def test_vm_is_created_and_training_outlives_the_connection(cloud):
@@ -154,38 +117,33 @@ def test_vm_that_exists_is_used_and_training_not_started_twice(cloud):
     code.touch()
     try:
         again = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exec sleep 30"])
-        assert again.returncode != 0
-        assert "error: training runs already, as process" in again.stderr
-        assert cloud.verbs() == ["create", "python"]
-        assert code.exists()  # what runs may import it yet
+        assert again.returncode != 0 and "error: training runs already, as process" in again.stderr
+        assert cloud.verbs() == ["create", "python"] and code.exists()  # what runs may import it yet
     finally:
         os.kill(int(read(home / "train.pid")), signal.SIGTERM)
     while not (home / "train.exit").exists():
         time.sleep(0.05)
     resumed = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["", "exit 0"])
     assert resumed.returncode == 0, resumed.stderr
-    assert cloud.verbs() == ["create", "python", "python"]
-    assert (home / "runs").is_dir()
+    assert cloud.verbs() == ["create", "python", "python"] and (home / "runs").is_dir()
 
 
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
 @pytest.mark.parametrize(
-    ("env", "more", "message"),
+    ("script", "env", "more", "message"),
     [
-        ({"LOGGED_OUT": "1"}, [], "error: this machine cannot list gs://bucket; log in (gcloud auth login), or"),
-        ({}, [WANDB], "error: log.trackers names wandb, which the workers would lack; set EXTRAS=tpu,w"),
-        ({"EXTRAS": "tpu,wandb"}, [WANDB], "error: log.trackers names wandb, for which the workers have no key; write"),
-        ({"ENV_FILE": "/nowhere/keys"}, [], "error: ENV_FILE=/nowhere/keys is not a file that can be read; correct it"),
-        ({"PYTHON": sys.executable}, ["--config.optim.lrr=1"], "error: config key 'optim.lrr' is unknown"),
+        ("tpu_vm.sh", {"LOGGED_OUT": "1"}, [], "error: this machine cannot list gs://bucket"),
+        ("tpu_pod.sh", {}, [WANDB], "error: log.trackers names wandb, which the workers would lack"),
+        ("tpu_vm.sh", {"EXTRAS": "tpu,wandb"}, [WANDB], "error: log.trackers names wandb, for which the workers"),
+        ("tpu_pod.sh", {"ENV_FILE": "/nowhere/keys"}, [], "error: ENV_FILE=/nowhere/keys is not a file"),
+        ("tpu_vm.sh", {"PYTHON": sys.executable}, ["--config.optim.lrr=1"], "error: config key 'optim.lrr' is unknown"),
         (
-            {"PYTHON": sys.executable, "EXTRAS": "tpu,demo"},
+            "tpu_pod.sh", {"PYTHON": sys.executable, "EXTRAS": "tpu,demo"},
             ["--config.init.weights=hf:org/name", "--config.data.sources=('hf:org/name/train', 'demo:train')"],
             "error: the config needs datasets,hub, which the workers would lack; set EXTRAS=tpu,demo,datasets,hub\n",
         ),
     ],
-)
+)  # fmt: skip
 def test_what_would_fail_later_costs_nothing(script, env, more, message, cloud):
     done = cloud.launch(script, *TRAINING, *more, **env)
-    assert done.returncode == 2
-    assert message in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     assert cloud.verbs() == []

@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -15,7 +14,6 @@ from xclip_jax.parallel.mesh import AXES, make_mesh
 from xclip_jax.parallel.sharding import FactoredLogits, MeshLayout, layout_scope
 from xclip_jax.plan import hlo
 from xclip_jax.plan.hlo import Collective, collectives, summary
-from xclip_jax.plan.roofline import devices_of
 from xclip_jax.train import build
 
 MESH = make_mesh({"data": 4, "fsdp": 2, "model": 1})
@@ -103,34 +101,6 @@ def test_the_tpu_compilers_ways_of_writing():
     assert [x.sent for x in found] == [480, 512 * 3 / 4, 1024 * 7 / 8, 1024 * 3 / 4]
 
 
-def test_a_sliced_product_on_a_tpu_sends_a_slice_in_each_of_its_turns():
-    """A loop of u32 that counts by two: each turn sends four slices, and one more is sent at the end."""
-    pytest.importorskip("libtpu")
-    chips, _ = devices_of("v5e:4x4")
-    split = NamedSharding(jax.sharding.Mesh(np.array(chips), ("data",)), P("data"))
-
-    def gradient(x, g):
-        return jax.lax.with_sharding_constraint(jax.lax.dot_general(x, g, (((0,), (0,)), ((), ()))), split)
-
-    rows = [jax.ShapeDtypeStruct((16 * 6400, d), jnp.bfloat16, sharding=split) for d in (768, 3072)]
-    text = jax.jit(gradient).lower(*rows).compile().as_text()
-    assert "windowed_dot_general" in text
-    assert summary(collectives(text, 16)) == {"collective-permute": 17 * 48 * 3072 * 2}
-
-
-def test_sums_between_slices_are_those_of_a_shard():
-    """In a slice gradients are scattered, a shard is summed over the slices, and then gathered."""
-    pytest.importorskip("libtpu")
-    chips, _ = devices_of("v5e:2x2", 3)
-    mesh = make_mesh({"data": -1, "fsdp": 1, "model": 1}, chips)
-    x = jax.ShapeDtypeStruct((12 * 512, 1024), jnp.float32, sharding=NamedSharding(mesh, P("data")))
-    program = jax.jit(lambda x, g: x.T @ g, out_shardings=NamedSharding(mesh, P())).lower(x, x).compile()
-    found, size = collectives(program.as_text(), 12), 1024 * 1024 * 4
-    assert summary(found) == {"reduce-scatter": size, "all-reduce between slices": size / 4, "all-gather": size}
-    assert {x.kind: x.group for x in found} == {"reduce-scatter": 4, "all-reduce between slices": 3, "all-gather": 4}
-    assert sum(x.sent for x in found) == 2 * size * 3 / 4 + 2 * size / 4 * 2 / 3
-
-
 def test_chunks_send_texts_and_their_gradients_once():
     b, e = 256, 64
     mesh = make_mesh({"data": 8, "fsdp": 1, "model": 1})
@@ -159,32 +129,11 @@ def test_chunks_sum_the_gradients_of_the_heads_once():
     assert least < total < 1.2 * least
 
 
-def test_a_split_mlp_sums_activations_over_the_model_and_gradients_over_the_data():
-    b, d, f = 32, 16, 64
-    mesh = make_mesh({"data": 4, "fsdp": 1, "model": 2})
-    specs = (P("data"), P(None, "model"), P("model", None))
-    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
-    args = [
-        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-        for shape, where in zip(((b, d), (d, f), (f, d)), shardings, strict=True)
-    ]
-
-    def loss(x, up, down):
-        return jnp.sum(jnp.square(jnp.sin(x @ up) @ down))
-
-    step = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=shardings)
-    found = collectives(step.lower(*args).compile().as_text(), 8)
-    by_group = {n: sum(x.total for x in found if x.group == n) for n in (2, 4)}
-    assert by_group == {2: 2 * 4 * (b // 4) * d, 4: 2 * 4 * d * f // 2}
-    assert len(found) == sum(x.count for x in found) and {x.kind for x in found} == {"all-reduce"}
-
-
 @pytest.mark.parametrize(
     ("text", "group"),
     [
         ("replica_groups=[4,8]<=[32]", 8),
         ("replica_groups={{0,1,2},{3,4,5}}", 3),
-        ("replica_groups=mesh['x'=8,'y'=4] {'y'}, dimensions={0}", 4),
         ("replica_groups=mesh['x'=1,'y'=8,'z'=4], device_ids=([4,8]T(1,0)) {'y'}, dimensions={1}", 8),
         ("replica_groups=mesh['x'=8,'y'=4] {'x':(2)4,'y'}", 16),
         ("replica_groups={}", 32),
@@ -227,16 +176,8 @@ def test_the_largest_branch_counts():
     assert [(x.shapes, x.count) for x in found] == [(("f32[4]",), 1), (("f32[8]",), 1), (("f32[9]",), 5)]
 
 
-CASES = [
-    ("zero1", 8, 1),
-    ("fsdp", 2, 4),
-    *(pytest.param(*x, marks=pytest.mark.slow) for x in (("dp", 8, 1), ("fsdp", 1, 8))),
-]
-
-
-@pytest.mark.parametrize("objective", [pytest.param("clip", marks=pytest.mark.slow), "xclip"])
-@pytest.mark.parametrize(("strategy", "data", "fsdp"), CASES)
-def test_no_strategy_moves_much_more_than_it_must(objective, strategy, data, fsdp):
+@pytest.mark.parametrize(("strategy", "data", "fsdp"), [("zero1", 8, 1), ("fsdp", 2, 4)])
+def test_no_strategy_moves_much_more_than_it_must(strategy, data, fsdp):
     """Payload at most 1.2 times the minimum: gradients once, both embeddings once, parameters as the strategy must.
 
     Kernels whose clusters are split are not sent: hidden rows are gathered, and their gradient is scattered.
@@ -247,7 +188,7 @@ def test_no_strategy_moves_much_more_than_it_must(objective, strategy, data, fsd
     b, e, hidden = 32, 64, 256
     p = build.build(
         tiny.config(
-            objective,
+            "xclip",
             data__batch=b,
             mesh__strategy=strategy,
             mesh__data=data,
@@ -264,59 +205,16 @@ def test_no_strategy_moves_much_more_than_it_must(objective, strategy, data, fsd
     found = collectives(p.compiled.lower(p.abstract, batch).compile().as_text(), 8)
     everything = jax.tree.leaves(p.abstract.params)
     leaves = [x for x in everything if AXES not in x.sharding.spec]
+    assert len(everything) - len(leaves) == 4  # kernel and bias of both heads
     every = 4 * sum(x.size for x in leaves)
     split = 4 * sum(x.size for x in leaves if x.sharding.shard_shape(x.shape) != x.shape)
-    least = every + 2 * 4 * b * e
-    if objective == "xclip":
-        assert len(everything) - len(leaves) == 4  # kernel and bias of both heads
-        least += 2 * 2 * 4 * b * hidden
-    least += {"dp": 0, "zero1": every, "fsdp": split + (every / fsdp if data > 1 else 0)}[strategy]
-    total = sum(x.total for x in found)
-    print(f"{objective} {strategy} {data} x {fsdp}: {total / least:.3f} of the minimum, {summary(found)}")
-    assert 0.8 * least < total < 1.2 * least
+    least = every + 2 * 4 * b * e + 2 * 2 * 4 * b * hidden
+    least += {"zero1": every, "fsdp": split + every / fsdp}[strategy]
+    assert 0.8 * least < sum(x.total for x in found) < 1.2 * least
     large = [x for x in jax.tree.leaves(p.abstract.opt_state) if x.size > 1 << 15 and AXES not in x.sharding.spec]
     shares = {x.size // math.prod(x.sharding.shard_shape(x.shape)) for x in large}
-    assert max(shares) == {"dp": 1, "zero1": 8, "fsdp": fsdp}[strategy]
+    assert max(shares) == {"zero1": 8, "fsdp": fsdp}[strategy]
     assert len(shares) == 1 or strategy == "fsdp"  # which leaves embeddings whole
-
-
-# --- layouts and loops
-
-
-LOOP = """\
-%condition (p: (f32[8], u32[])) -> pred[] {
-  %p = (f32[8]{0}, u32[]{:T(128)}) parameter(0)
-  %counter = u32[]{:T(128)} get-tuple-element(%p), index=1
-  %limit = u32[]{:T(128)} constant(8), metadata={op_name="limit"}
-  ROOT %less = pred[]{:T(512)} compare(%counter, %limit), direction=LT
-}
-
-%body (p.1: (f32[8], u32[])) -> (f32[8], u32[]) {
-  %p.1 = (f32[8]{0}, /*index=1*/u32[]{:T(128)}) parameter(0)
-  %by = u32[]{:T(128)} constant(2)
-  %x = f32[8]{0} get-tuple-element(%p.1), index=0
-  %y = f32[8]{0} multiply(%x, %x)
-  %counter.1 = u32[]{:T(128)} get-tuple-element(%p.1), index=1
-  %next = u32[]{:T(128)} add(%counter.1, %by)
-  ROOT %t = (f32[8]{0}, u32[]{:T(128)}) tuple(%y, /*index=1*/%next)
-}
-
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %a = f32[8]{0} parameter(0)
-  %first = u32[]{:T(128)} constant(START)
-  %copy.1 = u32[]{:T(128)} copy(%first)
-  %start = (f32[8]{0}, u32[]{:T(128)}) tuple(%a, %copy.1)
-  %w = (f32[8]{0}, u32[]{:T(128)}) while(%start), condition=%condition, body=%body
-  ROOT %r = f32[8]{0} get-tuple-element(%w), index=0
-}
-"""
-
-
-@pytest.mark.parametrize(("start", "turns"), [(0, 4), (1, 4), (4, 2), (7, 1)])
-def test_a_loop_may_count_by_two_and_from_any_number(start, turns):
-    program = hlo.parse(LOOP.replace("START", str(start)))
-    counts = {each.instruction.name: each.count for each in program.executions(len)}
-    assert (counts["y"], counts["a"]) == (turns, 1)
 
 
 def test_nested_loops_multiply():

@@ -18,7 +18,7 @@ def test_what_bars_mean_is_escaped(tmp_path):
     image = np.zeros((4, 4, 3), np.uint8)
     guess = examples.Prediction(image, "a", 1, [examples.ScoredLabel("a", 0.5, "0.50", True)])
     gallery = examples.Gallery([image], [image], ["a"])
-    retrieved = examples.RetrievalExamples("x", 1, HOSTILE, gallery, [], [guess])
+    retrieved = examples.RetrievalExamples("x", ["a"], HOSTILE, gallery, [], [guess])
     run = written(tmp_path / "run", tiny.config("clip"), [])
     text = page_of(run, examples.Examples(retrieved=retrieved))
     assert HOSTILE in " ".join(check(text).text) and "<script>alert" not in text
@@ -61,34 +61,28 @@ def folder_of(path, n=8):
 
 def test_unreadable_images_are_left_out_and_counted(tmp_path):
     spec = f"folder:{folder_of(tmp_path / 'set')}"
-    shown = examples.collect_examples(make_encoder(), small_model()[1], [spec])
+    records = [
+        {"filename": f"{i}.png", "filepath": "set/cat", "split": "test", "sentences": [{"raw": f"text {i}"}]}
+        for i in range(8)
+    ]
+    (tmp_path / "x.json").write_text(json.dumps({"images": records}))
+    for path in folder_of(tmp_path / "none").rglob("*.png"):
+        path.write_bytes(b"")
+    others = [f"coco_retrieval@{tmp_path / 'x.json'}", "retrieval/moved", f"folder:{tmp_path / 'none'}"]
+    shown = examples.collect_examples(make_encoder(), small_model()[1], [spec, *others])
     (named,) = shown.named
     # The seed draws the unreadable cat first, and then another one.
     assert sorted(prediction.name for prediction in named.guesses) == ["cat", "dog"]
     assert len(shown.gallery.images) == 14
-    (note,) = shown.missing
-    assert note.startswith(f"2 of 16 images drawn from {spec} cannot be read and are left out; the first: ")
-    assert str(tmp_path / "set" / "cat" / "2.png") in note
+    assert len(shown.retrieved.gallery.images) == 7 and "text 2" not in shown.retrieved.gallery.names
+    notes = (f"2 of 16 images drawn from {spec} cannot be read", "1 of 8 images drawn from coco_", "moved", "16 of 16")
+    assert len(shown.missing) == 4 and all(note in text for note, text in zip(notes, shown.missing, strict=True))
+    assert str(tmp_path / "set" / "cat" / "2.png") in shown.missing[0]
     run = written(tmp_path / "run", tiny.config("xclip"), [])
     assert "2 of 16 images drawn from" in " ".join(check(page_of(run, shown)).text)
 
 
-def test_unreadable_images_of_a_retrieval_set(tmp_path):
-    folder_of(tmp_path)
-    records = [
-        {"filename": f"{i}.png", "filepath": "cat", "split": "test", "sentences": [{"raw": f"text {i}"}]}
-        for i in range(8)
-    ]
-    (tmp_path / "x.json").write_text(json.dumps({"images": records}))
-    shown = examples.collect_examples(make_encoder(), small_model()[1], [f"coco_retrieval@{tmp_path / 'x.json'}"])
-    assert len(shown.retrieved.gallery.images) == 7 and "text 2" not in shown.retrieved.gallery.names
-    assert shown.missing[0].startswith("1 of 8 images drawn from coco_retrieval@")
-
-
-def test_a_set_without_a_readable_image_is_one_sentence(tmp_path):
-    for path in folder_of(tmp_path).rglob("*.png"):
-        path.write_bytes(b"")
-    made = examples.collect_examples(make_encoder(), small_model()[1], [f"folder:{tmp_path}"])
-    assert (
-        re.fullmatch(r"none of 16 images of folder:.* can be read; the first: .*", made.missing[0]) and not made.named
-    )
+def test_the_first_sets_are_shown(tmp_path):
+    specs = [f"folder:{folder_of(tmp_path / name, 3)}" for name in "abcd"]
+    shown = examples.collect_examples(make_encoder(), small_model()[1], ["sts12@y", "probe/cifar10", *specs])
+    assert [named.title for named in shown.named] == specs[:3] and not shown.credits

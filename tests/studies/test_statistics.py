@@ -32,8 +32,7 @@ def test_intervals_equal_scipys():
 
 def test_pairs_are_of_common_seeds():
     d = paired({0: 1.0, 1: 2.0, 5: 9.0}, {1: 1.5, 0: 1.0, 7: 0.0})
-    assert d.values == (0.0, 0.5) and d.n == 2
-    assert paired({0: 1.0}, {1: 1.0}) is None
+    assert d.values == (0.0, 0.5) and paired({0: 1.0}, {1: 1.0}) is None
 
 
 def test_p_above_is_one_sided():
@@ -43,9 +42,8 @@ def test_p_above_is_one_sided():
     assert [p_above(1.0, math.nan, 1), p_above(1.0, 0.0, 3), p_above(0.0, 0.0, 3)] == [1.0, 0.0, 0.5]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_sign_flip_equals_scipys_exact_test(seed):
-    d = np.random.default_rng(seed).normal(0.5, 1, 6)
+def test_sign_flip_equals_scipys_exact_test():
+    d = np.random.default_rng(0).normal(0.5, 1, 6)
     test = scipy.stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf)
     assert sign_flip(d) == pytest.approx(test.pvalue)
     assert [sign_flip(np.arange(1.0, n + 1)) for n in (1, 3, 5)] == [1.0, 0.25, 0.0625]
@@ -81,13 +79,9 @@ def part(measure="top1", **options):
     [
         ((22.0, 22.4, 21.8, 22.1, 22.2), {}, "holds", 5),
         ((18.0, 18.4, 17.8, 18.1, 18.2), {}, "fails", 0),
-        ((18.0, 18.4, 17.8, 18.1, 18.2), {"better": False}, "holds", 5),
         ((18.0, 18.4, 17.8, 18.1, 18.2), {"measure": "loss"}, "holds", 5),
         ((23.0, 18.4, 21.8, 19.1, 22.2), {}, "undecided", 3),
-        ((20.1, 19.9, 20.2, 19.8, 20.0), {"margin": 1.0}, "holds", 5),
         ((20.1, 19.9, 20.2, 19.8, 20.0), {}, "undecided", 2),
-        ((18.9, 19.2, 18.8, 19.1, 19.0), {"margin": 1.0}, "undecided", 2),
-        ((18.5, 18.4, 18.6, 18.5, 18.4), {"margin": 1.0}, "fails", 0),
         ((22.0, 22.0), {}, "undecided", 2),
     ],
 )
@@ -101,16 +95,17 @@ def test_verdicts_on_a_part(x, options, verdict, agreeing):
 def test_claims_need_all_parts_and_fail_by_one():
     base = [20.0] * 4
     strong = {"x": (21.9, 22.0, 22.1, 22.0), "c": base}
+    worse = part("loss")
     assert judge((part(),), **strong) == ("holds", ["holds"])
-    assert judge((part(), part(better=False)), **strong) == ("fails", ["holds", "fails"])
+    assert judge((part(), worse), **strong) == ("fails", ["holds", "fails"])
     assert judge((part(),)) == ("undecided", ["undecided"])  # without runs
     # p of 0.043 is shown alone and not in a claim with an undecided part, and so is p against.
     unknown = ClaimPart("unknown", "top1", ["y"], ["c"])
     up = {"x": (20.4, 21.2, 22.3, 22.1), "c": base}
     assert judge((part(),), **up) == ("holds", ["holds"])
     assert judge((part(), unknown), **up) == ("undecided", [verdicts.UNCORRECTED, "undecided"])
-    assert judge((part(better=False),), **up) == ("fails", ["fails"])
-    assert judge((part(better=False), unknown), **up) == ("undecided", [verdicts.OPPOSED, "undecided"])
+    assert judge((worse,), **up) == ("fails", ["fails"])
+    assert judge((worse, unknown), **up) == ("undecided", [verdicts.OPPOSED, "undecided"])
 
 
 def test_differences_of_differences():

@@ -24,16 +24,15 @@ from xclip_jax.plan.roofline import devices_of, roofline
 from xclip_jax.train import cost
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, for example v5e:4x8 or v4:2x4x4.")
-_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
 _HLO = flags.DEFINE_string("hlo", "", "Output file for the optimised program.")
 
 
-def plan(config: ml_collections.ConfigDict, topology: str, *, slices: int = 1, hlo: str = "") -> dict[str, Any]:
+def plan(config: ml_collections.ConfigDict, topology: str, *, hlo: str = "") -> dict[str, Any]:
     """Return all facts for `render` as plain numbers and strings; bytes on one device.
 
     Args:
       config: the config of a run.
-      topology, slices: see `devices_of`.
+      topology: see `devices_of`.
       hlo: output file for the optimised program.
 
     Raises:
@@ -42,16 +41,15 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, slices: int = 1, h
     hlo = os.path.expanduser(hlo)
     if hlo:  # compilation takes minutes
         check_file("--hlo", hlo)
-    devices, chip = devices_of(topology, slices)
+    devices, chip = devices_of(topology)
     began = time.perf_counter()
     experiment, compiled, trouble = cost.compile_config(config, devices)
     work = cost.step_flops(experiment.config, rows=experiment.text_rows[0])
     facts = {
         "topology": topology,
-        "slices": slices,
         "chips": len(devices) // chip.devices,
         "devices": len(devices),
-        "hosts": len({(getattr(d, "slice_index", 0), d.process_index) for d in devices}),
+        "hosts": len({d.process_index for d in devices}),
         "objective": config.objective.name,
         "strategy": config.mesh.strategy,
         "mesh": dict(experiment.mesh.shape),
@@ -100,13 +98,12 @@ def _time(facts: dict[str, Any]) -> dict[str, Any]:
 def render(facts: dict[str, Any]) -> str:
     """Return the plan as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in facts["mesh"].items())
-    slices = f", {facts['slices']} slices" if facts["slices"] > 1 else ""
     per_chip = facts["devices"] // facts["chips"]
     device = "device" if per_chip > 1 else "chip"
     devices = f" with {per_chip} devices each" if per_chip > 1 else ""
     lines = [
         f"{facts['objective']}, {facts['model_parameters'] / 1e6:.1f} M parameters, batch {facts['batch']:,}, "
-        f"on {facts['topology']}{slices}: {facts['chips']} chips{devices}, {facts['hosts']} hosts",
+        f"on {facts['topology']}: {facts['chips']} chips{devices}, {facts['hosts']} hosts",
         f"mesh {mesh}, strategy {facts['strategy']}; compiled in {facts['compile_seconds']:.0f} s",
         "",
     ]
@@ -150,7 +147,7 @@ def main(_: list[str]) -> None:
     with exit_with_message():
         if not _TOPOLOGY.value:
             raise UserError("--topology is missing; name one such as v5e:4x8, v6e:4x4, v5p:4x4x8 or tpu7x:2x2x2")
-        print(render(plan(config, _TOPOLOGY.value, slices=_SLICES.value, hlo=_HLO.value)))
+        print(render(plan(config, _TOPOLOGY.value, hlo=_HLO.value)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from xclip_jax.core.storage import is_remote
 from xclip_jax.evaluators import registry
 from xclip_jax.report import collect, page
 from xclip_jax.report.collect import Record, Run
-from xclip_jax.report.examples import Examples
+from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.train.build import make_encoder, profile_of_run
 from xclip_jax.train.weights import load
 
@@ -63,7 +63,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
         registry.check(spec)
     of_runs = [(*record.config.eval.sets_at_end, *record.config.eval.sets) for record in records]
     specs = specs or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
-    first = {"config": records[0].config, "profile": profile_of_run(records[0].config)}
+    first = {"data": records[0].config.data, "profile": profile_of_run(records[0].config)}
     runs = []
     for color, (name, record) in enumerate(zip(names, records, strict=True)):
         if several:
@@ -89,7 +89,7 @@ def _predict(
 ) -> tuple[Examples, int | None, int | None]:
     """Return a run's predictions, or the reason for their absence, its number of parameters, and its step.
 
-    `first` contains the first run's config and profile, see `page.predict`.
+    `first` contains the first run's data and profile, see `collect_examples`.
     """
     try:
         _, experiment, variables, step, _ = load(str(record.folder), flags.step)
@@ -98,8 +98,8 @@ def _predict(
             raise
         return Examples(missing=[str(error)]), None, None
     with named_by(RunReader(flags.runs[0]).config_file):  # sets and sources; those in --sets were imported before
-        encoder = make_encoder(experiment)
-        examples = page.predict(experiment, encoder, variables, specs, data_dir=flags.data_dir, **first)
+        options = {**first, "data_dir": flags.data_dir}
+        examples = collect_examples(make_encoder(experiment), variables, specs, **options)
     return examples, experiment.num_parameters, step
 
 

@@ -43,7 +43,7 @@ def main(_: list[str]) -> None:
             log0("not checked: data, weights and disk; xclip-jax doctor does that")
             return
         runtime.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        compiler.enable_cache(str(flags.FLAGS.config.run) if runtime.peers() else "")
+        compiler.enable_cache()
         trainer.run(flags.FLAGS.config, [report.callback()], uptime=environment.uptime())
 
 

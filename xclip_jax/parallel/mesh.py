@@ -19,24 +19,18 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
     given = math.prod(n for n in shape if n != -1)
-    remedy = ""
-    if shape.count(-1) > 1:
-        remedy = "only one size may be -1"
-    elif -1 in shape and len(devices) % given:
-        remedy = f"the product of the other sizes, {given}, must divide {len(devices)}"
-    elif -1 not in shape and given != len(devices):
-        remedy = f"the sizes of {', '.join(AXES)} must multiply to {len(devices)}; set one of them to -1 for the rest"
-    if remedy:
-        raise UserError(f"mesh {dict(sizes)} does not fit {len(devices)} devices: {remedy}.")
     shape = [len(devices) // given if n == -1 else n for n in shape]
     slices = num_slices(devices)
+    if math.prod(shape) != len(devices) or shape[0] % slices:
+        raise UserError(
+            f"mesh {dict(sizes)} does not fit {len(devices)} devices: sizes must multiply to {len(devices)}, data must "
+            f"be a multiple of the number of slices, {slices}, and one size may be -1 for the rest."
+        )
     types = (AxisType.Auto,) * len(AXES)  # sharding constraints do not work with the default, Explicit
     # An axis of 8 spans two physical axes in a torus of 4 x 4 x 4.
     split: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
         return Mesh(mesh_utils.create_device_mesh(tuple(shape), **split), AXES, axis_types=types)
-    if shape[0] % slices:
-        raise UserError(f"mesh {dict(sizes)}: data={shape[0]} must be a multiple of the {slices} slices.")
     # Gradient sums, embeddings and hidden rows of cluster heads cross the data centre's network between slices.
     inside = (shape[0] // slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **split)

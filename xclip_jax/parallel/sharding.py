@@ -189,14 +189,11 @@ def map_microbatches(
     layout = _active.get()
 
     def local(shared: Any, rows: Any) -> Any:
-        def one(part: Any) -> Any:
-            return fn(shared, part)
-
         # Row i goes to microbatch i % microbatches, so that each has rows of every device.
         parts = jax.tree.map(
             lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), rows
         )
-        results = jax.lax.map(jax.checkpoint(one), parts)
+        results = jax.lax.map(jax.checkpoint(lambda part: fn(shared, part)), parts)
         return results if stack else jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
     if layout is None or (clusters and layout.clusters_split):

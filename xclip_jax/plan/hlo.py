@@ -104,7 +104,7 @@ class Program:
         for each in self.computations[computation].values():
             if each.opcode == "while":
                 (body,) = each.called("body")
-                yield from self.executions(weigh, body, count * self._turns(each, computation))
+                yield from self.executions(weigh, body, count * self._turns(each))
             elif each.opcode == "call":
                 yield from self.executions(weigh, each.called("to_apply")[0], count)
             elif each.opcode == "conditional":
@@ -124,36 +124,19 @@ class Program:
                 yield inner
                 yield from self.inside(inner)
 
-    def _turns(self, loop: Instruction, computation: str) -> int:
-        """Return a loop's trip count by the compiler's note or its counter's start, step and limit, else 1."""
+    def _turns(self, loop: Instruction) -> int:
+        """Return a loop's trip count by the compiler's note, or the limit of its counter from 0; else 1."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
         if known:
             return int(known[1])
-        body = self.computations[loop.called("body")[0]]
         condition = self.computations[loop.called("condition")[0]]
-        test = root(condition)
-        counter = next((condition[name] for name in test.operands if _index(condition.get(name)) is not None), None)
-        limits = [n for n in (_constant(condition, name) for name in test.operands) if n is not None]
-        index = _index(counter)
-        if index is None or not limits:
-            return 1
-        turned = body.get(root(body).operands[index])
-        steps = [_constant(body, name) for name in turned.operands] if turned else []
-        outer = self.computations[computation]
-        start = _constant(outer, outer[loop.operands[0]].operands[index]) if loop.operands[0] in outer else None
-        return max(1, math.ceil((limits[0] - (start or 0)) / next(filter(None, steps), 1)))
+        limits = [_constant(condition, name) for name in root(condition).operands]
+        return next(filter(None, limits), 1)
 
 
 def root(computation: Computation) -> Instruction:
     """Return the instruction with the computation's result."""
     return next(each for each in computation.values() if each.root)
-
-
-def _index(instruction: Instruction | None) -> int | None:
-    """Return the tuple index of a get-tuple-element, None for another instruction."""
-    if instruction is None or instruction.opcode != "get-tuple-element":
-        return None
-    return int(instruction.attributes.partition("index=")[2].partition(",")[0])
 
 
 def _constant(computation: Computation, name: str) -> int | None:
@@ -168,8 +151,7 @@ def parse(text: str) -> Program:
     """Parse the text of a compiled program."""
     computations: dict[str, Computation] = {}
     entry = name = ""
-    text = _CONFIG_LINE.sub(" ", text)
-    for raw in text.splitlines():
+    for raw in _CONFIG_LINE.sub(" ", text).splitlines():
         line = _INDEX.sub("", raw.strip()) if "/*" in raw else raw.strip()
         match = _INSTRUCTION.match(line)
         head = None if match else _HEAD.match(line)
@@ -195,17 +177,16 @@ def parse(text: str) -> Program:
 # --- collectives
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
-BETWEEN_SLICES = " between slices"
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective operation of a program."""
 
-    kind: str  # one of `KINDS`, with the suffix `BETWEEN_SLICES` between slices
+    kind: str  # one of `KINDS`
     shapes: tuple[str, ...]  # gathered, reduced or sent arrays, such as "f32[16,8]"
     bytes: float  # payload of one execution: these arrays, counted once per group
-    group: int  # number of devices, or slices, in a group
+    group: int  # number of devices in a group
     count: int  # executions in a run of the program, loops included
 
     @property
@@ -217,7 +198,7 @@ class Collective:
     def sent(self) -> float:
         """Bytes sent by a device in all executions, with the best algorithm on a ring."""
         rounds = {"all-reduce": 2 * (self.group - 1), "collective-permute": self.group}
-        return self.total * rounds.get(self.kind.removesuffix(BETWEEN_SLICES), self.group - 1) / self.group
+        return self.total * rounds.get(self.kind, self.group - 1) / self.group
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
@@ -226,11 +207,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
     A conditional counts as the branch with the largest payload.
     """
     program = parse(text)
-
-    def payload(executions: list[Execution]) -> float:
-        return sum(each.total for each in _distinct(program, executions, devices))
-
-    return _distinct(program, list(program.executions(payload)), devices)
+    executions = program.executions(lambda branch: sum(each.total for each in _distinct(program, branch, devices)))
+    return _distinct(program, list(executions), devices)
 
 
 def summary(sent: list[Collective]) -> dict[str, float]:
@@ -269,8 +247,6 @@ def _distinct(program: Program, executions: list[Execution], devices: int) -> li
 
 def _collective(execution: Execution, devices: int) -> Collective | None:
     instruction, count, computation = execution
-    if instruction.opcode == "recv":
-        return _between_slices(instruction, count)
     kind = instruction.opcode.removesuffix("-start")
     group = _group(instruction.attributes, devices)
     if kind not in KINDS or group == 1:
@@ -284,20 +260,6 @@ def _collective(execution: Execution, devices: int) -> Collective | None:
     if computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # the TPU compiler writes it as a sum and a slice in one fusion
     return Collective(kind, tuple(map(str, arrays)), size, group, count)
-
-
-def _between_slices(instruction: Instruction, count: int) -> Collective | None:
-    """Parse a collective over the data center's network, written as a transfer to and from the host."""
-    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-    # Numbers of slices from 1, or of devices, which begin with the slice.
-    target = re.search(r'_xla_megascale_target=(?:"\{([\d,]+)\}|\{\{([\d,]+)\})', instruction.attributes)
-    if not (kind and target):
-        return None
-    slices = {int(n) if target[1] else int(n) // 100_000 for n in (target[1] or target[2]).split(",")}
-    array = instruction.arrays[0]
-    name = kind[1].lower().replace("_", "-")
-    size = array.bytes * (len(slices) if name == "reduce-scatter" else 1)
-    return Collective(name + BETWEEN_SLICES, (str(array),), size, len(slices), count)
 
 
 def _group(attributes: str, devices: int) -> int:

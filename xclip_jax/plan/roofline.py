@@ -1,8 +1,8 @@
 """Published figures of TPUs, their topologies without hardware, and the estimated time of a step on them.
 
 The time is a model, not a measurement. An operation takes the compiler's estimate of cycles at the chip's clock. A
-collective takes the bytes sent by a chip, with the best algorithm on a ring, over the bandwidth of its links or of the
-network between slices. Operations between its start and its end hide that time; the rest is exposed.
+collective takes the bytes sent by a chip, with the best algorithm on a ring, over the bandwidth of its links.
+Operations between its start and its end hide that time; the rest is exposed.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from xclip_jax.core.errors import UserError, check_choice, check_count
+from xclip_jax.core.errors import UserError, check_choice, first_line
 from xclip_jax.plan import hlo
-from xclip_jax.plan.hlo import BETWEEN_SLICES, Collective, Execution, Program
+from xclip_jax.plan.hlo import Execution, Program
 
 GIB = 2**30
 
@@ -37,26 +37,25 @@ class Chip:
     clock: float  # cycles/s
     kernels: float  # share of the peak in the attention kernel's schedule (docs/performance.md)
     link: float  # bytes/s of a link between chips, in one direction
-    network: float  # bytes/s between slices; v4 has no published figure and takes v5p's
     wraps: int  # length of grid axes that form a ring; 0: all axes do if all are multiples of 4
     smallest: str  # smallest topology
     devices: int = 1  # JAX devices of a chip
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def ici(self, grid: tuple[int, ...]) -> float:
-        """Return the bytes/s that each chip of a slice can send; a chip in a corner has the fewest links."""
+        """Return the bytes/s that each chip can send; a chip in a corner has the fewest links."""
         cubes = not self.wraps and not any(n % 4 for n in grid)
         return self.link * sum(2 if cubes or n == self.wraps else 1 for n in grid if n > 1)
 
 
 _MEGACORE = {"chip_config_name": "megacore"}  # two cores as one device
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 45e9, 50e9 / 8, 0, "v4:2x2x1", options=_MEGACORE),
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 0.38, 50e9, 25e9 / 8, 16, "v5e:2x2"),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 100e9, 50e9 / 8, 0, "v5p:2x2x1", options=_MEGACORE),
-    "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 0.11, 100e9, 100e9 / 8, 16, "v6e:2x2"),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 45e9, 0, "v4:2x2x1", options=_MEGACORE),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 0.38, 50e9, 16, "v5e:2x2"),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 100e9, 0, "v5p:2x2x1", options=_MEGACORE),
+    "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 0.11, 100e9, 16, "v6e:2x2"),
     # A chip is two devices, each with half of the memory.
-    "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 0.11, 100e9, 50e9 / 8, 0, "tpu7x:2x2x1", devices=2),
+    "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 0.11, 100e9, 0, "tpu7x:2x2x1", devices=2),
 }
 
 
@@ -69,13 +68,12 @@ def grid_of(topology: str) -> tuple[str, tuple[int, ...]]:
     return chip, tuple(map(int, grid.split("x")))
 
 
-def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
+def devices_of(topology: str) -> tuple[list[Any], Chip]:
     """Return abstract devices of a topology such as "v5e:4x8", and their kind.
 
     Raises:
-      UserError: an unknown chip or grid, slices below 1, or no libtpu.
+      UserError: an unknown chip or grid, or no libtpu.
     """
-    check_count("--slices", slices, 1)
     chip, _ = grid_of(topology)
     # Otherwise libtpu asks a metadata server, and serves only one process of a machine.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
@@ -83,17 +81,16 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning for TPUs needs libtpu: pip install 'xclip_jax[tpu]'")
-    options = dict(CHIPS[chip].options) | ({"num_slices": slices} if slices > 1 else {})
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices, CHIPS[chip]
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **CHIPS[chip].options)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--topology={topology!r} is not a topology of {chip} ({reason}).") from error
+        raise UserError(f"--topology={topology!r} is not a topology of {chip} ({first_line(error)}).") from error
+    return found.devices, CHIPS[chip]
 
 
 # Operations without a cost.
 FREE = (
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "partition-id", "after-all", "send",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "partition-id", "after-all",
     "custom-call",
 )  # fmt: skip
 _KERNEL = 'custom_call_target="tpu_custom_call"'
@@ -119,18 +116,20 @@ def roofline(text: str, topology: str, devices: int) -> Roofline:
     sent = [hlo.inside(program, execution, devices) for execution in executions]
     last = {chain: i for i, pieces in enumerate(sent) for chain, _ in pieces if chain}
     ends: dict[str, float] = {}  # end times of started collectives, by chain or name of their start
-    free = {True: 0.0, False: 0.0}  # end of traffic between slices (True) and between chips
+    free = 0.0  # end of the traffic
     for i, (execution, pieces) in enumerate(zip(executions, sent, strict=True)):
         instruction = execution.instruction
         waits = [instruction.operands[0]] if instruction.opcode.endswith("-done") and instruction.operands else []
         for chain, each in pieces:
             key = chain or instruction.name
             if key not in ends:
-                time = each.sent / _bandwidth(each, chip, grid)
-                network = each.kind.endswith(BETWEEN_SLICES)
-                ends[key] = free[network] = max(clock, free[network]) + time
+                # A smaller group is along one axis, or on a part of the grid with unknown links.
+                whole = each.group >= chip.devices * math.prod(grid) and each.kind != "collective-permute"
+                time = each.sent / (chip.ici(grid) if whole else chip.link)
+                free = max(clock, free) + time
+                ends[key] = free
                 busy += time
-            if last[chain] == i if chain else not instruction.opcode.endswith(("-start", "recv")):
+            if last[chain] == i if chain else not instruction.opcode.endswith("-start"):
                 waits.append(key)
         for key in waits:
             delay = max(0.0, ends.pop(key, 0.0) - clock)
@@ -174,12 +173,3 @@ def kernel_flops(instruction: hlo.Instruction) -> float:
         return 0.0
     config = json.loads(instruction.attributes.partition("backend_config=")[2])
     return float(config["custom_call_config"].get("cost_estimate", {}).get("flops", 0))
-
-
-def _bandwidth(collective: Collective, chip: Chip, grid: tuple[int, ...]) -> float:
-    """Return the bytes/s of a device in a collective."""
-    if collective.kind.endswith(BETWEEN_SLICES):
-        return chip.network
-    # A smaller group is along one axis, or on a part of the grid with unknown links.
-    whole = collective.group >= chip.devices * math.prod(grid)
-    return chip.ici(grid) if whole and collective.kind != "collective-permute" else chip.link

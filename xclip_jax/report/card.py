@@ -64,8 +64,9 @@ def render(
     towers = {name: dataclasses.asdict(getattr(experiment.model, name)) for name in objective.towers}
     keys = dict.fromkeys(key for tower in towers.values() for key in tower)
     options = [[key, *(tower.get(key, "") for tower in towers.values())] for key in keys]
+    known = measured(folder, config.steps, step) if folder else []
     context = {
-        "metadata": metadata(experiment, to, measured(folder, config.steps, step) if folder else []),
+        "metadata": metadata(experiment, to, known),
         "experiment": experiment,
         "objective": objective,
         "labelled": objective.labelled,
@@ -83,8 +84,7 @@ def render(
         "made": ({"trained": _machine(trained)} if trained else {}) | {"exported": _machine(environment.capture())},
     }
     if folder:
-        context |= data(folder, experiment) | {"recipe": list(_recipe(folder, step))}
-        context |= evaluations(folder, config.steps, step)
+        context |= data(folder, experiment) | {"recipe": list(_recipe(folder, step)), "results": evaluations(known)}
     template = importlib.resources.files("xclip_jax.report").joinpath("card.md").read_text("utf-8")
     made = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return made.from_string(template).render(context)
@@ -142,18 +142,13 @@ def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> st
 
 
 def measured(run: RunReader, steps: int, step: int) -> list[Result]:
-    """Return the checkpoint's headline results by `evaluate`, or else by the end of training."""
-    values = results.read_entries(_entries(run, step))
+    """Return the checkpoint's headline results by `evaluate`, of the last profile, or else by the end of training."""
+    entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
+    entries = [entry for entry in results.current_entries(entries, _run_config(run).eval) if entry["step"] == step]
+    values = results.read_entries(results.latest(entries)[0]) if entries else []
     if not values and step == steps:
         values = results.from_json((run.read_results() or {"records": []})["records"])
     return [result for result in values if result.headline]
-
-
-def _entries(run: RunReader, step: int) -> list[results.Entry]:
-    """Return the checkpoint's entries in evaluation.json with the last evaluated profile."""
-    entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
-    entries = [entry for entry in results.current_entries(entries, _run_config(run).eval) if entry["step"] == step]
-    return results.latest(entries)[0] if entries else []
 
 
 def _run_config(run: RunReader) -> Config:
@@ -175,10 +170,8 @@ def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
     text = f"One caption of each pair is drawn, from {', '.join(map(in_words, config.data.text_columns))}"
     if labelled:
         names = run.read_classes() or ()
-        more = f" and {len(names) - _SHOWN_CLASSES:,} more" if len(names) > _SHOWN_CLASSES else ""
-        text = "The data name no classes"
-        if names:
-            text = f"Classes: {', '.join(map(_code, names[:_SHOWN_CLASSES]))}{more}"
+        text = f"{len(names):,} classes, the first of them {', '.join(map(_code, names[:_SHOWN_CLASSES]))}"
+        text = text if names else "The data name no classes"
     elif config.data.tags:
         text += f", with up to {config.data.tags} keywords of {in_words(config.data.tags_key)}"
     head = ("source", "items" if labelled else "pairs", "share", "hash of the files")
@@ -206,18 +199,14 @@ def _recipe(run: RunReader, step: int) -> Iterator[tuple[str, Any]]:
         yield key, in_words(shown(value)) if isinstance(value, str) else value
 
 
-def evaluations(run: RunReader, steps: int, step: int) -> dict[str, Any]:
-    """Return results of the end of training as a text table, and results of `evaluate` as rows."""
-    final = run.read_results()
-    entries = _entries(run, step)
-    names = names_of_sets(entry["set"] for entry in entries)
-    last = tables.render(results.from_json(final["records"])) if final and final["results"] and step == steps else ""
+def evaluations(known: Sequence[Result]) -> list[Sequence[str]]:
+    """Return the rows of the table of results."""
+    names = names_of_sets(result.set for result in known)
     rows = []
-    for entry in entries:
-        cells = (_code(names[entry["set"]]), entry["metric"], f"{entry['value']:.1f}", f"{entry['n']:,}")
-        rows.append((*cells, *(in_words(entry.get(key, "")) for key in ("protocol", "templates"))))
-    profile = entries[-1]["profile"] if entries else ""
-    return {"last": last.replace("`", "'"), "evaluated": rows, "profile": profile}
+    for result in known:
+        about = (in_words(result.protocol.protocol), in_words(result.protocol.templates))
+        rows.append((_code(names[result.set]), result.key, f"{result.value:.1f}", f"{result.n:,}", *about))
+    return rows
 
 
 def _machine(facts: Mapping[str, Any]) -> dict[str, Any]:

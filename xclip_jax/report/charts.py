@@ -11,10 +11,11 @@ import numpy as np
 
 from xclip_jax.evaluators import tables
 from xclip_jax.objectives import Curve
-from xclip_jax.report.collect import Key, Run, labels, rows_of
+from xclip_jax.report.collect import Key, Run, short_set_names
 
 POINTS = 400  # most points of a line; longer lines are averaged
 _LOGGED = (  # key, title, unit
+    ("loss", "Loss, weighted sum of the terms", "nats"),
     ("lr", "Learning rate", ""),
     ("grad_norm", "Gradient norm", ""),
     ("param_norm", "Parameter norm", ""),
@@ -74,15 +75,6 @@ class Chart:
         return list(zip(map(self.across if axis == "x" else self.up, values), tick_labels(values), strict=True))
 
     @property
-    def description(self) -> str:
-        """A description for screen readers."""
-        ranges = "; ".join(f"{z.name} from {number(z.y[0])} to {number(z.y[-1])}" for z in self.lines)
-        text = f"{self.title}, steps {number(self.x[0])} to {number(self.x[1])}: {ranges}."
-        if self.levels:
-            text += f" Lines at {', '.join(f'{level.name} ({number(level.y)})' for level in self.levels)}."
-        return text
-
-    @property
     def data(self) -> str:
         """The values as JSON for the page's script."""
         lines = [line._asdict() | {"y": [float(f"{value:.5g}") for value in line.y]} for line in self.lines]
@@ -115,22 +107,15 @@ def metric_lines(rows: Rows, metrics: Sequence[tuple[str, str]], unit: str = "")
 
 
 def term_chart(curve: Curve, rows: Rows, term: str) -> Chart | None:
-    """Return the chart of a curve declared by an objective's term, or None without logged values."""
+    """Return the chart of a curve declared by an objective's term, with its levels at the last row, or None."""
     lines = metric_lines(rows, [(f"{term}/{key}", label) for key, label in curve.lines], curve.unit)
-    return chart(curve.title, lines, shown_levels(curve, rows, term), unit=curve.unit, note=curve.note)
-
-
-def shown_levels(curve: Curve, rows: Rows, term: str) -> list[Level]:
-    """Return the dashed lines of a curve at the last row."""
-    levels = []
     scale = 100.0 if curve.unit == "%" else 1.0
-    if curve.check:
-        levels.append(Level("alarm", scale * curve.check.threshold, below=True))
+    levels = [Level("alarm", scale * curve.check.threshold, below=True)] if curve.check else []
     for label, source in curve.levels:
         value = rows[-1].get(f"{term}/{source}") if isinstance(source, str) else source
         if value is not None:
             levels.append(Level(label, scale * value))
-    return levels
+    return chart(curve.title, lines, levels, unit=curve.unit, note=curve.note)
 
 
 def number(value: float) -> str:
@@ -194,7 +179,7 @@ def _range(low: float, high: float) -> tuple[float, float]:
 
 def of_runs(runs: Sequence[Run]) -> list[Chart]:
     """Return charts of all logged metrics, with one line per run if there are several."""
-    drawn = [_total(runs), *_curves(runs), *_evaluations(runs)]
+    drawn = [*_curves(runs), *_evaluations(runs)]
     for key, title, unit in _LOGGED:
         lines = [line for run in runs for line in _lines(run, key, run.name if len(runs) > 1 else title, unit)]
         if key != "data/bad_share" or any(any(line.y) for line in lines):
@@ -210,17 +195,8 @@ def _lines(run: Run, key: str, name: str, unit: str = "") -> list[Line]:
     return [line._replace(color=run.color) for line in metric_lines(rows, ((key, name),), unit)]
 
 
-def _total(runs: Sequence[Run]) -> Chart | None:
-    """Return the chart of the total loss, or None if the runs' sums differ or consist of one term of weight 1."""
-    objective = runs[0].record.objective
-    if len({run.record.objective.formula for run in runs}) > 1 or list(objective.weights.values()) == [1.0]:
-        return None
-    lines = [line for run in runs for line in _lines(run, "loss", run.name if len(runs) > 1 else "weighted sum")]
-    return chart("Loss", lines, unit="nats", note=f"{objective.formula}.")
-
-
 def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
-    """Yield charts of the terms' curves: with several runs one chart per metric, otherwise per curve."""
+    """Yield charts of the terms' curves: with several runs one chart per metric without levels, else per curve."""
     declared: dict[tuple[str, str], tuple[Curve, str]] = {}
     for run in runs:
         for name, term in run.record.objective.terms.items():
@@ -231,11 +207,8 @@ def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
                     title = f"{curve.title}: {label}" if len(curve.lines) > 1 else curve.title
                     declared.setdefault((name, key), (curve, title))
     for (term, key), (curve, title) in declared.items():
-        rows_of_runs = [run.record.training for run in runs if term in run.record.objective.terms]
-        levels = [shown_levels(curve, rows, term) for rows in rows_of_runs if rows]
-        shared = levels[0] if levels and all(other == levels[0] for other in levels) else []
         lines = [line for run in runs for line in _lines(run, f"{term}/{key}", run.name, curve.unit)]
-        yield chart(title, lines, shared, unit=curve.unit, note=curve.note)
+        yield chart(title, lines, unit=curve.unit, note=curve.note)
 
 
 def _evaluations(runs: Sequence[Run]) -> Iterator[Chart | None]:
@@ -247,13 +220,13 @@ def _evaluations(runs: Sequence[Run]) -> Iterator[Chart | None]:
                 metric, result = row.shown[0]
                 key = ((row.family, row.name), metric.label, result.unit)
                 points.setdefault(key, {}).setdefault(run.color, {})[step] = result.value
-    short = labels(rows_of(runs))
+    short = short_set_names(runs)
     names = {run.color: run.name for run in runs}
     by_unit: dict[str, list[Line]] = {}
     for (key, label, unit), colors in points.items():
         if max(map(len, colors.values())) < 2:
             continue
-        title = f"{short[key]}, {label}"
+        title = f"{short[key[1]]}, {label}"
         lines = [Line(names[color], list(own), list(own.values()), color) for color, own in colors.items()]
         if len(runs) > 1:
             yield chart(title, lines, unit=unit)

@@ -1,6 +1,5 @@
 """Reads metrics, results with intervals and verdicts, and warnings from a run's folder."""
 
-import collections
 import dataclasses
 import datetime
 import functools
@@ -62,11 +61,6 @@ class Record:
     def step_of(self, result: Result) -> int | None:
         """Return the step of a result, or None for the last step of a complete run."""
         return self.steps_of.get((result.family, result.set))
-
-    def before(self, result: Result) -> Result | None:
-        """Return the result of the same name before the first step, if later ones exist."""
-        step, first = self.evaluations[0] if len(self.evaluations) > 1 else (-1, [])
-        return next((x for x in first if step == 0 and x.name == result.name), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,22 +140,10 @@ def newest(evaluations: Iterable[Evaluation]) -> tuple[list[Result], dict[Key, i
     return known, {key: step for key, (step, _) in newest_of.items()}
 
 
-def labels(rows: Iterable[tables.Row]) -> dict[Key, str]:
-    """Return {(family, name): short name} of rows, with the family's title if two rows share a name."""
-    keys = list(dict.fromkeys((row.family, row.name) for row in rows))
-    short = tables.shorten(name for _, name in keys)
-    counts = collections.Counter(short[name] for _, name in keys)
-    return {
-        (family, name): f"{short[name]} ({tables.title(family)})" if counts[short[name]] > 1 else short[name]
-        for family, name in keys
-    }
-
-
-def rows_of(runs: Sequence[Run]) -> list[tables.Row]:
-    """Return the rows of all results of `runs`."""
-    records = [run.record for run in runs]
-    measured = [each for record in records for each in (record.results, *(own for _, own in record.evaluations))]
-    return [row for each in measured for row in tables.rows(each)]
+def short_set_names(runs: Sequence["Run"]) -> dict[str, str]:
+    """Return {set: short name} of all results of `runs`."""
+    measured = [own for run in runs for own in (run.record.results, *(x for _, x in run.record.evaluations))]
+    return tables.shorten(row.name for own in measured for row in tables.rows(own))
 
 
 class Judgement(NamedTuple):

@@ -1,32 +1,31 @@
 """Predictions of a model on images and texts for picture and page, drawn by a seed and never selected by hand."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import BadSample, UserError, describe
 from xclip_jax.data import loader
-from xclip_jax.data.transforms import normalize
-from xclip_jax.evaluators import tables
+from xclip_jax.evaluators import registry, tables
+from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import Matches, RetrievalSet
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, encode_pairs
-from xclip_jax.models.two_towers import TwoTowers, Variables
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
-from xclip_jax.parallel.mesh import replicated
-from xclip_jax.report.choose_examples import readable, select
 
 POOL = 1000  # images of a set
 NUM_IMAGES = 9  # classified images of a set
 NUM_QUERIES = 8  # searched texts
 TOP = 6  # images in a row
-CLUSTERS = 96
+SHOWN = 96  # side of an image on the page, pixels
+PROMPTS = 6000  # about the most class texts of a set
+ZEROSHOT_SETS = 3  # sets for classification
+CLUSTERS = 24
 _PROBABILITY = "probability"
 _NO_SIMILARITY = (
     "The model does not compare images with texts (no term of its objective has a similarity), so no examples of its "
@@ -79,10 +78,10 @@ class SearchResult(NamedTuple):
 
 
 class RetrievalExamples(NamedTuple):
-    """Retrieval in both directions on one set of this many `texts`, and the meaning of the bars."""
+    """Retrieval in both directions on one set with these `texts`, and the meaning of the bars."""
 
     title: str
-    texts: int
+    texts: Sequence[str]
     meaning: str
     gallery: Gallery
     by_text: list[SearchResult]
@@ -108,14 +107,6 @@ class Clusters(NamedTuple):
     most: list[Cluster]
 
 
-class Maps(NamedTuple):
-    """Attention maps `last` (n, rows, columns), each with sum 1, of a gallery's images, and their meaning in words."""
-
-    indices: list[int]
-    last: np.ndarray
-    meaning: str
-
-
 @dataclasses.dataclass
 class Examples:
     """A model's predictions in a report; `missing` contains the reasons for empty fields."""
@@ -126,7 +117,6 @@ class Examples:
     searches: list[SearchResult] = dataclasses.field(default_factory=list)
     retrieved: RetrievalExamples | None = None
     clusters: Clusters | None = None
-    maps: Maps | None = None
     credits: list[str] = dataclasses.field(default_factory=list)  # who made the images
     missing: list[str] = dataclasses.field(default_factory=list)
 
@@ -141,39 +131,63 @@ def collect_examples(
     seed: int = 0,
     profile: Profile = PROFILES["openai"],
 ) -> Examples:
-    """Return all `Examples` except attention maps, drawn by the seed; all processes must call this.
+    """Return `Examples` of the first sets for classification and retrieval; all processes must call this.
 
-    For the other arguments see `choose_examples.select`.
+    Args:
+      encoder, variables: the model.
+      specs, profile: names of evaluation sets, and their templates and class names.
+      data: config of the training pairs, for held-out pairs.
+      data_dir: root of TFDS data sets; None or "" for `data.dir`.
+      seed: draws images and texts.
     """
     if not encoder.similarities:
         return Examples(seed, missing=[_NO_SIMILARITY])
-    chosen = select(specs, encoder.preprocessing, data_dir, data, profile)
-    kinds = dict.fromkeys(chosen.kinds)
-    credits = list(dict.fromkeys(kind.display.credit for kind in kinds if kind.display.credit))
-    examples = Examples(seed, credits=credits, missing=chosen.missing)
-    words: Sequence[str] = [name for _, _, zeroshot, _ in chosen.zeroshot for name in zeroshot.names]
-    for title, sentence, zeroshot, shown in chosen.zeroshot:
-        with _errors_to(examples.missing):
-            _add_names(examples, encoder, variables, title, sentence, zeroshot, shown)
-    if chosen.retrieval:
-        with _errors_to(examples.missing):
-            examples.retrieved, captions = _retrieved(encoder, variables, *chosen.retrieval, seed, examples.missing)
-            if not examples.named:
-                examples.gallery = examples.retrieved.gallery
-                words = captions
+    examples = Examples(seed)
+    kinds: dict[type[SetKind], None] = {}
+    words: list[str] = []
+    prepare = encoder.preprocessing
+    for spec in dict.fromkeys(specs):
+        try:
+            kind = registry.check(spec)
+            wanted = {"classes": len(examples.named) < ZEROSHOT_SETS, "captions": examples.retrieved is None}
+            if not wanted.get(kind.shows(spec)):
+                continue
+            own = registry.load(spec, prepare, data_dir, profile, data)
+            shown = registry.load(spec, prepare.with_size(SHOWN), data_dir, profile, data)
+        except (UserError, OSError) as error:
+            examples.missing.append(str(error))
+            continue
+        if kind.shows(spec) == "captions":
+            examples.retrieved = _retrieved(encoder, variables, own, shown, seed, examples.missing)
+        elif np.ndim(own.labels) == 1:
+            title, sentence = kind.display.panels.get(spec, (spec, "The model chooses among {num_classes} names."))
+            _add_names(examples, encoder, variables, title, sentence, own, shown)
+            words += own.names
+        kinds[kind] = None
+    examples.credits = list(dict.fromkeys(kind.display.credit for kind in kinds if kind.display.credit))
+    if examples.retrieved and not examples.named:
+        examples.gallery = examples.retrieved.gallery
+        words = list(examples.retrieved.texts)
     if examples.gallery.images:
         queries = list(dict.fromkeys(query for kind in kinds for query in kind.display.queries))
         _search_and_cluster(examples, encoder, variables, queries, list(dict.fromkeys(words)))
     return examples
 
 
-@contextlib.contextmanager
-def _errors_to(missing: list[str]) -> Iterator[None]:
-    """Context that reports an unreadable set, so that the page still shows other sets."""
-    try:
-        yield
-    except UserError as error:
-        missing.append(str(error))
+def _readable(data: ZeroShotSet | RetrievalSet, indices: np.ndarray, missing: list[str]) -> np.ndarray:
+    """Return the `indices` of decodable images, and add a sentence on the others to `missing`."""
+    kept = []
+    errors = []
+    for i in indices:
+        try:
+            data.images[i]
+            kept.append(i)
+        except BadSample as error:
+            errors.append(describe(error))
+    if errors:
+        lost = f"{len(errors):,} of {len(indices):,} images drawn from {data.name} cannot be read"
+        missing.append(f"{lost}; the first: {errors[0]}.")
+    return np.array(kept, int)
 
 
 def _add_names(
@@ -196,9 +210,12 @@ def _add_names(
     first = of_classes(order)
     # Later sets encode only their shown images.
     pool = rng.permutation(len(zeroshot.labels))[:POOL] if searched else []
-    keep = readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
+    keep = _readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
+    if not len(keep):
+        return
     first = of_classes(order[np.isin(order, keep)])  # replaces unreadable images
-    zeroshot = _subset(zeroshot, keep)
+    each = max(1, PROMPTS // len(zeroshot.prompts))
+    zeroshot = dataclasses.replace(_subset(zeroshot, keep), prompts=[texts[:each] for texts in zeroshot.prompts])
     shown = _subset(shown, keep)
     scores = ZeroShot(encoder, zeroshot).scores(variables)
     indices = np.searchsorted(keep, first)
@@ -240,10 +257,12 @@ def _label(value: float, meaning: str, name: str, right: bool) -> ScoredLabel:
 
 def _retrieved(
     encoder: Encoder, variables: Variables, data: RetrievalSet, shown: RetrievalSet, seed: int, missing: list[str]
-) -> tuple[RetrievalExamples, list[str]]:
-    """Return results for `NUM_QUERIES` texts and `NUM_IMAGES` images, and all texts."""
+) -> RetrievalExamples | None:
+    """Return results for `NUM_QUERIES` texts and `NUM_IMAGES` images; None without a readable image."""
     rng = np.random.default_rng(seed)
-    keep = readable(shown, np.sort(rng.permutation(len(data.images))[:POOL]), missing)
+    keep = _readable(shown, np.sort(rng.permutation(len(data.images))[:POOL]), missing)
+    if not len(keep):
+        return None
     captions = [data.captions[i] for i in keep]
     texts = [text for of_image in captions for text in of_image]
     names = [of_image[0] for of_image in captions]
@@ -269,7 +288,7 @@ def _retrieved(
         rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
         by_image.append(Prediction(gallery.shown[i], names[i], rank, choices))
     title = tables.shorten([data.name])[data.name]
-    return RetrievalExamples(title, len(texts), meaning, gallery, by_text, by_image), texts
+    return RetrievalExamples(title, texts, meaning, gallery, by_text, by_image)
 
 
 def _search_and_cluster(
@@ -300,29 +319,3 @@ def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Feat
         images, nearest = (np.argsort(-x[:, k], kind="stable")[:TOP].tolist() for x in (p, q))
         most.append(Cluster(int(k), int(pictures[k]), int(texts[k]), images, [words[i] for i in nearest]))
     return Clusters(p.shape[1], used, gallery, most)
-
-
-def attention(
-    model: TwoTowers,
-    variables: Variables,
-    gallery: Sequence[np.ndarray],
-    statistics: tuple[tuple[float, ...], ...],
-    mesh: jax.sharding.Mesh,
-    *,
-    n: int = NUM_IMAGES,
-    seed: int = 0,
-) -> Maps | None:
-    """Return attention maps of `n` images drawn by the seed, or None if the tower does not provide maps.
-
-    `gallery` contains uint8 images (size, size, 3), and `statistics` the mean and standard deviation of pixels.
-    """
-    if not model.img.attention:
-        return None
-    indices = np.random.default_rng(seed).permutation(len(gallery))[:n]
-    images = np.stack([gallery[i] for i in indices])
-
-    def maps(params: Any, images: jax.Array) -> jax.Array:
-        return model.img.attention_maps(params, normalize(images, *statistics), model.dtype)
-
-    last = jax.jit(maps, out_shardings=replicated(mesh))(variables["params"]["img"], images)
-    return Maps(indices.tolist(), np.asarray(last), model.img.attention)

@@ -68,23 +68,3 @@ const charts = [...document.querySelectorAll("[data-chart]")].map(figure => {
   });
   return { figure, show, hide };
 });
-const box = document.getElementById("find");
-if (box) {
-  const cards = [...document.querySelectorAll("[data-words]")], more = document.getElementById("more");
-  const output = document.getElementById("found"), first = Number(box.dataset.first);
-  let all = false;
-  const filter = () => {
-    const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let matches = 0;
-    for (const card of cards) {
-      const fits = words.every(word => card.dataset.words.includes(word));
-      matches += fits;
-      card.hidden = !fits || !(all || words.length || matches <= first);
-    }
-    more.hidden = all || words.length > 0 || cards.length <= first;
-    output.textContent = words.length ? matches + " of " + cards.length + " clusters" : cards.length + " clusters";
-  };
-  box.addEventListener("input", filter);
-  more.addEventListener("click", () => { all = true; filter(); });
-  filter();
-}

@@ -15,22 +15,19 @@ import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
-from xclip_jax.config.schema import Config
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import redact
 from xclip_jax.core.storage import write_whole
 from xclip_jax.evaluators import tables
-from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import UNITS, Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.report import collect, picture
 from xclip_jax.report.charts import decimals, number
-from xclip_jax.report.collect import ABOVE, LEVEL, Record, Run, judge, verdicts
-from xclip_jax.report.examples import Examples, attention, collect_examples
+from xclip_jax.report.collect import LEVEL, Record, Run, judge
+from xclip_jax.report.examples import collect_examples
 from xclip_jax.report.sections import sections
 from xclip_jax.train import prepare
-from xclip_jax.train.build import Experiment, profile_of_run
+from xclip_jax.train.build import profile_of_run
 from xclip_jax.train.callbacks import Callback
 
 _TOWERS = {"img": "Image", "txt": "Text"}
@@ -45,8 +42,9 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
     first = runs[0]
     # The sections of a single run without examples contain the reasons themselves.
     with_notes = [run for run in runs if len(runs) > 1 or run.examples.named or run.examples.retrieved]
-    notes = [*_notes(runs, with_notes), *(note for run in with_notes for note in run.examples.missing)]
-    tested = set(verdicts(first.record.results).values())
+    early = [run for run in with_notes if run.step not in (None, run.record.steps)]
+    notes = [f"Predictions of {run.name} are by the checkpoint of step {run.step:,}." for run in early]
+    notes += [note for run in with_notes for note in run.examples.missing]
     context: dict[str, Any] = {
         "runs": runs,
         "sections": sorted(sections(runs, step), key=lambda section: bool(section.missing)),
@@ -57,21 +55,8 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
         "any_steps": any(run.record.steps_of for run in runs),
         "tiles": list(_tiles(first.record)),
         "facts": {key: value for key, value in facts(first.record, first.parameters).items() if value != ""},
-        "hopeful": ABOVE in tested or not tested,
     }
     return environment().get_template("page.html").render(context)
-
-
-def _notes(runs: Sequence[Run], with_predictions: Sequence[Run]) -> Iterator[str]:
-    """Yield sentences on held-out pairs that other runs may have seen, and on predictions before the last step."""
-    data = [(run.record.config.data.sources, run.record.config.data.holdout) for run in runs]
-    names = ", ".join(run.name for run, own in zip(runs, data, strict=True) if own != data[0])
-    if names and (runs[0].examples.named or runs[0].examples.retrieved):
-        source = runs[0].name
-        yield f"Held-out pairs, where shown, come from {source}; {names} learned from data that may contain them."
-    for run in with_predictions:
-        if run.step is not None and run.step != run.record.steps:
-            yield f"Predictions of {run.name} are by the checkpoint of step {run.step:,}."
 
 
 def _tiles(record: Record) -> Iterator[dict[str, Any]]:
@@ -81,11 +66,9 @@ def _tiles(record: Record) -> Iterator[dict[str, Any]]:
         metric, result = row.shown[0]
         judged = judge(result)
         step = record.step_of(result)
-        first = record.before(result)
         unit = result.unit if result.unit not in UNITS or result.unit == "%" else ""
         chance = f"chance {result.chance:.1f}\u00a0{unit or '%'}" if result.chance is not None else ""
         when = "" if step is None else f"at step {step:,}"
-        before = f"before training {decimals(first.value)}" if first else ""
         yield {
             "family": family,
             "value": decimals(result.value),
@@ -93,7 +76,7 @@ def _tiles(record: Record) -> Iterator[dict[str, Any]]:
             "unit": unit,
             "label": metric.label + (f", {LEVEL:.0%}: {judged}" if str(judged) else ""),
             "verdict": judged.verdict,
-            "details": ", ".join(filter(None, (chance, short[row.name], when, before))),
+            "details": ", ".join(filter(None, (chance, short[row.name], when))),
         }
 
 
@@ -112,8 +95,6 @@ def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
         f"{unit.capitalize()} seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",
         "Speed": f"{number(last['samples_per_second'])} {unit}/s" if last.get("samples_per_second") else "",
         "MFU": f"{last['mfu']:.1%}" if last.get("mfu") else "",
-        "Bad samples": f"{last['data/bad']:,.0f}" if last.get("data/bad") else "",
-        "Skipped steps": f"{last['skipped_steps']:,.0f}" if last.get("skipped_steps") else "",
         "Devices": record.environment.get("devices", ""),
         "Began, UTC": f"{record.began:%Y-%m-%d %H:%M}",
         "Ended, UTC": f"{record.ended:%Y-%m-%d %H:%M}" if record.ended else "not yet",
@@ -132,8 +113,7 @@ def environment() -> jinja2.Environment:
         finalize=lambda value: value if isinstance(value, Markup) else redact(str(value)),
     )
     made.filters |= {"breakable": _breakable, "comma": "{:,}".format, "decimals": decimals}
-    made.filters |= {"data_uri": data_uri, "done": _done, "file": file, "judge": judge}
-    made.filters["at"] = lambda names, indices: " ".join(names[i] for i in indices)
+    made.filters |= {"done": _done, "file": file, "judge": judge}
     return made
 
 
@@ -147,9 +127,9 @@ def file(name: str) -> Markup:
     return Markup(importlib.resources.files("xclip_jax.report").joinpath(name).read_text("utf-8"))
 
 
-def _breakable(name: str) -> Markup:
-    """Return an escaped name that may wrap after / and _."""
-    return Markup(str(escape(redact(name))).replace("/", "/<wbr>").replace("_", "_<wbr>"))
+def _breakable(value: Any) -> Markup:
+    """Return an escaped name or value that may wrap after / and _."""
+    return Markup(str(escape(redact(str(value)))).replace("/", "/<wbr>").replace("_", "_<wbr>"))
 
 
 def _done(run: Run) -> str:
@@ -158,13 +138,11 @@ def _done(run: Run) -> str:
     return f"{steps:,} steps" if steps == all_steps else f"{steps:,} of {all_steps:,} steps"
 
 
-def data_uri(image: np.ndarray, side: int = 0, *, lossless: bool = False) -> str:
-    """Return a uint8 image (h, w, 3) as WebP in a URI, scaled to `side` x `side` pixels if `side` is not 0."""
-    square = Image.fromarray(image)
-    if side:
-        square = square.resize((side, side), Image.Resampling.LANCZOS)
+def data_uri(image: np.ndarray) -> str:
+    """Return a uint8 image (h, w, 3) as WebP in a URI, scaled to `THUMB` x `THUMB` pixels."""
     data = io.BytesIO()
-    square.save(data, "WEBP", quality=82, lossless=lossless, method=4)
+    square = Image.fromarray(image).resize((THUMB, THUMB), Image.Resampling.LANCZOS)
+    square.save(data, "WEBP", quality=82, method=4)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
@@ -180,37 +158,13 @@ class Images:
         key = image.tobytes()
         if key not in self._classes:
             self._classes[key] = f"i{len(self._classes)}"
-            self._rules.append(f".{self._classes[key]}{{background-image:url({data_uri(image, THUMB)})}}")
+            self._rules.append(f".{self._classes[key]}{{background-image:url({data_uri(image)})}}")
         element = Markup('<span class="im {}" role="img" aria-label="{}"></span>')
         return element.format(self._classes[key], redact(alt))
 
     def css(self) -> Markup:
         """Return the rules of all shown images."""
         return Markup("\n".join(self._rules))
-
-
-def predict(
-    experiment: Experiment,
-    encoder: Encoder,
-    variables: Variables,
-    specs: Sequence[str],
-    *,
-    config: Config,
-    profile: Profile,
-    data_dir: str = "",
-    seed: int = 0,
-) -> Examples:
-    """Return a model's examples with attention maps; all processes must call this.
-
-    `config` and `profile` decide held-out pairs, templates and class names; see `collect_examples`.
-    """
-    options = {"data": config.data, "data_dir": data_dir, "seed": seed, "profile": profile}
-    examples = collect_examples(encoder, variables, specs, **options)
-    images = examples.gallery.images
-    if images:
-        statistics = (experiment.preprocessing.mean, experiment.preprocessing.std)
-        examples.maps = attention(experiment.model, variables, images, statistics, experiment.mesh, seed=seed)
-    return examples
 
 
 class ReportWriter(Callback):
@@ -226,7 +180,8 @@ class ReportWriter(Callback):
         config = experiment.config
         try:
             specs = (*config.eval.sets_at_end, *config.eval.sets)
-            examples = predict(experiment, run.encoder, variables, specs, config=config, profile=profile_of_run(config))
+            profile = profile_of_run(config)
+            examples = collect_examples(run.encoder, variables, specs, data=config.data, profile=profile)
             if jax.process_index() != 0:
                 return
             record = collect.read(folder.path)

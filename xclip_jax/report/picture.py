@@ -12,8 +12,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-from xclip_jax.report.choose_examples import SHOWN
-from xclip_jax.report.examples import Cluster, Examples, Gallery, Prediction, SearchResult, ZeroShotExamples
+from xclip_jax.report.examples import SHOWN, Cluster, Examples, Gallery, Prediction, SearchResult
 
 WIDTH = 1600  # pixels
 MARGIN = 56
@@ -115,7 +114,7 @@ def save(path: str | os.PathLike, rows: list[Row], *, width: int = WIDTH) -> Non
 
 
 def draw(path: str | os.PathLike, examples: Examples, *, title: str = "Predictions of the model") -> None:
-    """Write a PNG of a title, searches, classified sets in order of mean rank, and clusters."""
+    """Write a PNG of a title, searches, classified sets and clusters."""
     head = Row(88)
     head.text(MARGIN, 76, title, 42, bold=True, width=WIDTH - 2 * MARGIN)
     rows = [head]
@@ -123,7 +122,7 @@ def draw(path: str | os.PathLike, examples: Examples, *, title: str = "Predictio
         sentence = f"For each text, the top of {len(examples.gallery.images):,} test images, best first."
         card = functools.partial(search_card, examples.gallery)
         rows += [_section("Search by words", sentence), *grid(examples.searches, 2, SEARCH_HEIGHT, card)]
-    for named in best_first(examples.named):
+    for named in examples.named:
         card = functools.partial(name_card, named.num_classes)
         rows += [_section(named.title, named.sentence), *grid(named.guesses[: 2 * CARDS], CARDS, NAME_HEIGHT, card)]
     clusters = examples.clusters
@@ -135,13 +134,6 @@ def draw(path: str | os.PathLike, examples: Examples, *, title: str = "Predictio
         card = functools.partial(cluster_card, clusters.gallery)
         rows += [_section("Clusters", sentence), *grid(clusters.most[:CLUSTERS], 2, CLUSTER_HEIGHT, card)]
     save(path, [*rows, Row(MARGIN)])
-
-
-def best_first(named: Sequence[ZeroShotExamples]) -> list[ZeroShotExamples]:
-    """Sort sets by the right name's mean rank, divided by the number of names."""
-    return sorted(
-        named, key=lambda shown: sum(guess.rank for guess in shown.guesses) / len(shown.guesses) / shown.num_classes
-    )
 
 
 def _section(title: str, sentence: str) -> Row:

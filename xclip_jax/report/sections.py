@@ -5,22 +5,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import tables
-from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import Check, Health
 from xclip_jax.objectives.similarity import cluster_similarity
 from xclip_jax.report import charts
 from xclip_jax.report.charts import chart, decimals, metric_lines, term_chart
-from xclip_jax.report.collect import ABOVE, Record, Run, Warnings, complete_rows, labels, rows_of, verdicts
-from xclip_jax.report.examples import Examples, Gallery, Prediction, SearchResult
+from xclip_jax.report.collect import Record, Run, Warnings, complete_rows, short_set_names
+from xclip_jax.report.examples import Gallery, Prediction, SearchResult
 
-MAP = 144  # side of an attention map, pixels
-_DARK = np.array([17, 24, 39])
 _RANK = (("rank/img", "images"), ("rank/txt", "texts"))
 
 
@@ -56,7 +50,6 @@ def sections(runs: Sequence[Run], step: int | None) -> list[Section]:
     examples = first.examples
     if cluster_similarity(record.objective.similarities):
         shown.append(Section("clusters", "Clusters", examples.clusters, "" if examples.clusters else _reason(runs)))
-    shown.append(attention(runs))
     return [*shown, results(runs), training(runs), health(record), about(record)]
 
 
@@ -91,8 +84,8 @@ def search(runs: Sequence[Run]) -> Section:
         text = f"Captions of {first.title} with the top of {n:,} images; a green frame is right."
         cards = _searches([(run, predicted.by_text, predicted.gallery) for run, predicted in retrieved])
         panels.append(Panel("Text to image", text, cards, searches=True))
-        text = f"Images with the top of {first.texts:,} captions; green is right. Bars: {first.meaning}."
-        cards = _cards([(run, predicted.by_image, predicted.texts) for run, predicted in retrieved])
+        text = f"Images with the top of {len(first.texts):,} captions; green is right. Bars: {first.meaning}."
+        cards = _cards([(run, predicted.by_image, len(predicted.texts)) for run, predicted in retrieved])
         panels.append(Panel("Image to text", text, cards))
     if all(run.examples.searches for run in runs):
         n = len(runs[0].examples.gallery.images)
@@ -117,27 +110,6 @@ def _searches(columns: Sequence[tuple[Run, Sequence[SearchResult], Gallery]]) ->
     return [[(run, results[text], gallery) for run, results, gallery in by_text] for text in texts]
 
 
-def attention(runs: Sequence[Run]) -> Section:
-    """Return (name, [(image, name), (image darkened by its attention map, description)]) per image."""
-    examples: Examples = runs[0].examples
-    if examples.maps is None:
-        missing = "The image tower of this model has no attention maps." if examples.gallery.images else _reason(runs)
-        return Section("attention", "Attention", missing=missing)
-    cards = []
-    for i, values in zip(examples.maps.indices, examples.maps.last, strict=True):
-        name = examples.gallery.names[i]
-        image = examples.gallery.shown[i]
-        row, column = np.unravel_index(values.argmax(), values.shape)
-        most = f"Attention to {name}: most on row {row + 1}, column {column + 1} of {len(values)} patches"
-        side = max(1, MAP // len(values)) * len(values)
-        patch = np.arange(side) * len(values) // side
-        light = (0.1 + 0.9 * values / values.max())[patch][:, patch, None]
-        picture = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
-        lit = (picture * light + _DARK * (1 - light)).astype(np.uint8)
-        cards.append((name, [(image, name), (lit, most)]))
-    return Section("attention", "Attention", cards)
-
-
 def results(runs: Sequence[Run]) -> Section:
     """Return a table of each set's first metric, with one column per run, and all metrics as text."""
     measured = [{(row.family, row.name): row.shown[0] for row in tables.rows(run.record.results)} for run in runs]
@@ -146,34 +118,15 @@ def results(runs: Sequence[Run]) -> Section:
         folder = runs[0].record.folder if len(runs) == 1 else "RUN"
         reason = f"None yet; evaluate with xclip-jax evaluate --checkpoint {folder} --suite NAME."
         return Section("results", "Results", missing=reason)
-    short = labels(rows_of(runs))
+    short = short_set_names(runs)
     rows = []
     for key in keys:
-        metric, first = next(of_run[key] for of_run in measured if key in of_run)
+        metric = next(of_run[key][0] for of_run in measured if key in of_run)
         column = [(run, of_run[key][1] if key in of_run else None) for run, of_run in zip(runs, measured, strict=True)]
-        values = {x.value for _, x in column if x and _same_data(x, first) and math.isfinite(x.value)}
-        best = math.nan
-        if len(values) > 1:  # else a tie
-            best = min(values) if first.unit == "rank" else max(values)
-        cells = []
-        for run, result in column:
-            if result is None:
-                cells.append(None)
-                continue
-            same = _same_data(result, first)
-            step = run.record.step_of(result)
-            cells.append((result, step, same, same and result.value == best, run.record.before(result)))
-        rows.append((short[key], metric.label, first.chance, cells))
-    tested = [verdict for run in runs for verdict in verdicts(run.record.results).values()]
-    counts = f"{tested.count(ABOVE)} of {len(tested)} results are above chance. " if tested else ""
+        cells = [(result, run.record.step_of(result)) if result else None for run, result in column]
+        rows.append((short[key[1]], metric.label, cells))
     texts = {run.name: tables.render(run.record.results) for run in runs if run.record.results}
-    return Section("results", "Results", (counts, rows, texts))
-
-
-def _same_data(a: Result, b: Result) -> bool:
-    """Whether two results share their number of items, protocol and, if known, hash of the split."""
-    hashes = {a.protocol.split_hash, b.protocol.split_hash} - {""}
-    return a.n == b.n and len(hashes) < 2 and a.protocol.protocol == b.protocol.protocol
+    return Section("results", "Results", (rows, texts))
 
 
 def _differences(
@@ -185,7 +138,7 @@ def _differences(
         rows = tables.compare(str(first.record.folder), str(run.record.folder), step=step, refused=refused)
     except UserError as error:
         return [], [str(error)]
-    short = tables.shorten([*(row.name for row in rows_of(runs)), *(row["set"] for row in rows)])
+    short = tables.shorten([*short_set_names(runs), *(row["set"] for row in rows)])
     ends = [row.get(key, math.nan) for row in rows if "ratio" not in row for key in ("difference", "low", "high")]
     end = max((abs(value) for value in ends if math.isfinite(value)), default=0.0)
     last = (first.record.steps, run.record.steps)
@@ -229,12 +182,7 @@ def training(runs: Sequence[Run]) -> Section:
     drawn = charts.of_runs(runs)
     if not drawn:
         return Section("curves", "Training", missing="No step is logged yet.")
-    text = "Point at a chart, or focus it and use the arrow keys, to read values."
-    batches = {run.name: run.record.config.data.batch for run in runs}
-    if len(set(batches.values())) > 1:
-        sizes = ", ".join(f"{name} {batch:,}" for name, batch in batches.items())
-        text += f" Batch sizes differ, so steps are not comparable: {sizes}."
-    return Section("curves", "Training", (text, drawn))
+    return Section("curves", "Training", drawn)
 
 
 def health(record: Record) -> Section:
@@ -283,19 +231,9 @@ def settings(runs: Sequence[Run]) -> Section:
     configs = [schema.flatten(schema.to_dict(run.record.config)) for run in runs]
     left_out = schema.keys_where(compared=False)
     keys = sorted({key for config in configs for key in config if key not in left_out})
-    rows = {key: [config.get(key) for config in configs] for key in keys}
+    rows = {key: [config.get(key, "") for config in configs] for key in keys}
     differing = {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
-    facts = {key: [run.record.environment.get(key) for run in runs] for key in ("devices", "commit")}
+    facts = {key: [run.record.environment.get(key, "") for run in runs] for key in ("devices", "commit")}
     facts["steps logged"] = [run.record.steps for run in runs]
-    text = f"All of {len(keys):,} config keys are equal."
-    if differing:
-        text = f"{len(differing)} of {len(keys):,} config keys differ, not counting logs, checkpoints and folders."
-    return Section(
-        "settings", "What differs", (text, {key: list(map(_value, x)) for key, x in (facts | differing).items()})
-    )
-
-
-def _value(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else json.dumps(value)
+    text = f"{len(differing)} of {len(keys):,} config keys differ, not counting logs, checkpoints and folders."
+    return Section("settings", "What differs", (text, facts | differing))
