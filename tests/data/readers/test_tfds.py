@@ -69,7 +69,7 @@ def test_tfds(tmp_path):
     other = open_source("tfds:numbers/train[:3]", prepare(tmp_path / "c", 4))
     fewer = open_source("tfds:numbers/train[:3]", folder)
     assert len(other) == 3 and other.fingerprint()["hash"] != fewer.fingerprint()["hash"]
-    with pytest.raises(UserError, match=r"'numbers', split 'tests', .*/a "):
+    with pytest.raises(UserError, match=r"'numbers', split 'tests', .*/a`"):
         open_source("tfds:numbers/tests", folder)
 
 
@@ -151,7 +151,6 @@ def test_labelled_images_of_tfds(tmp_path):
 
 
 def test_tfds_that_is_not_there_or_in_another_format(tmp_path):
-    with pytest.raises(UserError, match=r"'numbers', split 'train', .*/x .*`tfds build numbers .*--data_dir="):
-        open_source("tfds:numbers/train", str(tmp_path / "x"))
-    with pytest.raises(UserError, match=r"'no_numbers'; see https://"):
-        open_source("tfds:no_numbers/train", str(tmp_path / "x"))
+    for name in ("numbers", "no_numbers"):
+        with pytest.raises(UserError, match=rf"'{name}', split 'train', .*`tfds build {name} .*--data_dir=[^\n]*$"):
+            open_source(f"tfds:{name}/train", str(tmp_path / "x"))
