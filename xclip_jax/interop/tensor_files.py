@@ -14,7 +14,8 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from xclip_jax.core.errors import UserError, first_line
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.storage import unreadable_as
 
 Tensors = dict[str, np.ndarray]
 
@@ -61,10 +62,8 @@ def choose(names: Collection[str], where: str, remedy: str) -> str:
 
 def read_json(path: epath.Path) -> dict[str, Any]:
     """Read a JSON object; raise `UserError` if the file is missing or contains something else."""
-    try:
+    with unreadable_as(f"{path} cannot be read as a JSON object"):
         return {**json.loads(path.read_text())}
-    except (OSError, ValueError, RecursionError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a JSON object: {error}.") from error
 
 
 def files_of(file: epath.Path) -> list[str]:
@@ -83,16 +82,12 @@ def tensors(file: epath.Path) -> Tensors:
     """Read all tensors in a file, or in the files of an index, as fp32 by name; raise `UserError` if one is damaged."""
     if file.name.endswith(".index.json"):
         return {name: x for shard in files_of(file) for name, x in tensors(file.parent / shard).items()}
-    try:
+    with unreadable_as(f"{file} cannot be read; download it again, or convert it: {REMEDY}"):
         if file.suffix != ".safetensors":
             return _torch_tensors(file.read_bytes())
         content = safetensors.deserialize(file.read_bytes())
         # Removed one by one, so that memory never holds all tensors in two dtypes.
         return {name: _array(info) for name, info in (content.pop() for _ in range(len(content)))}
-    except Exception as error:  # damaged files raise errors of any type
-        raise UserError(
-            f"{file} cannot be read ({first_line(error).rstrip('.')}); download it again, or convert it: {REMEDY}."
-        ) from error
 
 
 def _array(info: Mapping[str, Any]) -> np.ndarray:
@@ -132,13 +127,18 @@ class Scripted:
         self.attributes = state if isinstance(state, dict) else {}
 
 
+def _require(condition: bool, fault: str) -> None:
+    if not condition:
+        raise pickle.UnpicklingError(fault)
+
+
 def _torch_tensors(data: bytes) -> Tensors:
     """Return the fp32 tensors of a file of `torch.save` or `torch.jit.save`, see `load_torch`."""
     content, scripted = load_torch(data)
     content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
     arrays = {str(name): x for name, x in content.items() if isinstance(x, np.ndarray)}
-    if not arrays or sum(x.size for x in arrays.values()) > _MOST_VIEWS * len(data):
-        raise pickle.UnpicklingError("it contains no tensors, or the same numbers in too many of them")
+    size = sum(x.size for x in arrays.values())
+    _require(0 < size <= _MOST_VIEWS * len(data), "it contains no tensors, or the same numbers in too many of them")
     del content, data
     by_name = {name: arrays.pop(name).astype(np.float32, copy=False) for name in list(arrays)}
     for prefix in ("module.", "_orig_mod.", "module."):  # prefixes of distributed and compiled models, in any order
@@ -174,8 +174,7 @@ def _flat(module: Any) -> dict[str, np.ndarray]:
         for name, value in owner.attributes.items() if isinstance(owner, Scripted) else ():
             full = f"{prefix}{name}"
             letters += len(full) + 1
-            if letters > _MOST_LETTERS:
-                raise pickle.UnpicklingError("it contains modules without end")
+            _require(letters <= _MOST_LETTERS, "it contains modules without end")
             if isinstance(value, np.ndarray):
                 tensors[full] = value
             modules.append((f"{full}.", value))
@@ -184,8 +183,7 @@ def _flat(module: Any) -> dict[str, np.ndarray]:
 
 def _plain(key: Any) -> Any:
     """Return a string or a number: a few nested tuples as a key can take years to hash."""
-    if not isinstance(key, str | int | float):
-        raise pickle.UnpicklingError("it asks for a key that is neither a string nor a number")
+    _require(isinstance(key, str | int | float), "it asks for a key that is neither a string nor a number")
     return key
 
 
@@ -229,8 +227,7 @@ class _Unpickler(pickle._Unpickler):
     def _member(self, name: str) -> bytes:
         """Read an uncompressed file of the zip, like torch's: compressed data may unpack to any size."""
         info = self._archive.getinfo(self._root + name)
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise pickle.UnpicklingError(f"it asks for compressed data, {name!r}")
+        _require(info.compress_type == zipfile.ZIP_STORED, f"it asks for compressed data, {name!r}")
         return self._archive.read(info.filename)
 
     def find_class(self, module: str, name: str) -> Any:
@@ -239,9 +236,9 @@ class _Unpickler(pickle._Unpickler):
             return name
         if f"{module}.{name}" in self._known:
             return self._known[f"{module}.{name}"]
-        if self._scripted and module.split(".")[0] == "__torch__":
-            return type("Scripted", (Scripted,), {})
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, more than tensors")
+        is_module = self._scripted and module.split(".")[0] == "__torch__"
+        _require(is_module, f"it asks for {module}.{name}, more than tensors")
+        return type("Scripted", (Scripted,), {})
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         """Read the storage ("storage", type, key, device, elements)."""
@@ -260,8 +257,7 @@ def _tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tup
     if fits and all(size):
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         fits = max(last + 1, math.prod(size)) <= len(storage)
-    if not fits:
-        raise pickle.UnpicklingError("it asks for a tensor that does not fit its storage")
+    _require(fits, "it asks for a tensor that does not fit its storage")
     if not all(size):
         return np.zeros(size, storage.dtype)
     steps = [step * storage.itemsize for step in stride]
