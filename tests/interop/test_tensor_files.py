@@ -187,7 +187,7 @@ def test_tensors_stay_within_their_storage(offset, size, stride, tmp_path):
         buffer = io.BytesIO()
         Writer(buffer, protocol=2).dump({"x": Pickled(*args)})
         content = torch_zip(tmp_path / "x.pt", buffer.getvalue(), s0=struct.pack("<4f", 1, 2, 3, 4))
-        return tensor_files.load_torch(content)[0]["x"]
+        return tensor_files.load_torch(content)["x"]
 
     np.testing.assert_array_equal(load(0, (2, 2), (1, 2)), [[1, 3], [2, 4]])
     with pytest.raises(pickle.UnpicklingError, match="a tensor that does not fit its storage"):
@@ -240,7 +240,7 @@ def test_modules_that_share_modules_are_read_up_to_a_bound(tmp_path):
         torch_zip(path, tensor + b"0".join(modules) + b".", s0=struct.pack("<4f", 1, 2, 3, 4))
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("archive/constants.pkl", b"N.")
-        return tensor_files.load_torch(path.read_bytes())[0]
+        return tensor_files.load_torch(path.read_bytes())
 
     assert sorted(load(3)) == ["a.a.a", "a.b.a", "b.a.a", "b.b.a"]
     np.testing.assert_array_equal(load(2)["b.a"], [1, 2, 3, 4])

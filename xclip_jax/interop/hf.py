@@ -58,13 +58,13 @@ _CLIP_TOWER: dict[str, Any] = _TOWER | {"hidden_act": "quick_gelu", "layer_norm_
 _SIGLIP_TOWER: dict[str, Any] = _TOWER | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 _DEFAULTS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clip": (
-        _CLIP_TOWER | {"image_size": 224, "patch_size": 32, "num_channels": 3},
+        _CLIP_TOWER | {"image_size": 224, "patch_size": 32},
         _CLIP_TOWER
         | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77,
            "vocab_size": vocabulary.CLIP_SIZE, "eos_token_id": vocabulary.CLIP_SIZE - 1},
     ),
     "siglip": (
-        _SIGLIP_TOWER | {"num_channels": 3, "image_size": 224, "patch_size": 16, "vision_use_head": True},
+        _SIGLIP_TOWER | {"image_size": 224, "patch_size": 16},
         _SIGLIP_TOWER | {"max_position_embeddings": 64, "vocab_size": 32000},
     ),
 }  # fmt: skip
@@ -84,7 +84,6 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
         group = (content.get(f"{modality}_config") or {}) if group is None else group
         groups.append(known | {key: value for key, value in group.items() if value is not None})
     cfg_img, cfg_txt = groups
-    check_choice("vision_config.num_channels", cfg_img["num_channels"], (3,))
 
     def tower(cfg: Mapping[str, Any]) -> dict[str, Any]:
         check_choice("hidden_act", cfg["hidden_act"], _ACTS)
@@ -101,10 +100,8 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
     vocab: int = cfg_txt["vocab_size"]
     tensors = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
     if kind == "siglip":
-        check_choice("vision_config.vision_use_head", cfg_img["vision_use_head"], (True,))
         tensors = _split_qkv(tensors)
         embed = cfg_txt.get("projection_size") or txt["width"]
-        check_choice("text_config.projection_size", embed, (img["width"],))
         img["pool"] = "map"
         txt |= {"causal": False, "pool": "last"}
         tokens = vocabulary.siglip(folder, vocab)
@@ -145,7 +142,6 @@ def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
     content = {key: value for key, value in content.items() if value is not None}
     if family == "Siglip":
         content = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}} | content
-    kind = content.get("image_processor_type") or content.get("feature_extractor_type") or family
     crops = content.get("do_center_crop", True)
     crop = _edges(content.get("crop_size", size), "height", "width")
     edges = _edges(content.get("size", size), "shortest_edge")
@@ -156,8 +152,9 @@ def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
     check_choice(f"{PREPROCESSOR}: resample", resample, _INTERPOLATIONS)
     for key in ("do_resize", "do_rescale", "do_normalize"):
         check_choice(f"{PREPROCESSOR}: {key}", content.get(key, True), (True,))
+    kind = str(content.get("image_processor_type", family))
     for key, allowed, expected in (
-        ("image_processor_type", str(kind).startswith(family), f"'{family}ImageProcessor'"),
+        ("image_processor_type", kind.startswith(family), f"'{family}ImageProcessor'"),
         ("crop_size", not crops or crop == {"height": size, "width": size}, f"{size}, the size of the tower's images"),
         ("size", fits, f"shortest_edge, or height and width that are equal, of at least {size}"),
         ("do_center_crop", crops or (square and side == size), f"true, or size with height and width {size}"),

@@ -23,22 +23,20 @@ _IMAGE = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_siz
           "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "attn_pooler_queries",
           "attn_pooler_heads")  # fmt: skip
 _TEXT = ("context_length", "vocab_size", "hf_tokenizer_name", "width", "heads", "layers", "mlp_ratio", "pad_id",
-         "eos_id", "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "pool_type",
-         "proj_bias")  # fmt: skip
+         "eos_id", "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "pool_type")  # fmt: skip
 _HARMLESS = ("timm_pool", "timm_proj", "hf_proj_type", "hf_pooler_type", "hf_model_pretrained", "timm_model_pretrained")
 
 
-def _clip(prefix: str = "", *, linear: bool = False) -> Names:
+def _clip(prefix: str = "") -> Names:
     """Return the names in OpenAI's CLIP and open_clip, whose newer models have the `prefix` "text." for texts."""
     names: dict[str, str | tuple[str, ...]] = {
         "img/patches": "visual.conv1.", "img/positions": "visual.positional_embedding",
         "img/cls": "visual.class_embedding", "img/norm_pre/norm": "visual.ln_pre.",
         "img/norm_post/norm": "visual.ln_post.", "txt/tokens": f"{prefix}token_embedding.weight",
         "txt/positions": f"{prefix}positional_embedding", "txt/norm_post/norm": f"{prefix}ln_final.",
-        "proj_img/linear/kernel": "visual.proj", "log_scale": "logit_scale", "bias": "logit_bias",
+        "proj_img/linear/kernel": "visual.proj", "proj_txt/linear/kernel": f"{prefix}text_projection",
+        "log_scale": "logit_scale", "bias": "logit_bias",
     }  # fmt: skip
-    text = f"{prefix}text_projection"
-    names |= {"proj_txt/linear": f"{text}."} if linear else {"proj_txt/linear/kernel": text}
     for tower, start in (("img", "visual."), ("txt", prefix)):
         for ours, theirs in (
             ("norm_1/norm", "ln_1."), ("attention/qkv", "attn.in_proj_"), ("attention/out", "attn.out_proj."),
@@ -55,13 +53,11 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
     """Return config and flat parameters of tensors with open_clip's names.
 
     The folder's open_clip_config.json contains sizes and options. OpenAI's archives need none and ignore one: their
-    sizes follow from shapes, as do those of other TorchScript archives without a config.
+    sizes follow from shapes.
     """
-    archive = tensors.get(OPENAI)
-    openai = archive is not None and bool(archive)
     content: dict[str, Any] = {}
     notes: list[str] = []
-    if (folder / CONFIG).exists() and openai:
+    if (folder / CONFIG).exists() and OPENAI in tensors:
         notes = [f"{CONFIG} in its folder is ignored: OpenAI's archives need none"]
     elif (folder / CONFIG).exists():
         content = read_json(folder / CONFIG)
@@ -70,13 +66,12 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
     fault = ""
     if any(name.startswith(("visual.trunk.", "visual.layer1.", "visual.attn_pool.")) for name in tensors):
         fault = "has a ResNet or a tower of timm; Vision Transformers with a class token are supported"
-    elif not content and archive is None:
+    elif not content and OPENAI not in tensors:
         fault = f"has no {CONFIG} in its folder, which contains sizes and options; put it there"
     if fault:
         raise UserError(f"it {fault}.")
     tensors = {name: x for name, x in tensors.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
     prefix = "text." if "text.token_embedding.weight" in tensors else ""
-    linear = f"{prefix}text_projection.weight" in tensors
     vocab = len(tensors[f"{prefix}token_embedding.weight"])
     if content:
         img, txt, embed = _towers(content["model_cfg"])
@@ -89,12 +84,9 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
         img, txt, embed = _inferred(tensors, prefix)
         tokens = vocabulary.identify(folder, vocab, None)
     group = names.model(img, txt, embed)
-    projection = f"{prefix}text_projection.bias"
-    if projection in tensors and not tensors[projection].any():
-        tensors.pop(projection)
     prepare = _preprocessing(content.get("preprocess_cfg", {}), img["image_size"])
     config = names.config(group, tokens, prepare, "open_clip", sigmoid="logit_bias" in tensors, notes=notes)
-    return config, names.read(tensors, group, vocab, _clip(prefix, linear=linear))
+    return config, names.read(tensors, group, vocab, _clip(prefix))
 
 
 def _preprocessing(content: Mapping[str, Any], size: int) -> Preprocessing:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ NAMES = (
     "model.safetensors", "model.safetensors.index.json", "open_clip_pytorch_model.bin", "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )  # fmt: skip
-# An entry of OpenAI's archives, which need no config; set to 0 for other TorchScript archives.
+# An entry of OpenAI's archives, which need no config.
 OPENAI = "input_resolution"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _DTYPES = {
@@ -54,10 +55,8 @@ def choose(names: Collection[str], where: str, remedy: str) -> str:
     standard = next((name for name in NAMES if name in names), None)
     if standard or len(files) == 1:
         return standard or files[0]
-    listed = f"several: {', '.join(files[:4])}" if files else f"only {', '.join(sorted(names)[:6]) or 'none'}"
-    raise UserError(
-        f"{where} has no file of weights that can be read ({', '.join(SUFFIXES)}); its files are {listed}; {remedy}."
-    )
+    listed = ", ".join(files[:4] or sorted(names)[:6]) or "none"
+    raise UserError(f"{where} has no file of weights, or several ({', '.join(SUFFIXES)}): {listed}; {remedy}.")
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -134,20 +133,18 @@ def _require(condition: bool, fault: str) -> None:
 
 def _torch_tensors(data: bytes) -> Tensors:
     """Return the fp32 tensors of a file of `torch.save` or `torch.jit.save`, see `load_torch`."""
-    content, scripted = load_torch(data)
+    content = load_torch(data)
     content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
     arrays = {str(name): x for name, x in content.items() if isinstance(x, np.ndarray)}
     size = sum(x.size for x in arrays.values())
     _require(0 < size <= _MOST_VIEWS * len(data), "it contains no tensors, or the same numbers in too many of them")
     del content, data
     by_name = {name: arrays.pop(name).astype(np.float32, copy=False) for name in list(arrays)}
-    for prefix in ("module.", "_orig_mod.", "module."):  # prefixes of distributed and compiled models, in any order
-        if all(name.startswith(prefix) for name in by_name):
-            by_name = {name.removeprefix(prefix): x for name, x in by_name.items()}
-    return ({OPENAI: np.zeros((), np.float32)} if scripted else {}) | by_name
+    # Without the prefixes of distributed and compiled models.
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): x for name, x in by_name.items()}
 
 
-def load_torch(data: bytes) -> tuple[Any, bool]:
+def load_torch(data: bytes) -> Any:
     """Read a file of `torch.save` (since 1.6) or `torch.jit.save`, without torch and without running code in it.
 
     Such a file is a zip of raw storages and one pickle. A pickle is a program that may call any function by name; this
@@ -155,14 +152,14 @@ def load_torch(data: bytes) -> tuple[Any, bool]:
     file's size, whatever numbers it contains. Other objects and damaged files raise errors of any type.
 
     Returns:
-      The saved object, with tensors as NumPy arrays of unchanged dtype, and whether it is a TorchScript archive, which
-      becomes a flat dict of its modules' tensors.
+      The saved object, with tensors as NumPy arrays of unchanged dtype; for a TorchScript archive a flat dict of its
+      modules' tensors.
     """
     archive = zipfile.ZipFile(io.BytesIO(data))
     roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     scripted = f"{roots[0]}constants.pkl" in archive.namelist()
     content = _Unpickler(archive, roots[0], scripted).load()
-    return (_flat(content) if scripted else content), scripted
+    return _flat(content) if scripted else content
 
 
 def _flat(module: Any) -> dict[str, np.ndarray]:

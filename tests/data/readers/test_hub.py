@@ -13,7 +13,6 @@ from tests.helpers.encoding import PREPARE
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, SourceOptions
-from xclip_jax.data.config import DataConfig
 from xclip_jax.data.readers.hub import HubPairs
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.prompts import PROFILES, with_own
@@ -135,17 +134,6 @@ def test_a_column_of_classes_is_named_in_the_spec(tmp_path):
     assert sizes.prompts == [["a small thing"], ["a large thing"]] and sizes.labels.tolist() == [1, 0, 0]
 
 
-def test_held_out_pairs_of_several_columns_have_labels(tmp_path):
-    left = rows(20, image="left").rename_column("label", "fine")
-    coarse = rows(20, image="right").select_columns(["right", "label"]).rename_column("label", "coarse")
-    path = saved(tmp_path / "what?", datasets.concatenate_datasets([left, coarse], axis=1))
-    data = DataConfig(sources=(f"hf:{path}?label=fine",), image_column="right", holdout=0.5)
-    named = registry.load("zeroshot/holdout", PREPARE, data=data)
-    pairs = registry.load("retrieval/holdout", PREPARE, data=data)
-    assert 0 < len(named.images) == len(pairs.images) < 20 and list(named.names) == NAMES
-    np.testing.assert_array_equal(named.images[0], pairs.images[0])
-
-
 def test_a_validation_split_is_used_and_where_it_is_damaged_an_error(tmp_path):
     """Without the error a probe would choose C on training images, and give another number under the same name."""
     parts = {"train": rows(9), "validation": rows(3), "test": rows(6)}
@@ -156,12 +144,6 @@ def test_a_validation_split_is_used_and_where_it_is_damaged_an_error(tmp_path):
         file.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"hf:.*cannot open it"):
         registry.load(f"probe/hf:{tmp_path / 'set'}", PREPARE)
-
-
-@pytest.mark.parametrize("spec", ["hf:lab", "hf:lab/pairs", "hf:lab/pairs@v1"])
-def test_a_spec_without_a_split(spec):
-    with pytest.raises(UserError, match="hf:ORG/NAME"):
-        sources.open_pairs(spec)
 
 
 @pytest.fixture
@@ -232,6 +214,9 @@ def test_the_cache_is_enough_offline(hub, monkeypatch):
     assert has("lab/plain", "train") and not has("lab/plain", "validation")
     with pytest.raises(UserError, match=r"hf:lab/other/train: "):
         sources.open_pairs("hf:lab/other/train")
+    for spec in ("hf:lab", "hf:lab/plain", "hf:lab/plain@v1"):
+        with pytest.raises(UserError, match="hf:ORG/NAME"):
+            sources.open_pairs(spec)
     assert hub.requests == []
 
 

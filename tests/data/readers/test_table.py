@@ -130,8 +130,6 @@ def test_semicolons_as_spreadsheets_write_them(tmp_path, images):
     (tmp_path / "x.csv").write_text('image;text\nimages/0.jpg;"a fox; red, and small"\nimages/1.jpg;a, b\n')
     source = open_source(f"csv:{tmp_path}/x.csv")
     assert [source[i]["text"] for i in (0, 1)] == [["a fox; red, and small"], ["a, b"]]
-    (tmp_path / "labels.csv").write_text("path;label\nimages/0.jpg;a, b\nimages/1.jpg;c\n")
-    assert sources.open_labelled(f"csv:{tmp_path}/labels.csv").names == ["a, b", "c"]
 
 
 def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monkeypatch):
@@ -313,14 +311,6 @@ def test_array_record(tmp_path, images):
     (tmp_path / "b.array_record").write_bytes(b"rubbish" * 100)
     with pytest.raises(UserError, match=r"b\.array_record"):
         open_source(f"array_record:{tmp_path}/b.array_record")
-
-
-def test_texts_of_another_encoding_are_bad_samples_without_their_image_too(tmp_path, images):
-    (tmp_path / "a.csv").write_bytes("image,text\nimages/0.jpg,Füchse\n".encode("latin-1"))
-    source = open_source(f"csv:{tmp_path}/a.csv")
-    for read in (source.texts, source.__getitem__):
-        with pytest.raises(BadSample, match="caption is not UTF-8"):
-            read(0)
 
 
 def test_files_that_a_column_of_bytes_names_are_told_apart():

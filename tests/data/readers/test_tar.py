@@ -82,16 +82,6 @@ def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortu
     assert book.bad >= len(bad) and set(book.counters["bad"]) == set(bad.values())  # replacements may be bad too
 
 
-def test_hosts_see_the_same_batches_and_replacements(tortured, plain, tmp_path):
-    """Also with eight hosts on one tar, and across the end of an epoch."""
-    for pattern in (tortured[0], plain.replace("{0..1}", "0")):
-        source = TarSource(pattern)
-        stop = len(source) // 8 + 3
-        book = log(tmp_path)
-        whole = read([source], config(), book, stop=stop)
-        assert_parts([read([source], config(), book, stop=stop, host=h, hosts=8) for h in range(8)], whole)
-
-
 @pytest.mark.parametrize("hosts", [1, 4])
 def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
     """Stopped after a random step with a ledger that ran ahead; the rest, and the ledger, are those of one run."""

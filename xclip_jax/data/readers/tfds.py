@@ -1,8 +1,6 @@
 """Pairs or labelled images from TensorFlow Datasets, read without TensorFlow."""
 
-import contextlib
 import hashlib
-import io
 import json
 import operator
 import os
@@ -39,8 +37,7 @@ def open_tfds(
     `UserError` for an unknown data set or split, or one not prepared for random access.
     """
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # without TensorFlow, it prints a banner
-            builder: Any = tfds.builder(spec, data_dir=data_dir)
+        builder: Any = tfds.builder(spec, data_dir=data_dir)
         features = builder.info.features
         encoded = image_column in features and isinstance(features[image_column], tfds.features.Image)
         decoders = {image_column: tfds.decode.SkipDecoding()} if encoded else None

@@ -122,13 +122,10 @@ def read(split: Split) -> tuple[LazySequence, list[bytes]]:
         tar, version, _, offset, size = images[index]
         return tar_reader.read_span(tar, version, offset, size)
 
-    def name(index: int) -> str:
-        return f"{images[index][0]}#{images[index][2]}"
-
     def sizes() -> list[tuple[str, int]]:
         return [(key, size) for _, _, key, _, size in images]
 
-    return LazySequence(len(images), read_image, name, sizes), answers
+    return LazySequence(len(images), read_image, lambda i: f"{images[i][0]}#{images[i][2]}", sizes), answers
 
 
 def open_labelled(split: Split) -> labelled.Labelled:
