@@ -163,7 +163,7 @@ def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
         if not allowed:
             raise UserError(f"{PREPROCESSOR}: {key}={content.get(key)!r} is not supported; expected {expected}.")
     return names.preprocessing(
-        size, content.get("image_mean"), content.get("image_std"),
+        PREPROCESSOR, size, content.get("image_mean"), content.get("image_std"),
         resize_mode="squash" if square else "shortest", resize_size=0 if side == size else side,
         interpolation=_INTERPOLATIONS[resample],
     )  # fmt: skip

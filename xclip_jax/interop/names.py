@@ -13,7 +13,6 @@ from flax.traverse_util import flatten_dict
 
 from xclip_jax.core import fields
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.storage import unreadable_as
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.data.transforms import STATISTICS
 from xclip_jax.models.layers import STYLES
@@ -81,14 +80,16 @@ def mlp_ratio(hidden: int, width: int) -> float:
     return ratio if int(ratio * width) == hidden else (hidden + 0.5) / width
 
 
-def preprocessing(size: int, mean: Any, std: Any, **resizing: Any) -> Preprocessing:
+def preprocessing(file: str, size: int, mean: Any, std: Any, **resizing: Any) -> Preprocessing:
     """Make the preprocessing for images of `size` pixels; `mean` and `std` are 1 or 3 numbers, or None for CLIP's."""
-    with unreadable_as(f"mean {mean!r} and standard deviation {std!r} cannot be used"):
+    try:
         pair = tuple(
             known if value is None else tuple(np.broadcast_to(np.asarray(value, np.float64), 3).tolist())
             for value, known in zip((mean, std), STATISTICS["clip"], strict=True)
         )
-    return Preprocessing(size, *mean_std(pair), **resizing)
+        return Preprocessing(size, *mean_std(pair), **resizing)
+    except ValueError as error:
+        raise UserError(f"{file}: mean {mean} and standard deviation {std} cannot be used ({error}).") from error
 
 
 # --- parameters

@@ -100,7 +100,7 @@ def _preprocessing(content: Mapping[str, Any], size: int) -> Preprocessing:
     # "random" is for training; open_clip evaluates it as "bicubic".
     interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
     return names.preprocessing(
-        size, content.get("mean"), content.get("std"), resize_mode=mode, interpolation=interpolation
+        CONFIG, size, content.get("mean"), content.get("std"), resize_mode=mode, interpolation=interpolation
     )
 
 

@@ -12,7 +12,7 @@ from tests.helpers.bad_tars import jpeg
 from tests.helpers.encoding import PREPARE
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records, sources, tokenizer
-from xclip_jax.data.base import MissingColumnError, SourceOptions
+from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.readers.hub import HubPairs
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.prompts import PROFILES, with_own
@@ -83,7 +83,7 @@ def test_columns_are_those_of_the_config(tmp_path):
     record = sources.open_pairs(f"hf:{saved(tmp_path / 'nested', made)}", keys)[5]
     assert record["text"] == ["picture 5", "alt 5", "a", "b"] and record["tags"] == ["red", "blue"]
     for change, named in (({"image_column": "jpeg"}, "'jpeg'"), ({"text_columns": ("text", "alt")}, "'alt'")):
-        with pytest.raises(MissingColumnError, match=f"has no column {named}; its columns are 'image', 'text'"):
+        with pytest.raises(UserError, match=f"has no column {named}; its columns are 'image', 'text'"):
             sources.open_pairs(f"hf:{tmp_path / 'nested'}", SourceOptions(**change))
 
 
