@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import pickle
 import re
 import struct
@@ -40,50 +41,46 @@ def saved(tmp_path, change, cfg=None):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("cfg", "tensor", "named"),
-    [
-        ({"vision_cfg": {"timm_model_name": "vit_base"}}, "", "vision_cfg.timm_model_name='vit_base'"),
-        ({"vision_cfg": {"layers": [2, 2, 2, 2]}}, "", "open_clip_config.json has a value"),
-        ({"vision_cfg": {"no_ln_pre": True}}, "", "vision_cfg.no_ln_pre=True"),
-        ({"vision_cfg": {"pool_type": "avg"}}, "", "vision_cfg.pool_type is 'avg'; it must be one of 'tok'"),
-        ({"text_cfg": {"no_causal_mask": True}}, "", "text_cfg.no_causal_mask=True"),
-        ({"text_cfg": {"tokenizer_kwargs": {"clean": "lower"}}}, "", "text_cfg.tokenizer_kwargs="),
-        ({"text_cfg": {"vocab_size": 32000}}, "", "32000 token ids"),
-        # The config is checked before the tensors.
-        ({"text_cfg": {"hf_model_name": "roberta-base"}}, "text.transformer.x", "hf_model_name='roberta-base'"),
-        ({"vision_cfg": {"attentional_pool": True}}, "visual.attn_pool.x", "attentional_pool=True"),
-        ({}, "visual.attn_pool.x", "has a ResNet or a tower of timm"),
-    ],
-)
-def test_architectures_that_are_not_ours_are_named(cfg, tensor, named, tmp_path):
-    def change(state):
-        if tensor:
-            del state["token_embedding.weight"]
-            state[tensor] = torch.zeros(1)
+def write_config(folder, content):
+    pathlib.Path(folder, "open_clip_config.json").write_text(json.dumps(content))
 
-    with pytest.raises(UserError, match=re.escape(named)):
-        interop.read(saved(tmp_path, change, cfg))
+
+def test_architectures_that_are_not_ours_are_named(tmp_path):
+    def change(state):
+        del state["token_embedding.weight"]
+        state |= {"visual.attn_pool.x": torch.zeros(1), "text.transformer.x": torch.zeros(1)}
+
+    for name in ("plain", "other"):
+        (tmp_path / name).mkdir()
+    plain, other = saved(tmp_path / "plain", lambda _: None), saved(tmp_path / "other", change)
+    for folder, group, options, named in (
+        (plain, "vision_cfg", {"timm_model_name": "vit_base"}, "vision_cfg.timm_model_name='vit_base'"),
+        (plain, "vision_cfg", {"no_ln_pre": True}, "vision_cfg.no_ln_pre=True"),
+        (plain, "vision_cfg", {"pool_type": "avg"}, "vision_cfg.pool_type is 'avg'; it must be one of 'tok'"),
+        (plain, "text_cfg", {"no_causal_mask": True}, "text_cfg.no_causal_mask=True"),
+        (plain, "text_cfg", {"tokenizer_kwargs": {"clean": "lower"}}, "text_cfg.tokenizer_kwargs="),
+        (plain, "text_cfg", {"vocab_size": 32000}, "32000 token ids"),
+        (other, "text_cfg", {"hf_model_name": "roberta-base"}, "hf_model_name='roberta-base'"),  # before the tensors
+        (other, "text_cfg", {}, "has a ResNet or a tower of timm"),
+    ):
+        write_config(folder, {"model_cfg": MODELS["quick_b32"] | {"embed_dim": 48, group: options}})
+        with pytest.raises(UserError, match=f"^{folder}/open_clip_model.safetensors: .*{re.escape(named)}"):
+            interop.read(folder)
 
 
 def test_values_of_open_clips_config_that_cannot_be_used(tmp_path):
     folder, whole = saved(tmp_path, lambda _: None), MODELS["quick_b32"] | {"embed_dim": 48, "quick_gelu": False}
-
-    def changed(group, **values):
-        return {"model_cfg": whole | {group: whole[group] | values}}
-
-    for content in (
-        {"model_cfg": None},
-        {"model_cfg": whole, "preprocess_cfg": None},
-        {"model_cfg": whole | {"vision_cfg": 3}},
-        changed("vision_cfg", head_width=0),
-        changed("vision_cfg", head_width=999),
-        changed("vision_cfg", act_kwargs={"approximate": "foo"}),
-        changed("text_cfg", heads=3),
-        changed("text_cfg", width="wide"),
-        changed("text_cfg", vocab_size=[1]),
-    ):
-        (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    for group, value in (
+        ("vision_cfg", 3), ("vision_cfg", {"layers": [2, 2]}), ("vision_cfg", {"head_width": 0}),
+        ("vision_cfg", {"act_kwargs": {"approximate": "x"}}), ("text_cfg", {"heads": 3}), ("text_cfg", {"width": ""}),
+        ("text_cfg", {"vocab_size": [1]}),
+    ):  # fmt: skip
+        value = whole[group] | value if isinstance(value, dict) else value
+        write_config(folder, {"model_cfg": whole | {group: value}})
+        with pytest.raises(UserError, match=r"open_clip_config\.json has a value that cannot be used"):
+            interop.read(folder)
+    for content in ({"model_cfg": None}, {"model_cfg": whole, "preprocess_cfg": None}):
+        write_config(folder, content)
         with pytest.raises(UserError, match=r"open_clip_config\.json has a value that cannot be used"):
             interop.read(folder)
 
