@@ -147,8 +147,8 @@ def test_what_the_hub_refuses(server, folders, monkeypatch):
     for path, message in {
         "hf:lab/none": "hf:lab/none: the Hub has no repository lab/none, or it is private; check the name, or log in",
         "hf:lab/gated": f"access to lab/gated is restricted; ask for it at {server.url}/lab/gated and log in with",
-        "hf:lab/other": r"has no file of weights, .*: README\.md, model\.gguf; download one with its",
-        "hf:lab/several": r"has no file of weights, or several .*: a\.pt, b\.pt; download one with its",
+        "hf:lab/other": r"has no file of weights .*: README\.md, model\.gguf; download one with its",
+        "hf:lab/several": r"has no file of weights .* or several: a\.pt, b\.pt; download one with its",
         "hf:lab": "'hf:lab' names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION",
         "hf:a/b/c": "'hf:a/b/c' names no repository of the Hub",
     }.items():

@@ -56,7 +56,7 @@ def choose(names: Collection[str], where: str, remedy: str) -> str:
     if standard or len(files) == 1:
         return standard or files[0]
     listed = ", ".join(files[:4] or sorted(names)[:6]) or "none"
-    raise UserError(f"{where} has no file of weights, or several ({', '.join(SUFFIXES)}): {listed}; {remedy}.")
+    raise UserError(f"{where} has no file of weights ({', '.join(SUFFIXES)}), or several: {listed}; {remedy}.")
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
