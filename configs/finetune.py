@@ -6,8 +6,8 @@
 
 RUN is a run's folder or other weights, see init.weights; their sizes, tokenizer and pixel statistics are taken over.
 Keys of the argument: data, train and test (a source is DATA/TRAIN: tfds:imagenet2012/train, folder:/my/images/train
-with one sub-folder per class, csv:/my/images/train.csv with train=train.csv, glue:TASK/train), weights, preset (without
-weights), batch, epochs, examples and classes (0 counts them in the source), dir (of TFDS data sets).
+with one sub-folder per class, csv:/my/images/train.csv with train=train.csv, glue:TASK@FOLDER/train), weights, preset
+(without weights), batch, epochs, examples and classes (0 counts them in the source), dir (of TFDS data sets).
 
 Images follow SLIP's README and BEiT's code, 100 epochs at batch 1024, here with lr in proportion to the batch, changes
 of brightness, contrast and saturation by 0.4 instead of RandAugment, no random erasing, and weight decay of positions.

@@ -9,9 +9,9 @@ the Hugging Face Hub or, with root=/data, your tars /data/cc12m/*.tar from img2d
 The third one is the setting of many published methods: ViT-B/32, 32 epochs of YFCC15M, batch 4096, 117,664 steps with a
 warm-up of 3,677; docs/protocols.md has their scores.
 
-Keys of the argument, all optional: objective (clip, siglip, nclip, xclip), data (cc3m, cc12m, yfcc15m, datacomp-small,
-35m), root, preset, batch, epochs (25; 32 of yfcc15m), and pairs, by default those of the copy: for your tars give the
-number counted by `xclip-jax check`, because links die. Written for TPU pods; not run, and no score is claimed.
+Keys of the argument, all optional: objective (clip, siglip, nclip, xclip), data (cc3m, cc12m, yfcc15m, 35m), root,
+preset, batch, epochs (25; 32 of yfcc15m), and pairs, by default those of the copy: for your tars give the number
+counted by `xclip-jax check`, because links die. Written for TPU pods; not run, and no score is claimed.
 
 Two sets are called YFCC15M: the copy on the Hub is DeCLIP's list, with RWKV-CLIP's captions; `root` reads your files.
 The nCLIP paper's list of 35 million pairs is not published. The mixture here is CC3M, CC12M, YFCC15M, SBU and the
@@ -22,22 +22,26 @@ import ml_collections
 
 from xclip_jax.config import recipes
 from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.data.readers.known_corpora import CORPORA
 
+# Copies on the Hub: pairs, and the source.
+COPIES = {
+    "cc3m": (2_905_954, "tar:hf://datasets/pixparse/cc3m-wds/cc3m-train-*.tar"),
+    "cc12m": (10_968_539, "tar:hf://datasets/pixparse/cc12m-wds/cc12m-train-*.tar"),
+    "yfcc15m": (15_061_515, "hf:Kaichengalex/YFCC15M/train?image=images"),
+}
 MIXTURE = ("cc3m", "cc12m", "yfcc15m", "sbu", "visual_genome")  # folders under `root`
-PAIRS = {name: row.pairs for name, row in CORPORA.items()} | {"35m": 35_000_000}
-FOLDERS = {"datacomp-small": "datacomp-small/shards"}  # under `root`, by default the set's name
+PAIRS = {name: pairs for name, (pairs, _) in COPIES.items()} | {"35m": 35_000_000}
 OWN_PAIRS = 15_000_000  # for sources set on the command line
 
 
 def sources(data: str, root: str) -> tuple[str, ...]:
     """Return the sources of the set `data`: tars under `root`, if given, or a copy on the Hub."""
     if root:
-        folders = MIXTURE if data == "35m" else (FOLDERS.get(data, data),)
+        folders = MIXTURE if data == "35m" else (data,)
         return tuple(f"tar:{root}/{folder}/*.tar" for folder in folders)
     if data == "35m":
         raise UserError(f"config argument data=35m needs root=FOLDER, with the folders {', '.join(MIXTURE)} of tars.")
-    return (f"published:{data}",)
+    return (COPIES[data][1],)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -55,6 +59,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.steps = epochs * epoch
 
     config.data.sources = sources(args.data, args.root) if args.data else ()
+    if args.data == "yfcc15m" and not args.root:
+        config.data.text_columns = ("texts",)  # lists of ids of CLIP's tokenizer
     config.data.batch = args.batch
     config.data.tokenizer = "clip"
     config.data.crop_scale = (0.5, 1.0)

@@ -21,7 +21,6 @@ COMMANDS = {
     "report": ("xclip_jax.commands.report", "write the page of a run"),
     "serve": ("xclip_jax.commands.serve", "search a folder of images by text on a page in the browser"),
     "check": ("xclip_jax.commands.check", "check image-text pairs before training"),
-    "index": ("xclip_jax.data.readers.tar_index", "index tars ahead of a run"),
 }
 
 

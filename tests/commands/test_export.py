@@ -104,19 +104,13 @@ def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_pat
     np.testing.assert_allclose(z_txt, expected["embedding_txt"], atol=1e-5)
 
 
-def test_prompts_and_names_of_own_classes_are_kept(run, tmp_path):
+def test_prompts_of_own_classes_are_kept(run, tmp_path):
     """So that the export's own labelled images are evaluated as the run's are."""
     config, _, variables, *_ = weights.load(str(run))
-    names, values, variables = tmp_path / "names.json", schema.to_dict(config), jax.device_get(variables)
-    names.write_text('{"cat": "kitten"}')
-    values["eval"] |= {"templates": ["a drawing of a {c}"], "class_names": str(names)}
-    assert interop.write(variables, values, str(tmp_path / "out")) == []
-    names.unlink()
-    profile = profile_of_run(weights.load(str(tmp_path / "out"))[0])
-    assert profile.templates == ("a drawing of a {c}",) and profile.names == {"cat": "kitten"}
-    (note,) = interop.write(variables, values, str(tmp_path / "out"))  # over the other
-    assert "names.json, the names of own classes (eval.class_names)" in note
-    assert profile_of_run(weights.load(str(tmp_path / "out"))[0]).names == {}
+    values = schema.to_dict(config)
+    values["eval"] |= {"templates": ["a drawing of a {c}"]}
+    assert interop.write(jax.device_get(variables), values, str(tmp_path / "out")) == []
+    assert profile_of_run(weights.load(str(tmp_path / "out"))[0]).templates == ("a drawing of a {c}",)
 
 
 def test_the_card_of_a_run(run, tmp_path, monkeypatch):

@@ -183,7 +183,7 @@ def test_processors_that_cannot_be_followed_are_refused(changes, tmp_path):
     [
         ({"resize_mode": "fit"}, "resize_mode"),
         ({"interpolation": "lanczos"}, "interpolation"),
-        ({"resize_mode": "longest", "fill_color": 7}, "fill_color=7"),
+        ({"resize_mode": "longest", "fill_color": 7}, "fill_color is 7"),
         ({"std": 0}, "standard deviation 0"),
     ],
 )

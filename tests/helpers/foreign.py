@@ -80,11 +80,10 @@ def clip_tokens(length):
 MODELS = {
     "quick_b32": {"vision_cfg": B32, "text_cfg": TEXT, "quick_gelu": True},
     "erf_b16": {"vision_cfg": B16, "text_cfg": TEXT},
-    "mlp_ratio": {"vision_cfg": B16 | {"mlp_ratio": 2.7}, "text_cfg": TEXT},
     "tanh_bias_custom": {
-        "vision_cfg": B16 | {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-5}, "patch_dropout": 0.5},
-        "text_cfg": TEXT | {"act_kwargs": {"approximate": "tanh"}, "pool_type": "eos", "eos_id": 49407,
-                            "proj_bias": True},
+        "vision_cfg": B16 | {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-5}, "patch_dropout": 0.5,
+                             "mlp_ratio": 2.7},
+        "text_cfg": TEXT | {"act_kwargs": {"approximate": "tanh"}, "pool_type": "eos", "eos_id": 49407},
         "init_logit_bias": -9.5, "custom_text": True, "nonscalar_logit_scale": True,
     },
 }  # fmt: skip
@@ -93,10 +92,7 @@ MODELS = {
 def make_open_clip(name):
     options = dict(MODELS[name])
     kind = open_clip.model.CustomTextCLIP if options.pop("custom_text", False) else open_clip.model.CLIP
-    model = shaken(kind(48, **options))
-    if name == "tanh_bias_custom":
-        model.text.text_projection.bias.data.zero_()
-    return model
+    return shaken(kind(48, **options))
 
 
 def make_hf(act, eps, eos, patch):

@@ -2,19 +2,13 @@
 
 import builtins
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 import traceback
 
-import chex
 import jax
 import numpy as np
 import pytest
 import safetensors.torch
-import torch
 from huggingface_hub import constants
 
 import xclip_jax
@@ -24,7 +18,6 @@ from tests.helpers.foreign import MODELS, make_hf, make_open_clip
 from xclip_jax import interop
 from xclip_jax.commands import evaluate, export, mteb
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import tokenizer
 from xclip_jax.interop import hub
 from xclip_jax.train import build, weights
 
@@ -58,50 +51,51 @@ def assert_same_weights(path, folder):
 def test_only_files_that_are_read_are_fetched(server, folders):
     server.add("lab/hf", folders["hf"])
     server.add("lab/oc", folders["open_clip"])
-    (folders["hf"] / "class_names.json").write_text("{}")  # of an own export
-    server.add("lab/own", folders["hf"])
-    (folders["hf"] / "class_names.json").unlink()
-    hub.locate("hf:lab/own")
-    assert "class_names.json" in server.fetched()
-    server.requests.clear()
     assert_same_weights("hf:lab/hf", folders["hf"])
     assert server.fetched() == ["config.json", "model.safetensors", "preprocessor_config.json"]
     server.requests.clear()
-    assert_same_weights("hf:lab/oc", folders["open_clip"])
+    assert hub.locate("hf:lab/oc").path.read_bytes() == (folders["open_clip"] / interop.open_clip.WEIGHTS).read_bytes()
     assert server.fetched() == ["open_clip_config.json", "open_clip_model.safetensors"]
     server.requests.clear()
-    interop.read("hf:lab/oc")
+    hub.locate("hf:lab/oc")
     assert server.fetched() == []
-
-
-def test_shards_of_an_index(server, folders, tmp_path):
-    make_hf("gelu", 1e-5, 2, 4).save_pretrained(tmp_path / "sharded", max_shard_size="4MB")
-    shards = {path.name for path in (tmp_path / "sharded").glob("*.safetensors")}
-    server.add("lab/sharded", tmp_path / "sharded")
-    assert_same_weights("hf:lab/sharded", tmp_path / "sharded")
-    assert len(shards) > 1 and set(server.fetched()) == shards | {"config.json", "model.safetensors.index.json"}
-
-
-def test_pickles_where_there_are_no_safetensors(server, folders, tmp_path):
-    state = safetensors.torch.load_file(folders["hf"] / "model.safetensors")
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    files = {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes(), "flax_model.msgpack": b"x",
-             "config.json": (folders["hf"] / "config.json").read_bytes()}  # fmt: skip
-    server.add("lab/old", files)
-    _, variables = interop.read("hf:lab/old")
-    jax.tree.map(np.testing.assert_array_equal, variables, interop.read(str(folders["hf"]))[1])
+    # Pickles where there are no safetensors.
+    server.add("lab/old", {"pytorch_model.bin": b"x", "flax_model.msgpack": b"x", "config.json": b"{}"})
+    assert hub.locate("hf:lab/old").path.name == "pytorch_model.bin"
     assert server.fetched() == ["config.json", "pytorch_model.bin"]
 
 
-def test_a_revision_is_a_branch_a_tag_or_a_commit(server, folders):
-    first = server.add("lab/x", folders["hf"])
-    server.add("lab/x", folders["open_clip"])
-    server.add("lab/x", folders["hf"], branch="v1.0")
-    assert interop.read("hf:lab/x")[0]["source"]["format"] == "open_clip"
-    for revision in ("v1.0", first):
-        assert interop.read(f"hf:lab/x@{revision}")[0]["source"]["format"] == "hf"
+def test_shards_of_an_index(server, tmp_path, monkeypatch):
+    index = {"weight_map": {"x": "model-1.safetensors", "y": "model-2.safetensors", "z": "model-2.safetensors"}}
+    files = {
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        "config.json": b"{}",
+        "other.safetensors": b"x",
+    }
+    server.add("lab/x", files | {"model-1.safetensors": b"1", "model-2.safetensors": b"2"})
+    path = hub.locate("hf:lab/x").path
+    assert path.name == "model.safetensors.index.json"
+    assert server.fetched() == sorted({"config.json", path.name, "model-1.safetensors", "model-2.safetensors"})
+    # An incomplete cache is not used.
+    (path.parent / "model-1.safetensors").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="not in the cache"):
+        hub.locate("hf:lab/x")
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(server):
+    first, last, tagged = ({"x.safetensors": name} for name in (b"first", b"last", b"tagged"))
+    commit = server.add("lab/x", first)
+    server.add("lab/x", last)
+    server.add("lab/x", tagged, branch="v1.0")
+    for revision, files in (("", last), ("@v1.0", tagged), (f"@{commit}", first)):
+        assert hub.locate(f"hf:lab/x{revision}").path.read_bytes() == files["x.safetensors"]
+    place = hub.locate("hf:lab/x@v1.0")
+    assert str(place) == f"hf:lab/x@{place.commit}" and hub.locate(place) is place
+    assert hub.results_file("hf:lab/x@v1").name == "lab--x@v1.evaluation.json"
+    assert mteb._name("hf:lab/x@v1") == "lab/x"
     with pytest.raises(UserError, match=r"hf:lab/x@v2: lab/x has no revision 'v2'; name a branch, tag or commit"):
-        interop.read("hf:lab/x@v2")
+        hub.locate("hf:lab/x@v2")
 
 
 def test_weights_and_classes_are_of_one_commit(server, folders, tmp_path, monkeypatch, capsys):
@@ -146,16 +140,6 @@ def test_the_cache_is_enough_without_a_connection(server, folders, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_an_incomplete_cache_is_not_used(server, folders, tmp_path, monkeypatch):
-    make_hf("gelu", 1e-5, 2, 4).save_pretrained(tmp_path / "sharded", max_shard_size="4MB")
-    server.add("lab/x", tmp_path / "sharded")
-    path = hub.locate("hf:lab/x").path
-    next(path.parent.glob("model-*.safetensors")).unlink()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="not in the cache"):
-        hub.locate("hf:lab/x")
-
-
 def test_what_the_hub_refuses(server, folders, monkeypatch):
     server.add("lab/gated", folders["hf"], gated=True)
     server.add("lab/other", {"README.md": b"", "model.gguf": b""})
@@ -163,8 +147,8 @@ def test_what_the_hub_refuses(server, folders, monkeypatch):
     for path, message in {
         "hf:lab/none": "hf:lab/none: the Hub has no repository lab/none, or it is private; check the name, or log in",
         "hf:lab/gated": f"access to lab/gated is restricted; ask for it at {server.url}/lab/gated and log in with",
-        "hf:lab/other": r"has no file of weights that can be read .*; its files are only README\.md, model",
-        "hf:lab/several": r"has no file of weights .*; its files are several: a\.pt, b\.pt; download one with its",
+        "hf:lab/other": r"has no file of weights .*: README\.md, model\.gguf; download one with its",
+        "hf:lab/several": r"has no file of weights .* or several: a\.pt, b\.pt; download one with its",
         "hf:lab": "'hf:lab' names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION",
         "hf:a/b/c": "'hf:a/b/c' names no repository of the Hub",
     }.items():
@@ -173,15 +157,6 @@ def test_what_the_hub_refuses(server, folders, monkeypatch):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"does not exist; .* or hf:ORG/NAME of the Hub"):
         weights.load("lab/hf")
-
-
-def test_names_of_open_clip_are_repositories(server, folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    server.add("lab/x", folders["open_clip"], branch="v1")
-    there, same = hub.locate("hf-hub:lab/x@v1"), hub.locate("hf:lab/x@v1")
-    assert there.path == same.path and str(there) == str(same) == f"hf:lab/x@{same.commit}"
-    assert hub.results_file("hf-hub:lab/x@v1").name == "lab--x@v1.evaluation.json"
-    assert mteb._name("hf-hub:lab/x@v1") == mteb._name("hf:lab/x") == "lab/x"
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch):
@@ -198,21 +173,6 @@ def test_without_the_extra_the_error_names_it(monkeypatch):
     with pytest.raises(UserError, match=r"^--push lab/x needs huggingface_hub"):
         hub.check_push("lab/x")
     assert str(hub.locate("runs/x").path) == "runs/x"
-
-
-def test_a_command_reads_the_endpoint_of_its_environment(server, folders, tmp_path):
-    """And huggingface_hub is imported where it is needed alone."""
-    server.add("lab/x", folders["hf"])
-    code = """
-import sys
-from xclip_jax.interop import hub
-assert "huggingface_hub" not in sys.modules
-print(hub.locate("hf:lab/x").path)
-"""
-    environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(tmp_path / "mine")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    path = pathlib.Path(done.stdout.splitlines()[-1])
-    assert path.is_relative_to(tmp_path / "mine") and path.read_bytes() == (folders["hf"] / path.name).read_bytes()
 
 
 @pytest.mark.slow
@@ -245,45 +205,28 @@ def test_evaluation_of_a_repository(server, folders, tmp_path, monkeypatch):
     assert {entry["checkpoint"] for entry in content["results"]} == {"hf:lab/x"}
 
 
-@pytest.fixture(scope="module")
-def clip_run(tmp_path_factory):
-    """What a run of CLIP leaves, with a tokenizer that all formats have."""
-    return tiny.untrained(tmp_path_factory.mktemp("runs") / "clip", "clip", data__tokenizer="clip")
-
-
 def push(run, out, *flags):
     export.main(["--checkpoint", str(run), str(out), "--push", "lab/mine", *flags])
 
 
-def test_an_export_is_uploaded_and_read_again(clip_run, server, tmp_path, monkeypatch, capsys):
+def test_an_export_is_uploaded_and_read_again(folders, server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-    push(clip_run, tmp_path / "out", "--to", "safetensors")
+    push(folders["hf"], tmp_path / "out", "--to", "safetensors")
     assert f"uploaded: {server.url}/lab/mine" in capsys.readouterr().out
     made = server.repositories["lab/mine"]
     files = made["commits"][made["refs"]["main"]]
     local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert files == local | {".gitattributes": b""}
     assert b'xclip_jax.load("hf:lab/mine")' in files["README.md"]
-    chex.assert_trees_all_equal(*(jax.device_get(weights.load(path)[2]) for path in ("hf:lab/mine", str(clip_run))))
+    _, variables = interop.read("hf:lab/mine")
+    jax.tree.map(np.testing.assert_array_equal, variables, interop.read(str(folders["hf"]))[1])
     # Another format takes its place; what others added stays.
     server.add("lab/mine", files | {"picture.png": b"png"})
-    push(clip_run, tmp_path / "again", "--to", "open_clip")
+    push(folders["hf"], tmp_path / "again", "--to", "open_clip")
     files = made["commits"][made["refs"]["main"]]
     assert files.keys() == {".gitattributes", "picture.png", "README.md", "open_clip_config.json",
                             "open_clip_model.safetensors"}  # fmt: skip
     assert b'open_clip.get_tokenizer("hf-hub:lab/mine")' in files["README.md"]
-
-
-def test_a_tokenizer_of_its_own_is_named_by_the_repository(server, tmp_path, monkeypatch):
-    words = {"<|startoftext|>": 0, "<|endoftext|>": 1, "cat": 2}
-    model = tokenizer.tokenizers.Tokenizer(tokenizer.tokenizers.models.WordLevel(words, unk_token="cat"))
-    model.save(str(tmp_path / "words.json"))
-    run = tiny.untrained(tmp_path / "run", "clip", data__tokenizer=str(tmp_path / "words.json"))
-    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-    push(run, tmp_path / "out", "--to", "open_clip")
-    made = server.repositories["lab/mine"]
-    content = json.loads(made["commits"][made["refs"]["main"]]["open_clip_config.json"])
-    assert content["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "lab/mine"
 
 
 @pytest.mark.parametrize(
@@ -307,12 +250,12 @@ def test_nothing_is_uploaded_before_all_is_checked(flags, token, message, run, s
     assert not [request for request in server.requests if not request.startswith(("GET", "HEAD"))]
 
 
-def test_an_upload_that_fails_leaves_the_export(clip_run, server, tmp_path, monkeypatch):
+def test_an_upload_that_fails_leaves_the_export(folders, server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
     routes = [route for route in hub_server._ROUTES if "preupload" not in route[1]]
     monkeypatch.setattr(hub_server, "_ROUTES", routes)
     with pytest.raises(SystemExit, match=r"--push lab/mine: .*/out is written: the Hub answers") as stopped:
-        push(clip_run, tmp_path / "out")
+        push(folders["hf"], tmp_path / "out")
     assert "\n" not in str(stopped.value)
     assert (tmp_path / "out" / "README.md").exists()
     assert list(server.repositories["lab/mine"]["commits"].values()) == [{".gitattributes": b""}]

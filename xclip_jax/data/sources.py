@@ -33,7 +33,6 @@ SOURCES: Mapping[str, type[SourceKind]] = LazyClassTable(
         "glue": f"{READERS}.glue:GlueTasks",
         "wds": f"{READERS}.wds:Wds",
         "hf": f"{READERS}.hub:HubSets",
-        "published": f"{READERS}.known_corpora:KnownCorpora",
     },
 )
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
@@ -48,15 +47,13 @@ PAIRS = {
     "tfds:NAME/SPLIT": "a prepared data set of TensorFlow Datasets",
     "demo:SPLIT": "a split of the demo's emoji, prepared on first use",
     "hf:ORG/NAME/SPLIT": "a data set of the Hugging Face Hub, columns of images and captions",
-    "published:NAME": "a copy on the Hugging Face Hub of cc3m, cc12m or yfcc15m",
 }
 LABELS = {
     "folder:PATH": "images, one sub-folder per class",
     "csv:PATH": "a table with the columns path and label",
     "parquet:PATTERN": "tables of images and classes",
     "tfds:NAME/SPLIT": "a prepared data set of TensorFlow Datasets with features image and label",
-    "glue:TASK/SPLIT": "a task of GLUE, from TFDS",
-    "glue:TASK@FOLDER/SPLIT": "a task of GLUE, from its published files",
+    "glue:TASK@FOLDER/SPLIT": "a task of GLUE",
     "wds:PATH": "tars in clip_benchmark's layout",
     "wds:hf:ORG/NAME": "the same on the Hugging Face Hub",
     "hf:ORG/NAME/SPLIT": "a data set of the Hugging Face Hub, columns of images and classes",

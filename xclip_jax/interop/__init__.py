@@ -18,14 +18,13 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xclip_jax.core import imports
-from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.errors import UserError, check_choice, describe, first_line
 from xclip_jax.core.fields import read_group
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import tokenizer
 from xclip_jax.data.images import WHITE
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
-from xclip_jax.interop.hub import CLASS_NAMES
 from xclip_jax.interop.names import Flat
 from xclip_jax.models.tower import ImageTower
 from xclip_jax.models.transformer import unstack_blocks
@@ -39,8 +38,8 @@ CONFIG = "xclip_config.json"
 WEIGHTS = "xclip_model.safetensors"
 # All files that `write` may create, and one that transformers would prefer to them.
 WRITTEN = (
-    CONFIG, WEIGHTS, CLASS_NAMES, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,
-    hf.PROCESSOR, vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
+    CONFIG, WEIGHTS, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR, hf.PROCESSOR,
+    vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
 )  # fmt: skip
 
 # Keys of `model` and their values in the formats of other projects.
@@ -64,40 +63,35 @@ def read(place: str | hub.Place) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     file = tensor_files.find(str(hub.locate(place).path))
     folder = file.parent
-    where = str(file)
     tensors = tensor_files.tensors(file)
     if any(name.startswith("params/") for name in tensors):
-        with _unusable_values(folder / CONFIG), imports.named_by(folder / CONFIG):
+        with _named(file, CONFIG), imports.named_by(folder / CONFIG):
             return _read_own(tensors, folder)
     if any(name.startswith("visual.") for name in tensors):
-        stored_config = folder / open_clip.CONFIG
-        content = tensor_files.read_json(stored_config) if stored_config.exists() else None
-        with _unusable_values(stored_config if content else file):
-            config, flat = open_clip.read(tensors, folder, content, where)
+        with _named(file, open_clip.CONFIG):
+            config, flat = open_clip.read(tensors, folder)
     elif any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
-        with _unusable_values(folder / hf.CONFIG):
-            config, flat = hf.read(tensors, folder, tensor_files.read_json(folder / hf.CONFIG), where)
+        with _named(file, hf.CONFIG):
+            config, flat = hf.read(tensors, folder)
     else:
         names = ", ".join(list(tensors)[:3])
         raise UserError(
-            f"{where} is not a supported CLIP: its tensors are named {names}, ...; expected names of open_clip, "
+            f"{file} is not a supported CLIP: its tensors are named {names}, ...; expected names of open_clip, "
             "transformers or xclip_jax."
         )
     return config, {"params": unflatten_dict(flat, sep="/")}
 
 
 @contextlib.contextmanager
-def _unusable_values(file: epath.Path) -> Iterator[None]:
-    """Turn errors caused by values of a wrong type or out of range into a `UserError` that names `file`."""
+def _named(file: epath.Path, config: str) -> Iterator[None]:
+    """Name `file` in errors, also in errors caused by values of a wrong type or out of range in its `config`."""
     try:
         yield
-    except UserError:
-        raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{file} has a value that cannot be used, or does not fit the tensors ({type(error).__name__}: {error}); "
-            "download or export the model again."
-        ) from error
+        fault = describe(error).removesuffix(".")
+        if not isinstance(error, UserError):
+            fault = f"{config} has a value that cannot be used, or does not fit the tensors ({first_line(error)})"
+        raise UserError(f"{file}: {fault}.") from error
 
 
 def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -106,11 +100,7 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
         config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     config["data"] = config["data"] | keys["data"]
-    stored = config.get("eval", {})
-    prompts = {name: stored[name] for name in ("templates", "class_names") if stored.get(name)}
-    if "class_names" in prompts:
-        prompts["class_names"] = str(folder / CLASS_NAMES)
-    config["eval"] = prompts | keys["eval"]
+    config["eval"] = _templates(config) | keys["eval"]
     source: dict[str, Any] = {"format": "safetensors", "notes": ()}
     classes = config.pop("classes", None)
     if classes:
@@ -124,7 +114,6 @@ def write(
     path: str,
     to: str = "safetensors",
     *,
-    repository: str = "",
     classes: Sequence[str] | None = None,
 ) -> list[str]:
     """Write a model into the folder `path`.
@@ -134,7 +123,6 @@ def write(
       config: the model's config, see `read`; other keys, such as a run's, are ignored.
       path: the folder to create. Files of an earlier export, in any format, are deleted first.
       to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors" (our format, which loses nothing).
-      repository: the future id of the files on the Hub, "ORG/NAME", or "".
       classes: classes of a fine-tuned model.
 
     Returns:
@@ -148,13 +136,12 @@ def write(
         raise UserError(f"{path!r} is a run directory; name another folder.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path).expanduser()
-    tokens = tokenizer.load(config["data"]["tokenizer"])
-    content: dict[str, Any]
+    notes = []
     if to == "safetensors":
         file = CONFIG
         weights = WEIGHTS
         tensors = flatten_dict(variables, sep="/")
-        content, texts, notes = _own_config(config, classes)
+        content, texts = _own_config(config, classes)
     else:
         fault = _find_unsupported(config, variables["params"])
         if fault:
@@ -164,8 +151,8 @@ def write(
         weights = project.WEIGHTS
         kept = {"img", "txt", *project.HEADS}
         flat = _unrolled({name: tree for name, tree in variables["params"].items() if name in kept}, config)
-        content, tensors, texts, notes = project.write(config, flat, tokens, repository)
-        notes = _left_out(config, sorted(variables["params"].keys() - kept), to) + notes
+        content, tensors, texts = project.write(config, flat)
+        notes = _left_out(config, sorted(variables["params"].keys() - kept), to)
     folder.mkdir(parents=True, exist_ok=True)
     for old in WRITTEN:
         (folder / old).unlink(missing_ok=True)
@@ -176,31 +163,24 @@ def write(
     return notes
 
 
-def _own_config(
-    config: Mapping[str, Any], classes: Sequence[str] | None
-) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Return the content of our config file, {file: text} to write next to it, and notes, see `write`."""
+def _own_config(config: Mapping[str, Any], classes: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the content of our config file, and {file: text} to write next to it."""
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     name = config["data"]["tokenizer"]
     texts = {}
-    notes = []
     if name not in tokenizer.NAMES:
         texts[vocabulary.FILE] = tokenizer.read_file(name).decode()
         name = vocabulary.FILE
-    group = config.get("eval", {})
-    prompts: dict[str, Any] = {"templates": list(group["templates"])} if group.get("templates") else {}
-    if group.get("class_names"):
-        names = epath.Path(group["class_names"]).expanduser()
-        if names.exists():
-            texts[CLASS_NAMES] = names.read_bytes().decode()
-            prompts["class_names"] = CLASS_NAMES
-        else:
-            notes.append(f"left out, since it does not exist: {names}, the names of own classes (eval.class_names)")
     content = {
         "model": config["model"], "objective": config["objective"],
-        "data": {"tokenizer": name, "resample": "bicubic"} | keys["data"], "eval": prompts | keys["eval"],
+        "data": {"tokenizer": name, "resample": "bicubic"} | keys["data"], "eval": _templates(config) | keys["eval"],
     }  # fmt: skip
-    return content | ({"classes": list(classes)} if classes else {}), texts, notes
+    return content | ({"classes": list(classes)} if classes else {}), texts
+
+
+def _templates(config: Mapping[str, Any]) -> dict[str, Any]:
+    templates = config.get("eval", {}).get("templates")
+    return {"templates": list(templates)} if templates else {}
 
 
 def _image_tower(config: Mapping[str, Any]) -> ImageTower:
@@ -213,8 +193,8 @@ def _find_unsupported(config: Mapping[str, Any], params: Mapping[str, Any]) -> s
     plugins = model.get("plugins", {})
     if plugins:
         return ", ".join(f"the {tower} tower is of type {options['type']!r}" for tower, options in plugins.items())
-    if config["data"]["tokenizer"] == "bytes":
-        return "the tokenizer is 'bytes'"
+    if config["data"]["tokenizer"] != "clip":
+        return f"the tokenizer is {config['data']['tokenizer']!r}"
     for key, allowed in _CLIPS.items():
         tower, _, name = key.partition(".")
         if model[tower][name] not in allowed:

@@ -10,7 +10,6 @@ from etils import epath
 
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.interop import names, vocabulary
 from xclip_jax.interop.names import Export, Flat
 from xclip_jax.interop.tensor_files import read_json
@@ -59,13 +58,13 @@ _CLIP_TOWER: dict[str, Any] = _TOWER | {"hidden_act": "quick_gelu", "layer_norm_
 _SIGLIP_TOWER: dict[str, Any] = _TOWER | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 _DEFAULTS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clip": (
-        _CLIP_TOWER | {"image_size": 224, "patch_size": 32, "num_channels": 3},
+        _CLIP_TOWER | {"image_size": 224, "patch_size": 32},
         _CLIP_TOWER
         | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77,
            "vocab_size": vocabulary.CLIP_SIZE, "eos_token_id": vocabulary.CLIP_SIZE - 1},
     ),
     "siglip": (
-        _SIGLIP_TOWER | {"num_channels": 3, "image_size": 224, "patch_size": 16, "vision_use_head": True},
+        _SIGLIP_TOWER | {"image_size": 224, "patch_size": 16},
         _SIGLIP_TOWER | {"max_position_embeddings": 64, "vocab_size": 32000},
     ),
 }  # fmt: skip
@@ -74,53 +73,49 @@ _SIGLIP_PROCESSOR: dict[str, Any] = {
 }  # fmt: skip
 
 
-def read(
-    tensors: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
-) -> tuple[dict[str, Any], Flat]:
-    """Return config and flat parameters of a CLIPModel or a SiglipModel, from its tensors and config.json."""
+def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[str, Any], Flat]:
+    """Return config and flat parameters of a CLIPModel or a SiglipModel, from its tensors and the folder's config."""
+    content = read_json(folder / CONFIG)
     kind = str(content.get("model_type"))
-    check_choice(f"{where}: model_type", kind, _DEFAULTS)
+    check_choice("model_type", kind, _DEFAULTS)
     groups = []
     for known, modality in zip(_DEFAULTS[kind], ("vision", "text"), strict=True):
         group = content.get(f"{modality}_config_dict")  # in configs before 2023, with precedence
         group = (content.get(f"{modality}_config") or {}) if group is None else group
         groups.append(known | {key: value for key, value in group.items() if value is not None})
     cfg_img, cfg_txt = groups
-    check_choice(f"{where}: vision_config.num_channels", cfg_img["num_channels"], (3,))
 
     def tower(cfg: Mapping[str, Any]) -> dict[str, Any]:
-        check_choice(f"{where}: hidden_act", cfg["hidden_act"], _ACTS)
+        check_choice("hidden_act", cfg["hidden_act"], _ACTS)
         width = cfg["hidden_size"]
         return {
             "width": width, "depth": cfg["num_hidden_layers"], "heads": cfg["num_attention_heads"],
             "mlp_ratio": names.mlp_ratio(cfg["intermediate_size"], width),
-            "style": names.find_style(_ACTS[cfg["hidden_act"]], cfg["layer_norm_eps"], where, siglip=kind == "siglip"),
+            "style": names.find_style(_ACTS[cfg["hidden_act"]], cfg["layer_norm_eps"], siglip=kind == "siglip"),
         }  # fmt: skip
 
-    size, patch = (names.square(cfg_img[key], f"vision_config.{key}", where) for key in ("image_size", "patch_size"))
-    img = tower(cfg_img) | {"image_size": size, "patch": patch}
+    size = cfg_img["image_size"]
+    img = tower(cfg_img) | {"image_size": size, "patch": cfg_img["patch_size"]}
     txt = tower(cfg_txt) | {"context_length": cfg_txt["max_position_embeddings"]}
     vocab: int = cfg_txt["vocab_size"]
     tensors = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
     if kind == "siglip":
-        check_choice(f"{where}: vision_config.vision_use_head", cfg_img["vision_use_head"], (True,))
         tensors = _split_qkv(tensors)
         embed = cfg_txt.get("projection_size") or txt["width"]
-        check_choice(f"{where}: text_config.projection_size", embed, (img["width"],))
         img["pool"] = "map"
         txt |= {"causal": False, "pool": "last"}
-        tokens = vocabulary.siglip(folder, vocab, where)
+        tokens = vocabulary.siglip(folder, vocab)
         prepare = _preprocessing(folder, size, "Siglip")
         table = _SIGLIP
     else:
         eot: int = cfg_txt["eos_token_id"]
-        tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot, where)
+        tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot)
         embed = content.get("projection_dim", 512)
         prepare = _preprocessing(folder, size, "CLIP")
         table = _CLIP
     group = names.model(img, txt, embed)
     config = names.config(group, tokens, prepare, "hf", sigmoid=kind == "siglip")
-    return config, names.read(tensors, group, vocab, table, where)
+    return config, names.read(tensors, group, vocab, table)
 
 
 def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -139,40 +134,38 @@ def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
     """Return the preprocessing by the folder's image processor, or by default `family`'s, "CLIP" or "Siglip"."""
     content: dict[str, Any] = {}
-    where = folder
     for name in (PREPROCESSOR, PROCESSOR):  # like in transformers, the second one takes precedence
         if (folder / name).exists():
             stored = read_json(folder / name)
             stored = stored.get("image_processor") if name == PROCESSOR else stored
-            if stored is not None:
-                content, where = stored, folder / name
+            content = content if stored is None else stored
     content = {key: value for key, value in content.items() if value is not None}
     if family == "Siglip":
         content = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}} | content
-    kind = content.get("image_processor_type") or content.get("feature_extractor_type") or family
     crops = content.get("do_center_crop", True)
     crop = _edges(content.get("crop_size", size), "height", "width")
     edges = _edges(content.get("size", size), "shortest_edge")
     side = next(iter(edges.values()), 0)
     square = edges == {"height": side, "width": side}
     fits = isinstance(side, int) and (square or edges == {"shortest_edge": side}) and side >= size
+    resample = content.get("resample", 3)
+    check_choice(f"{PREPROCESSOR}: resample", resample, _INTERPOLATIONS)
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        check_choice(f"{PREPROCESSOR}: {key}", content.get(key, True), (True,))
+    kind = str(content.get("image_processor_type", family))
     for key, allowed, expected in (
-        ("image_processor_type", str(kind).startswith(family), f"'{family}ImageProcessor'"),
-        ("do_resize", content.get("do_resize", True), "true"),
-        ("resample", content.get("resample", 3) in _INTERPOLATIONS, "2 (bilinear) or 3 (bicubic)"),
+        ("image_processor_type", kind.startswith(family), f"'{family}ImageProcessor'"),
         ("crop_size", not crops or crop == {"height": size, "width": size}, f"{size}, the size of the tower's images"),
         ("size", fits, f"shortest_edge, or height and width that are equal, of at least {size}"),
         ("do_center_crop", crops or (square and side == size), f"true, or size with height and width {size}"),
-        ("do_rescale", content.get("do_rescale", True), "true"),
         ("rescale_factor", math.isclose(content.get("rescale_factor", 1 / 255), 1 / 255), "1/255"),
-        ("do_normalize", content.get("do_normalize", True), "true"),
     ):
         if not allowed:
-            raise UserError(f"{where}: {key}={content.get(key)!r} is not supported; expected {expected}.")
+            raise UserError(f"{PREPROCESSOR}: {key}={content.get(key)!r} is not supported; expected {expected}.")
     return names.preprocessing(
-        size, content.get("image_mean"), content.get("image_std"), str(where),
+        PREPROCESSOR, size, content.get("image_mean"), content.get("image_std"),
         resize_mode="squash" if square else "shortest", resize_size=0 if side == size else side,
-        interpolation=_INTERPOLATIONS[content.get("resample", 3)],
+        interpolation=_INTERPOLATIONS[resample],
     )  # fmt: skip
 
 
@@ -181,23 +174,17 @@ def _edges(value: Any, *names: str) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else dict.fromkeys(names, value)
 
 
-def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
-    """Return a model as a CLIPModel, from the flat parameters of its towers and `HEADS`; `repository` is not used.
+def write(config: Mapping[str, Any], params: Flat) -> Export:
+    """Return a model with CLIP's tokenizer as a CLIPModel, from the flat parameters of its towers and `HEADS`.
 
-    A `UserError` names features without support in CLIPModel or CLIPImageProcessor.
+    `UserError` for resizing without support in CLIPImageProcessor.
     """
     model = config["model"]
-    vocab = tokens.vocab_size
-    name = config["data"]["tokenizer"]
+    vocab = vocabulary.CLIP_SIZE
     length = model["txt"]["context_length"]
     prepare = Preprocessing.from_dict(config, model["img"]["image_size"])
-    fault = ""
-    if tokens.eot_id == _LEGACY_EOT:
-        fault = f"CLIPModel reads the id {_LEGACY_EOT}, the end token of tokenizer {name!r}, as the largest id"
-    elif prepare.resize_mode == "longest":
-        fault = "CLIPImageProcessor has no eval.resize='longest'"
-    if fault:
-        raise UserError(f"{fault}; write to 'open_clip' or 'safetensors'.")
+    if prepare.resize_mode == "longest":
+        raise UserError("CLIPImageProcessor has no eval.resize='longest'; write to 'open_clip' or 'safetensors'.")
     acts = {ours: theirs for theirs, ours in reversed(_ACTS.items())}
 
     def tower(group: Mapping[str, Any], modality: str) -> dict[str, Any]:
@@ -217,8 +204,8 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
         "vision_config": tower(model["img"], "vision")
         | {"image_size": model["img"]["image_size"], "patch_size": model["img"]["patch"], "num_channels": 3},
         "text_config": tower(model["txt"], "text")
-        | {"max_position_embeddings": length, "vocab_size": vocab, "eos_token_id": tokens.eot_id,
-           "bos_token_id": tokens.sot_id, "pad_token_id": vocabulary.padding(tokens)},
+        | {"max_position_embeddings": length, "vocab_size": vocab, "eos_token_id": vocab - 1,
+           "bos_token_id": vocab - 2, "pad_token_id": vocab - 1},
         "dtype": "float32",
     }  # fmt: skip
     size = prepare.size
@@ -232,6 +219,5 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
         "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": prepare.mean, "image_std": prepare.std,
     }  # fmt: skip
-    words = vocabulary.clip_files(length) if name == "clip" else vocabulary.own_files(name, length)
-    texts = {PREPROCESSOR: json.dumps(processor, indent=2) + "\n"} | words
-    return Export(content, names.write(params, model, vocab, _CLIP), texts, [])
+    texts = {PREPROCESSOR: json.dumps(processor, indent=2) + "\n"} | vocabulary.clip_files(length)
+    return Export(content, names.write(params, model, vocab, _CLIP), texts)

@@ -20,13 +20,11 @@ from xclip_jax.core.hub_client import ID, PREFIX
 from xclip_jax.core.run_folder import RunReader, evaluation_file
 from xclip_jax.interop import hf, open_clip, tensor_files, vocabulary
 
-CLASS_NAMES = "class_names.json"  # in our exports
 # Companion files to download if the repository has them.
 _COMPANIONS = (
-    "xclip_config.json", CLASS_NAMES, open_clip.CONFIG, hf.CONFIG, hf.PREPROCESSOR, hf.PROCESSOR,
-    vocabulary.FILE, vocabulary.CLIP_FILES[0], vocabulary.OPTIONS, vocabulary.SENTENCEPIECE,
+    "xclip_config.json", open_clip.CONFIG, hf.CONFIG, hf.PREPROCESSOR, hf.PROCESSOR, vocabulary.FILE,
+    vocabulary.CLIP_FILES[0], vocabulary.OPTIONS, vocabulary.SENTENCEPIECE,
 )  # fmt: skip
-_ALIAS = "hf-hub:"  # open_clip's `PREFIX`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +56,12 @@ class Place:
 
 def is_hub(path: str) -> bool:
     """Whether `path` names a repository of the Hub."""
-    return path.startswith((PREFIX, _ALIAS))
+    return path.startswith(PREFIX)
 
 
 def repository_of(path: str) -> str:
     """Return "ORG/NAME[@REVISION]" of a repository of the Hub."""
-    return path.removeprefix(_ALIAS).removeprefix(PREFIX)
+    return path.removeprefix(PREFIX)
 
 
 def results_file(path: str) -> epath.Path:
@@ -72,7 +70,7 @@ def results_file(path: str) -> epath.Path:
 
 
 def locate(place: str | Place) -> Place:
-    """Resolve a place of weights, and fetch "hf:ORG/NAME[@REVISION]" (or "hf-hub:...") into the Hub's cache.
+    """Resolve a place of weights, and fetch "hf:ORG/NAME[@REVISION]" into the Hub's cache.
 
     Fetches one file of weights (or the shards of one index), configs, tokenizer and preprocessing, and prints the
     commit of a branch or tag. If the Hub cannot be reached, or with HF_HUB_OFFLINE, the cache is used.

@@ -23,12 +23,11 @@ Flat = dict[str, np.ndarray]
 
 
 class Export(NamedTuple):
-    """A model in another project's format: config file, tensors, other files, and notes on omissions."""
+    """A model in another project's format: config file, tensors, and other files."""
 
     content: dict[str, Any]
     tensors: Flat
     texts: dict[str, str]
-    notes: list[str]
 
 
 _SHOWN = 8  # names that an error lists
@@ -49,17 +48,15 @@ def model(img: Mapping[str, Any], txt: Mapping[str, Any], embed: int) -> dict[st
     return defaults | towers | {"embed": embed, "dtype": "float32"}
 
 
-def find_style(act: str, eps: float, where: str, *, pre_norm: bool = True, siglip: bool = False) -> str:
+def find_style(act: str, eps: float, *, siglip: bool = False) -> str:
     """Return the style of a tower with this activation and LayerNorm; raise `UserError` if none matches."""
-    known = STYLES["siglip" if siglip else "xclip"]
-    tower = dataclasses.replace(known, act=act, eps=eps, pre_norm=known.pre_norm and pre_norm)
+    tower = dataclasses.replace(STYLES["siglip" if siglip else "xclip"], act=act, eps=eps)
     for name, style in STYLES.items():
         if style == tower:
             return name
-    first = "" if pre_norm else ", without a norm before the first block"
     raise UserError(
-        f"{where} has a tower with activation {act!r} and eps {eps:g} in LayerNorm{first}; no style of model.img and "
-        f"model.txt has these: {', '.join(STYLES)}."
+        f"it has a tower with activation {act!r} and eps {eps:g} in LayerNorm; no style of model.img and model.txt has "
+        f"these: {', '.join(STYLES)}."
     )
 
 
@@ -83,7 +80,7 @@ def mlp_ratio(hidden: int, width: int) -> float:
     return ratio if int(ratio * width) == hidden else (hidden + 0.5) / width
 
 
-def preprocessing(size: int, mean: Any, std: Any, where: str, **resizing: Any) -> Preprocessing:
+def preprocessing(file: str, size: int, mean: Any, std: Any, **resizing: Any) -> Preprocessing:
     """Make the preprocessing for images of `size` pixels; `mean` and `std` are 1 or 3 numbers, or None for CLIP's."""
     try:
         pair = tuple(
@@ -92,16 +89,7 @@ def preprocessing(size: int, mean: Any, std: Any, where: str, **resizing: Any) -
         )
         return Preprocessing(size, *mean_std(pair), **resizing)
     except ValueError as error:
-        raise UserError(f"{where}: mean {mean} and standard deviation {std} cannot be used ({error}).") from error
-
-
-def square(value: Any, key: str, where: str) -> int:
-    """Return a size, also from a list of two equal numbers."""
-    sides = set(value) if isinstance(value, (list, tuple)) else {value}
-    side = next(iter(sides), None)
-    if len(sides) != 1 or not isinstance(side, int):
-        raise UserError(f"{where}: {key} is {value}; only square images and patches are supported.")
-    return side
+        raise UserError(f"{file}: mean {mean} and standard deviation {std} cannot be used ({error}).") from error
 
 
 # --- parameters
@@ -183,7 +171,7 @@ def _params(group: Mapping[str, Any], vocab: int, names: Names, *, sigmoid: bool
     return params
 
 
-def read(tensors: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int, names: Names, where: str) -> Flat:
+def read(tensors: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int, names: Names) -> Flat:
     """Convert another project's tensors to flat parameters of a model with config `group` and `vocab` tokens.
 
     A `UserError` lists missing, unknown or misshapen tensors by name.
@@ -195,18 +183,18 @@ def read(tensors: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int
         x = tensors.get(name)
         if x is not None and [n for n in x.shape if n != 1] == [n for n in shape if n != 1]:
             reshaped[name] = x.reshape(shape)  # only axes of length 1 may differ
-    _check(reshaped, shapes, where)
+    _check(reshaped, shapes)
     return {param.ours: param.read(reshaped) for param in params}
 
 
 def write(params: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int, names: Names) -> Flat:
     """Convert flat parameters to another project's tensors, by name; for arguments and errors see `read`."""
     table = _params(group, vocab, names, sigmoid="bias" in params)
-    _check(params, {param.ours: param.shape for param in table}, "the model")
+    _check(params, {param.ours: param.shape for param in table})
     return {name: x for param in table for name, x in param.write(params[param.ours]).items()}
 
 
-def _check(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+def _check(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
     wrong = [f"missing: {name}" for name in shapes if name not in tensors]
     wrong += [f"unknown: {name}" for name in tensors if name not in shapes]
     wrong += [
@@ -216,4 +204,4 @@ def _check(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ..
     ]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise UserError(f"{where}: tensors do not match its config; {', '.join(wrong[:_SHOWN])}{more}.")
+        raise UserError(f"tensors do not match the config; {', '.join(wrong[:_SHOWN])}{more}.")

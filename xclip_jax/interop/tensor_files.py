@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
@@ -14,7 +15,8 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from xclip_jax.core.errors import UserError, first_line
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.storage import unreadable_as
 
 Tensors = dict[str, np.ndarray]
 
@@ -24,7 +26,7 @@ NAMES = (
     "model.safetensors", "model.safetensors.index.json", "open_clip_pytorch_model.bin", "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )  # fmt: skip
-# An entry of OpenAI's archives, which need no config; set to 0 for other TorchScript archives.
+# An entry of OpenAI's archives, which need no config.
 OPENAI = "input_resolution"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _DTYPES = {
@@ -53,18 +55,14 @@ def choose(names: Collection[str], where: str, remedy: str) -> str:
     standard = next((name for name in NAMES if name in names), None)
     if standard or len(files) == 1:
         return standard or files[0]
-    listed = f"several: {', '.join(files[:4])}" if files else f"only {', '.join(sorted(names)[:6]) or 'none'}"
-    raise UserError(
-        f"{where} has no file of weights that can be read ({', '.join(SUFFIXES)}); its files are {listed}; {remedy}."
-    )
+    listed = ", ".join(files[:4] or sorted(names)[:6]) or "none"
+    raise UserError(f"{where} has no file of weights ({', '.join(SUFFIXES)}), or several: {listed}; {remedy}.")
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
     """Read a JSON object; raise `UserError` if the file is missing or contains something else."""
-    try:
+    with unreadable_as(f"{path} cannot be read as a JSON object"):
         return {**json.loads(path.read_text())}
-    except (OSError, ValueError, RecursionError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a JSON object: {error}.") from error
 
 
 def files_of(file: epath.Path) -> list[str]:
@@ -83,16 +81,12 @@ def tensors(file: epath.Path) -> Tensors:
     """Read all tensors in a file, or in the files of an index, as fp32 by name; raise `UserError` if one is damaged."""
     if file.name.endswith(".index.json"):
         return {name: x for shard in files_of(file) for name, x in tensors(file.parent / shard).items()}
-    try:
+    with unreadable_as(f"{file} cannot be read; download it again, or convert it: {REMEDY}"):
         if file.suffix != ".safetensors":
             return _torch_tensors(file.read_bytes())
         content = safetensors.deserialize(file.read_bytes())
         # Removed one by one, so that memory never holds all tensors in two dtypes.
         return {name: _array(info) for name, info in (content.pop() for _ in range(len(content)))}
-    except Exception as error:  # damaged files raise errors of any type
-        raise UserError(
-            f"{file} cannot be read ({first_line(error).rstrip('.')}); download it again, or convert it: {REMEDY}."
-        ) from error
 
 
 def _array(info: Mapping[str, Any]) -> np.ndarray:
@@ -132,22 +126,25 @@ class Scripted:
         self.attributes = state if isinstance(state, dict) else {}
 
 
+def _require(condition: bool, fault: str) -> None:
+    if not condition:
+        raise pickle.UnpicklingError(fault)
+
+
 def _torch_tensors(data: bytes) -> Tensors:
     """Return the fp32 tensors of a file of `torch.save` or `torch.jit.save`, see `load_torch`."""
-    content, scripted = load_torch(data)
+    content = load_torch(data)
     content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
     arrays = {str(name): x for name, x in content.items() if isinstance(x, np.ndarray)}
-    if not arrays or sum(x.size for x in arrays.values()) > _MOST_VIEWS * len(data):
-        raise pickle.UnpicklingError("it contains no tensors, or the same numbers in too many of them")
+    size = sum(x.size for x in arrays.values())
+    _require(0 < size <= _MOST_VIEWS * len(data), "it contains no tensors, or the same numbers in too many of them")
     del content, data
     by_name = {name: arrays.pop(name).astype(np.float32, copy=False) for name in list(arrays)}
-    for prefix in ("module.", "_orig_mod.", "module."):  # prefixes of distributed and compiled models, in any order
-        if all(name.startswith(prefix) for name in by_name):
-            by_name = {name.removeprefix(prefix): x for name, x in by_name.items()}
-    return ({OPENAI: np.zeros((), np.float32)} if scripted else {}) | by_name
+    # Without the prefixes of distributed and compiled models.
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): x for name, x in by_name.items()}
 
 
-def load_torch(data: bytes) -> tuple[Any, bool]:
+def load_torch(data: bytes) -> Any:
     """Read a file of `torch.save` (since 1.6) or `torch.jit.save`, without torch and without running code in it.
 
     Such a file is a zip of raw storages and one pickle. A pickle is a program that may call any function by name; this
@@ -155,14 +152,14 @@ def load_torch(data: bytes) -> tuple[Any, bool]:
     file's size, whatever numbers it contains. Other objects and damaged files raise errors of any type.
 
     Returns:
-      The saved object, with tensors as NumPy arrays of unchanged dtype, and whether it is a TorchScript archive, which
-      becomes a flat dict of its modules' tensors.
+      The saved object, with tensors as NumPy arrays of unchanged dtype; for a TorchScript archive a flat dict of its
+      modules' tensors.
     """
     archive = zipfile.ZipFile(io.BytesIO(data))
     roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     scripted = f"{roots[0]}constants.pkl" in archive.namelist()
     content = _Unpickler(archive, roots[0], scripted).load()
-    return (_flat(content) if scripted else content), scripted
+    return _flat(content) if scripted else content
 
 
 def _flat(module: Any) -> dict[str, np.ndarray]:
@@ -174,8 +171,7 @@ def _flat(module: Any) -> dict[str, np.ndarray]:
         for name, value in owner.attributes.items() if isinstance(owner, Scripted) else ():
             full = f"{prefix}{name}"
             letters += len(full) + 1
-            if letters > _MOST_LETTERS:
-                raise pickle.UnpicklingError("it contains modules without end")
+            _require(letters <= _MOST_LETTERS, "it contains modules without end")
             if isinstance(value, np.ndarray):
                 tensors[full] = value
             modules.append((f"{full}.", value))
@@ -184,8 +180,7 @@ def _flat(module: Any) -> dict[str, np.ndarray]:
 
 def _plain(key: Any) -> Any:
     """Return a string or a number: a few nested tuples as a key can take years to hash."""
-    if not isinstance(key, str | int | float):
-        raise pickle.UnpicklingError("it asks for a key that is neither a string nor a number")
+    _require(isinstance(key, str | int | float), "it asks for a key that is neither a string nor a number")
     return key
 
 
@@ -229,8 +224,7 @@ class _Unpickler(pickle._Unpickler):
     def _member(self, name: str) -> bytes:
         """Read an uncompressed file of the zip, like torch's: compressed data may unpack to any size."""
         info = self._archive.getinfo(self._root + name)
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise pickle.UnpicklingError(f"it asks for compressed data, {name!r}")
+        _require(info.compress_type == zipfile.ZIP_STORED, f"it asks for compressed data, {name!r}")
         return self._archive.read(info.filename)
 
     def find_class(self, module: str, name: str) -> Any:
@@ -239,9 +233,9 @@ class _Unpickler(pickle._Unpickler):
             return name
         if f"{module}.{name}" in self._known:
             return self._known[f"{module}.{name}"]
-        if self._scripted and module.split(".")[0] == "__torch__":
-            return type("Scripted", (Scripted,), {})
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, more than tensors")
+        is_module = self._scripted and module.split(".")[0] == "__torch__"
+        _require(is_module, f"it asks for {module}.{name}, more than tensors")
+        return type("Scripted", (Scripted,), {})
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         """Read the storage ("storage", type, key, device, elements)."""
@@ -260,8 +254,7 @@ def _tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tup
     if fits and all(size):
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         fits = max(last + 1, math.prod(size)) <= len(storage)
-    if not fits:
-        raise pickle.UnpicklingError("it asks for a tensor that does not fit its storage")
+    _require(fits, "it asks for a tensor that does not fit its storage")
     if not all(size):
         return np.zeros(size, storage.dtype)
     steps = [step * storage.itemsize for step in stride]

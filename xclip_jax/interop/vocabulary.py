@@ -31,7 +31,7 @@ _MODEL_TYPE, _UNIGRAM, _BYTE_FALLBACK = 3, 1, 35  # of the trainer's options
 _CHARACTER_MAP = 2  # of the normalizer's options
 
 
-def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
+def identify(folder: epath.Path, size: int, eot: int | None) -> str:
     """Return the tokenizer of a text tower with `size` ids and pooling at id `eot` (None for the largest id).
 
     The result is "clip" if the folder's tokenizer.json contains CLIP's vocabulary, or is missing and the sizes are
@@ -52,12 +52,12 @@ def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
             return str(file)
         fault = f"and {file} has {stored.vocab_size} and ends texts with {stored.eot_id}"
     raise UserError(
-        f"{where} has {size} token ids and pools texts at id {end}, unlike CLIP's tokenizer, {fault}; save the "
-        f"{FILE} of these weights there, as transformers' save_pretrained does."
+        f"it has {size} token ids and pools texts at id {end}, unlike CLIP's tokenizer, {fault}; save the {FILE} of "
+        "these weights there, as transformers' save_pretrained does."
     )
 
 
-def siglip(folder: epath.Path, size: int, where: str) -> str:
+def siglip(folder: epath.Path, size: int) -> str:
     """Return the path of a SigLIP tokenizer with `size` ids: no start token, an end token, and padding that counts.
 
     The folder's tokenizer.json or spiece.model defines neither padding nor cleaning of texts, so a complete file is
@@ -69,7 +69,9 @@ def siglip(folder: epath.Path, size: int, where: str) -> str:
         model = read_sentencepiece(file.read_bytes(), str(file))
     else:
         file = folder / FILE
-        model = _read(str(file))
+        with storage.unreadable_as(f"{file} is not a Hugging Face tokenizers JSON; copy the tokenizer there"):
+            # From memory, since the library reads only local disks.
+            model = tokenizers.Tokenizer.from_str(tokenizer.read_file(str(file)).decode())
     options = read_json(folder / OPTIONS) if (folder / OPTIONS).exists() else {}
     model.no_padding()
     model.no_truncation()
@@ -85,7 +87,7 @@ def siglip(folder: epath.Path, size: int, where: str) -> str:
     elif not options.get("do_lower_case", True):
         fault = f"{OPTIONS} sets do_lower_case to false, which is not supported"
     if fault:
-        raise UserError(f"{folder}: {where} has {size} token ids, and {fault}; copy the files of its tokenizer there.")
+        raise UserError(f"it has {size} token ids, and {fault}; copy the files of its tokenizer into {folder}.")
     # SigLIP 2 was trained on texts in lower case only.
     cleaning = "lower" if str(options.get("tokenizer_class")).startswith(("Gemma", "Siglip2")) else "canonical"
     model.post_processor = processors.Sequence([])
@@ -123,53 +125,15 @@ def clip_files(length: int) -> dict[str, str]:
     }
 
 
-def own_files(path: str, length: int) -> dict[str, str]:
-    """Return {file: content} for transformers and open_clip, which yield the same ids as the tokenizer file `path`.
-
-    Our tokenizer adds start, end and padding itself and treats special tokens in a text as text; so do these files.
-    """
-    ours = tokenizer.load(path)
-    if ours.cleaning:
-        raise UserError(f"{path} is SigLIP's tokenizer, which other formats cannot express; write to 'safetensors'.")
-    model = _read(path)
-    model.no_padding()
-    model.no_truncation()
-    start = [] if ours.sot_id is None else [str(model.id_to_token(ours.sot_id))]
-    end = str(model.id_to_token(ours.eot_id))
-    model.post_processor = tokenizers.processors.TemplateProcessing(
-        single=[*start, "$A", end], special_tokens=[(text, model.token_to_id(text)) for text in (*start, end)]
-    )
-    options = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, "padding_side": "right",
-        "truncation_side": "right", "split_special_tokens": True, "clean_up_tokenization_spaces": False,
-        **({"bos_token": start[0]} if start else {}), "eos_token": end, "pad_token": model.id_to_token(padding(ours)),
-    }  # fmt: skip
-    return {FILE: model.to_str(), OPTIONS: json.dumps(options, indent=2) + "\n"}
-
-
-def _read(path: str) -> tokenizers.Tokenizer:
-    try:
-        # From memory, since the library reads only local disks.
-        return tokenizers.Tokenizer.from_str(tokenizer.read_file(path).decode())
-    except Exception as error:  # The library raises bare `Exception`.
-        raise UserError(f"{path} is not a Hugging Face tokenizers JSON ({error}); copy the tokenizer there.") from error
-
-
-def padding(tokens: tokenizer.Tokenizer) -> int:
-    """Return the id for padding in other projects: the padding token, else the end token, which towers read up to."""
-    if tokens.name in tokenizer.NAMES:
-        return tokens.eot_id
-    token = _read(tokens.name).id_to_token(tokens.pad_id)
-    return tokens.pad_id if token in tokenizer.PAD_TOKENS else tokens.eot_id
-
-
 def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
     """Return the tokenizer of a SentencePiece file (spiece.model) with a unigram model.
 
     Only the fields that determine the ids are read from this Protocol Buffers message, `ModelProto` of
     sentencepiece_model.proto. A `UserError` about another or a damaged file begins with `where`.
     """
-    try:
+    with storage.unreadable_as(
+        f"{where} is damaged, or not a unigram model of SentencePiece; replace it by the {FILE} of these weights"
+    ):
         fields = _fields(data)
         pieces = [dict(_fields(value)) for number, value in fields if number == _PIECES]
         trainer, normalizer = (
@@ -182,11 +146,6 @@ def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
         kind = {_UNIGRAM: models.Unigram}[trainer.get(_MODEL_TYPE, _UNIGRAM)]
         model = tokenizers.Tokenizer(kind(vocabulary, unknown, bool(trainer.get(_BYTE_FALLBACK))))
         steps = [normalizers.Precompiled(normalizer[_CHARACTER_MAP])] if normalizer.get(_CHARACTER_MAP) else []
-    except Exception as error:  # The library raises bare `Exception`, and damaged bytes errors of any type.
-        raise UserError(
-            f"{where} is damaged, or not a unigram model of SentencePiece; download it again, or replace it by the "
-            f"{FILE} of these weights."
-        ) from error
     model.normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
     model.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     return model

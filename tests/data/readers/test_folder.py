@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.helpers import bad_tars, tiny
-from xclip_jax.core.errors import BadSample
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
 from xclip_jax.data.readers.folder import FolderSource
 
@@ -91,9 +91,8 @@ def test_lines_of_a_caption_end_where_lines_do(tmp_path):
     assert FolderSource(tmp_path)[0]["text"] == ["a dog\u2028on the beach, wait\x85 what", "another"]
 
 
-def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+def test_a_folder_that_has_no_pairs_or_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     tiny.folder(tmp_path / "pairs" / "sub", n=2)
-    tiny.folder(tmp_path / "pairs" / "other", n=2)
     scandir = os.scandir
 
     def refuse(path):
@@ -101,6 +100,14 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PermissionError, match="sub"):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(PermissionError, match="sub"):
+            FolderSource(tmp_path / "pairs")
+    for text in (tmp_path / "pairs" / "sub").glob("*.txt"):
+        text.unlink()
+    with pytest.raises(UserError, match=r"pairs' has 2 images .* none has a caption.* csv:FILE"):
         FolderSource(tmp_path / "pairs")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty' has 0 images"):
+        FolderSource(tmp_path / "empty", captions=False)

@@ -1,3 +1,5 @@
+"""Tables and ArrayRecord files: which rows are pairs or classes, what cannot be read, and fingerprints."""
+
 import csv
 import json
 import os
@@ -14,7 +16,7 @@ from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, records, sources
 from xclip_jax.data.base import read_csv
-from xclip_jax.data.readers.table import ArrayRecordSource, ImageColumn
+from xclip_jax.data.readers.table import ImageColumn
 
 
 def open_source(spec, image="image", text=("text",), tags=""):
@@ -31,6 +33,11 @@ def images(tmp_path):
 
 def write(path, rows, tab=","):
     path.write_text("\n".join(tab.join(row) if isinstance(row, tuple) else row for row in rows), encoding="utf-8-sig")
+
+
+def write_parquet(path, metadata=None, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(metadata), path)
+    return path
 
 
 @pytest.mark.parametrize(("tab", "first"), [(",", 'a, "b"\nc'), ("\t", 'a, ""b"" c')])
@@ -52,17 +59,15 @@ def test_csv(tmp_path, images, tab, first):
     write(tmp_path / "more.csv", [head, ("more", "images/2.jpg", "z")], tab)
     source = open_source(f"csv:{tmp_path}/pairs.csv,{tmp_path}/more.csv", "filepath", ("title",), "words")
     assert len(source) == 6
-    assert source[0]["text"] == [first]
-    assert source[0]["tags"] == ["x", "y"]
-    assert source[1]["text"] == ["ünï"]
+    assert source[0]["text"] == [first] and source[0]["tags"] == ["x", "y"] and source[1]["text"] == ["ünï"]
     assert [source[i]["image"] for i in (0, 1, 5)] == images
     for i, reason in ((2, "caption is empty"), (3, "file cannot be read"), (4, "no image in the row")):
         with pytest.raises(BadSample, match=reason):
             source[i]
     assert source.describe(3) == {"file": str(tmp_path / "images" / "9.jpg")}
-    with pytest.raises(base.MissingColumnError, match=r"'image'; its columns are 'title', 'filepath', 'words'"):
+    with pytest.raises(UserError, match=r"'image'; its columns are 'title', 'filepath', 'words'"):
         open_source(f"csv:{tmp_path}/pairs.csv")
-    with pytest.raises(base.MissingColumnError, match="'filepath/bytes'"):  # only texts have fields
+    with pytest.raises(UserError, match="'filepath/bytes'"):  # only texts have fields
         open_source(f"csv:{tmp_path}/pairs.csv", "filepath/bytes", ("title",))
 
 
@@ -74,9 +79,7 @@ UNCLOSED = [("a.jpg", "x", "caption"), ("a.jpg", "x", '"never closed'), *[("a.jp
     [
         ([("image", "text"), ("",)], "has no row"),
         ([("image", "text"), ("0.jpg", "a fox", "red")], "got 3: 0.jpg"),
-        ([("image", "text"), ("0.jpg",)], "got 1: 0.jpg"),
         ([], "Empty CSV file"),
-        (["", ""], "Empty CSV file"),
         ([("image", "text", "text"), ("0.jpg", "a fox", "a hen")], "2 columns 'text'"),
         ([("image", "notes", "text"), *UNCLOSED], "column 'text'"),
         ([("image", "text", "notes"), *UNCLOSED], "column 'notes'"),  # one that is not read
@@ -99,9 +102,9 @@ def test_quotes_mean_nothing_between_tabs(tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_remote_tables_are_read_alike(tmp_path, images, kind):
-    write(tmp_path / "x.csv", [("image", "text"), ("images/0.jpg", "a fox"), ("images/1.jpg", "a dog")])
     names = ["images/0.jpg", "images/1.jpg"]
-    pyarrow.parquet.write_table(pyarrow.table({"image": names, "text": ["a fox", "a dog"]}), tmp_path / "x.parquet")
+    write(tmp_path / "x.csv", [("image", "text"), (names[0], "a fox"), (names[1], "a dog")])
+    write_parquet(tmp_path / "x.parquet", image=names, text=["a fox", "a dog"])
     memory = fsspec.filesystem("memory")
     for name in (f"x.{kind}", *names):
         memory.pipe_file(f"/tables/{name}", (tmp_path / name).read_bytes())
@@ -111,12 +114,6 @@ def test_remote_tables_are_read_alike(tmp_path, images, kind):
     memory.pipe_file(f"/tables/{kind}", b"")
     with pytest.raises(UserError, match=rf"table 'memory://tables/{kind}' cannot be read"):
         open_source(f"{kind}:memory://tables/{kind}")
-
-
-def test_images_in_the_home(tmp_path, images, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "images"))
-    write(tmp_path / "x.csv", [("image", "text"), ("~/0.jpg", "a fox")])
-    assert open_source(f"csv:{tmp_path}/x.csv")[0]["image"] == images[0]
 
 
 def test_rows_agree_with_the_csv_module_where_quotes_are_in_pairs(tmp_path):
@@ -133,8 +130,6 @@ def test_semicolons_as_spreadsheets_write_them(tmp_path, images):
     (tmp_path / "x.csv").write_text('image;text\nimages/0.jpg;"a fox; red, and small"\nimages/1.jpg;a, b\n')
     source = open_source(f"csv:{tmp_path}/x.csv")
     assert [source[i]["text"] for i in (0, 1)] == [["a fox; red, and small"], ["a, b"]]
-    (tmp_path / "labels.csv").write_text("path;label\nimages/0.jpg;a, b\nimages/1.jpg;c\n")
-    assert sources.open_labelled(f"csv:{tmp_path}/labels.csv").names == ["a, b", "c"]
 
 
 def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monkeypatch):
@@ -165,33 +160,31 @@ def test_card_of_tables_changes_with_their_content_alone(tmp_path, images):
     assert changed["hash"] != cards[0]["hash"] and changed["files"] == cards[0]["files"]
     hashes = set()
     for captions in (["one", "two"], ["two", "one"]):
-        pyarrow.parquet.write_table(pyarrow.table({"image": ["a", "b"], "text": captions}), tmp_path / "x.parquet")
-        hashes.add(open_source(f"parquet:{tmp_path}/x.parquet").fingerprint()["hash"])
+        path = write_parquet(tmp_path / "x.parquet", image=["a", "b"], text=captions)
+        hashes.add(open_source(f"parquet:{path}").fingerprint()["hash"])
     assert len(hashes) == 2 and "" not in hashes
 
 
 def test_parquet(tmp_path, images):
-    paths = pyarrow.table({"image": ["images/0.jpg", None], "text": [["one", "two"], ["x"]]})
-    pyarrow.parquet.write_table(paths, tmp_path / "0.parquet")
-    source = open_source(f"parquet:{tmp_path}/0.parquet")
-    path = str(tmp_path / "images" / "0.jpg")
-    assert source[0] == {"image": images[0], "text": ["one", "two"], "tags": [], "id": path}
+    path = write_parquet(tmp_path / "0.parquet", image=["images/0.jpg", None], text=[["one", "two"], ["x"]])
+    source = open_source(f"parquet:{path}")
+    file = str(tmp_path / "images" / "0.jpg")
+    assert source[0] == {"image": images[0], "text": ["one", "two"], "tags": [], "id": file}
     with pytest.raises(BadSample, match="no image in the row"):
         source[1]
-    inside = pyarrow.table({"image": [{"bytes": images[1], "path": "x"}], "text": ["t"], "tags": [["a", "b"]]})
-    pyarrow.parquet.write_table(inside, tmp_path / "1.parquet")
-    source = open_source(f"parquet:{tmp_path}/1.parquet", tags="tags")
-    assert source[0] == {"image": images[1], "text": ["t"], "tags": ["a", "b"], "id": "0"}
-    nested = pyarrow.table({"image": [images[1]], "sentences": [[{"raw": "one"}, {"raw": "two"}]]})
-    pyarrow.parquet.write_table(nested, tmp_path / "2.parquet")
-    assert open_source(f"parquet:{tmp_path}/2.parquet", text=("sentences/raw",))[0]["text"] == ["one", "two"]
+    inside = [{"bytes": images[1], "path": "x"}]
+    path = write_parquet(tmp_path / "1.parquet", image=inside, text=["t"], tags=[["a", "b"]])
+    record = open_source(f"parquet:{path}", tags="tags")[0]
+    assert record == {"image": images[1], "text": ["t"], "tags": ["a", "b"], "id": "0"}
+    sentences = [[{"raw": "one"}, {"raw": "two"}]]
+    path = write_parquet(tmp_path / "2.parquet", image=[images[1]], sentences=sentences)
+    assert open_source(f"parquet:{path}", text=("sentences/raw",))[0]["text"] == ["one", "two"]
 
 
 def test_a_table_in_a_bucket_names_no_files_of_this_machine(tmp_path, images):
     """A table of this machine does, with absolute paths too."""
     names = [str(tmp_path / "images" / "0.jpg"), "../images/0.jpg"]
-    pyarrow.parquet.write_table(pyarrow.table({"image": names, "text": ["x", "y"]}), tmp_path / "0.parquet")
-    source = open_source(f"parquet:{tmp_path}/0.parquet")
+    source = open_source(f"parquet:{write_parquet(tmp_path / '0.parquet', image=names, text=['x', 'y'])}")
     assert source[0]["image"] == images[0]
     source.tables[:] = ["gs://bucket/tables/0.parquet"]
     assert source.describe(1) == {"file": "gs://bucket/tables/../images/0.jpg"}
@@ -200,10 +193,9 @@ def test_a_table_in_a_bucket_names_no_files_of_this_machine(tmp_path, images):
 
 
 def write_classes(path, images, labels, metadata=None, **columns):
-    """A parquet file of images and the column "kind"."""
-    table = pyarrow.table({"image": images[: len(labels)], "kind": labels, **columns})
-    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), path)
-    return f"parquet:{path}?label=kind"
+    """The spec of a parquet file of images and the column "kind"."""
+    columns = {"image": images[: len(labels)], "kind": labels} | columns
+    return f"parquet:{write_parquet(path, metadata, **columns)}?label=kind"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +203,6 @@ def write_classes(path, images, labels, metadata=None, **columns):
     [
         (["Navy Blue", "red", " red "], ["Navy Blue", "red"], [0, 1, 1]),
         ([10, 9, -1], ["-1", "9", "10"], [2, 1, 0]),
-        ([True, False, True], ["False", "True"], [1, 0, 1]),
         (pyarrow.array(["b", "a", "b"]).dictionary_encode(), ["a", "b"], [1, 0, 1]),
     ],
 )
@@ -222,7 +213,7 @@ def test_a_column_of_classes(tmp_path, images, labels, names, expected):
 
 
 def test_rows_without_a_label_are_left_out_and_counted(tmp_path, images, capsys):
-    for i, empty in enumerate((None, "", " ")):
+    for i, empty in enumerate((None, " ")):
         spec = write_classes(tmp_path / f"{i}.parquet", images, ["b", empty, "a"])
         source = sources.open_labelled(spec)
         assert [source[j]["image"] for j in range(len(source))] == [images[0], images[2]]
@@ -231,8 +222,8 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path, images, capsys)
         other = sources.open_labelled(write_classes(tmp_path / "x.parquet", images, ["b", "a", empty]))
         assert other.labels().tolist() == [1, 0] and other.fingerprint() != source.fingerprint()
     latin = pyarrow.array([b"\xff", b"a"]).cast(pyarrow.string(), safe=False)
-    for labels, named in (([None], ""), ([0.5, 1.0], ".* double"), ([["a"], ["b"]], ".* list"), (latin, ".* UTF-8")):
-        with pytest.raises(UserError, match=f"x.parquet.* column 'kind'{named}"):
+    for labels, kind in (([None], "null"), ([0.5, 1.0], "double"), ([["a"], ["b"]], "list"), (latin, "string")):
+        with pytest.raises(UserError, match=f"x.parquet.* column 'kind' of type {kind}"):
             sources.open_labelled(write_classes(tmp_path / "x.parquet", images, labels))
 
 
@@ -255,11 +246,9 @@ def test_tables_of_a_split(tmp_path, images):
     folder.mkdir()
     for name, labels in (("train-0", ["b", "a"]), ("train-1", ["a"]), ("my_own", ["a"]), ("trainer", ["x"])):
         write_classes(folder / f"{name}.parquet", images, labels)
-    (folder / "train-0.parquet").rename(folder / "train-00000-of-00002.parquet")
-    kind = sources.SOURCES["parquet"]
-    assert [kind.has_split(f"{folder}?label=kind", x, base.SourceOptions()) for x in ("train", "my_own", "test")] == [
-        True, True, False
-    ]  # fmt: skip
+    kind, options = sources.SOURCES["parquet"], base.SourceOptions()
+    found = [kind.has_split(f"{folder}?label=kind", x, options) for x in ("train", "my_own", "test")]
+    assert found == [True, True, False]
     assert sources.open_labelled(f"parquet:{folder}?label=kind/train").labels().tolist() == [1, 0, 0]
     assert sources.open_labelled(f"parquet:{folder}/my_own?label=kind").names == ["a"]
     with pytest.raises(UserError, match=r"no file matches .*test"):
@@ -267,7 +256,7 @@ def test_tables_of_a_split(tmp_path, images):
 
 
 def test_damaged_parquet_is_a_sentence(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"image": ["a"] * 50, "text": ["x"] * 50}), tmp_path / "x.parquet")
+    write_parquet(tmp_path / "x.parquet", image=["a"] * 50, text=["x"] * 50)
     whole = (tmp_path / "x.parquet").read_bytes()
     rng = np.random.default_rng(0)
     refused = 0
@@ -290,14 +279,13 @@ def test_damaged_parquet_is_a_sentence(tmp_path):
 
 
 def test_parquet_tables_of_different_schemas(tmp_path):
-    for name, image, text in (("0", ["a"], ["x"]), ("1", [b"a"], ["x"]), ("2", ["a"], [None])):
-        table = pyarrow.table({"image": image, "text": pyarrow.array(text, None if text != [None] else pyarrow.null())})
-        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    assert len(open_source(f"parquet:{tmp_path}/0.parquet,{tmp_path}/2.parquet")) == 2
-    assert len(open_source(f"parquet:{tmp_path}/2.parquet,{tmp_path}/0.parquet")) == 2
+    for name, image, text in (("0", ["a"], ["x"]), ("1", [b"a"], ["x"]), ("2", ["a"], pyarrow.nulls(1))):
+        write_parquet(tmp_path / f"{name}.parquet", image=image, text=text)
+    for order in ("02", "20"):
+        assert len(open_source("parquet:" + ",".join(f"{tmp_path}/{name}.parquet" for name in order))) == 2
     with pytest.raises(UserError, match=r"parquet' .*image.*string vs binary"):
         open_source(f"parquet:{tmp_path}/*.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"image": [5], "text": ["x"]}), tmp_path / "n.parquet")
+    write_parquet(tmp_path / "n.parquet", image=[5], text=["x"])
     with pytest.raises(BadSample, match="no image in the row"):
         open_source(f"parquet:{tmp_path}/n.parquet")[0]
 
@@ -310,39 +298,28 @@ def test_array_record(tmp_path, images):
         return found.SerializeToString()
 
     writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
-    texts = [b"one", b"two"]
-    for record in (
-        example(image=[images[0]], text=texts), example(image=[images[1]]), example(text=[b"x"]), b"\xff\xff"
-    ):  # fmt: skip
+    pair = example(image=[images[0]], text=[b"one", b"two"])
+    for record in (pair, example(image=[images[1]]), example(text=[b"x"]), b"\xff\xff"):
         writer.write(record)
     writer.close()
     source = open_source(f"array_record:{tmp_path}/*.array_record")
-    assert len(source) == 4
     assert source[0] == {"image": images[0], "text": ["one", "two"], "tags": [], "id": "0"}
     for i, reason in ((1, "caption is empty"), (2, "no image in the record"), (3, "DecodeError")):
         assert records.read(source, i).reason == reason
     card = source.fingerprint()
-    assert card["samples"] == 4 and len(card["hash"]) == 32
+    assert len(source) == card["samples"] == 4 and len(card["hash"]) == 32
     (tmp_path / "b.array_record").write_bytes(b"rubbish" * 100)
     with pytest.raises(UserError, match=r"b\.array_record"):
-        ArrayRecordSource(f"{tmp_path}/b.array_record", base.SourceOptions())
-
-
-def test_texts_of_another_encoding_are_bad_samples_without_their_image_too(tmp_path, images):
-    (tmp_path / "a.csv").write_bytes("image,text\nimages/0.jpg,Füchse\n".encode("latin-1"))
-    source = open_source(f"csv:{tmp_path}/a.csv")
-    for read in (source.texts, source.__getitem__):
-        with pytest.raises(BadSample, match="caption is not UTF-8"):
-            read(0)
+        open_source(f"array_record:{tmp_path}/b.array_record")
 
 
 def test_files_that_a_column_of_bytes_names_are_told_apart():
-    def column(*names):
-        return pyarrow.chunked_array([pyarrow.array([{"bytes": None, "path": f"/x/{name}"} for name in names])])
+    def sizes(*cells):
+        column = pyarrow.chunked_array([pyarrow.array(cells)])
+        return list(ImageColumn(column, lambda index, name: (name, "")).sizes())
 
-    def sizes(*names):
-        return list(ImageColumn(column(*names), lambda index, name: (name, "")).sizes())
-
-    assert sizes("cat1.jpg", "cat2.jpg") == [("cat1.jpg", 0), ("cat2.jpg", 0)] != sizes("dog7.jpg", "dog8.jpg")
-    whole = pyarrow.chunked_array([pyarrow.array([{"bytes": b"abc", "path": "x.jpg"}])])
-    assert list(ImageColumn(whole, lambda index, name: (name, "")).sizes()) == [("0", 3)]
+    named = [{"bytes": None, "path": f"/x/{name}"} for name in ("cat1.jpg", "cat2.jpg")]
+    assert sizes(*named) == [("cat1.jpg", 0), ("cat2.jpg", 0)]
+    assert sizes({"bytes": b"abc", "path": "x.jpg"}) == [("0", 3)]
+    assert sizes({"bytes": b"abc"}, None) == [("0", 3), ("1", 0)]
+    assert sizes("/x/cat.jpg", "") == [("cat.jpg", 0), ("", 0)] and sizes(b"abcd") == [("0", 4)]

@@ -10,8 +10,7 @@ import pytest
 
 from tests.helpers import bad_tars, bucket
 from xclip_jax.core import storage
-from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import records
+from xclip_jax.core.errors import UserError
 from xclip_jax.data.readers import tar as tar_reader
 from xclip_jax.data.readers import tar_index
 from xclip_jax.data.readers.tar import TarSource
@@ -20,50 +19,55 @@ tortured = bad_tars.tortured
 HEADER = b"{'descr': '%s', 'fortran_order': False, 'shape': (1,), }"
 
 
-def test_index_is_stored_once_and_follows_the_tar(tmp_path, monkeypatch):
+@pytest.fixture
+def indexed(monkeypatch):
+    """Paths of the tars that are indexed in this process."""
+    paths, index = [], tar_index.index
+    monkeypatch.setattr(tar_index, "index", lambda path: paths.append(path) or index(path))
+    return paths
+
+
+def test_index_is_stored_once_and_follows_the_tar(tmp_path, indexed):
     path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
-    assert len(TarSource(str(path))) == 3
+    assert len(TarSource(str(path))) == len(TarSource(str(path))) == 3
     [stored] = (tmp_path / ".xclip_index").iterdir()
-    monkeypatch.setattr(tar_index, "index", lambda _: pytest.fail("indexed again"))
-    assert len(TarSource(str(path))) == 3
-    monkeypatch.undo()
+    assert len(indexed) == 1
     bad_tars.pairs(path, 0, 5)
     assert len(TarSource(str(path))) == 5
     assert stored.exists()
 
 
-def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
+def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch, indexed):
     path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
     expected = TarSource(str(path))
     [stored] = (tmp_path / ".xclip_index").iterdir()
-    whole, rng, indexed = stored.read_bytes(), np.random.default_rng(0), []
-    index = tar_index.index
-    monkeypatch.setattr(tar_index, "index", lambda path: indexed.append(path) or index(path))
+    whole, rng = stored.read_bytes(), np.random.default_rng(0)
     damaged = [b"", b"x", whole[:100], whole[:-1], bytes(len(whole)), rng.bytes(300)]
     for header in (b"{'descr': (", b"{" * 5000, b"\xff" * 60, HEADER % b"|O", HEADER % b"<f4"):
         damaged.append(b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + bytes(4))
-    for number, content in enumerate(damaged, 1):
+    for number, content in enumerate(damaged, 2):
         stored.unlink()  # else it would change under the maps of the source before
         stored.write_bytes(content)
         source = TarSource(str(path))
         assert [source[i] for i in range(3)] == [expected[i] for i in range(3)]
-        assert len(indexed) == number
-        assert stored.read_bytes() == whole
+        assert len(indexed) == number and stored.read_bytes() == whole
     stored.unlink()
     stored.mkdir()
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
     assert len(TarSource(str(path))) == 3
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+    with pytest.raises(UserError, match=r"none\.tar'.* XCLIP_CACHE"):
+        tar_index.build(f"{tmp_path}/none.tar")
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_hosts_share_indexes_in_a_bucket_that_they_may_write(writable, tmp_path, monkeypatch, capsys):
+def test_hosts_share_indexes_in_a_bucket_that_they_may_write(writable, tmp_path, monkeypatch, indexed):
     bucket.register()
     system, _ = storage.file_system("s3://pairs")
     monkeypatch.setattr(bucket.Bucket, "writes", 0)
-    for i in range(2):
-        system.pipe_file(f"s3://pairs/{i}.tar", bad_tars.pairs(tmp_path / f"{i}.tar", 0, 3 + i).read_bytes())
     tars = [f"s3://pairs/{i}.tar" for i in range(2)]
+    for i, tar in enumerate(tars):
+        system.pipe_file(tar, bad_tars.pairs(tmp_path / f"{i}.tar", 0, 3 + i).read_bytes())
     monkeypatch.setattr(bucket.Bucket, "away", not writable)
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "first"))
     first = tar_index.load(tars)
@@ -71,13 +75,10 @@ def test_hosts_share_indexes_in_a_bucket_that_they_may_write(writable, tmp_path,
         assert [name.replace(":///", "://") for name in tar_index.find(pattern)] == tars
     shared = system.glob("s3://pairs/.xclip_index/*.npy")
     assert len(shared) == (2 if writable else 0)
-    tar_index.main(["s3://pairs/*.tar"])
-    assert ("2 indexes could not be stored" in capsys.readouterr().out) is not writable
     if writable:
         monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "second"))
         system.pipe_file(shared[0], b"damaged")
-        indexed = []
-        monkeypatch.setattr(tar_index, "index", lambda path, real=tar_index.index: indexed.append(path) or real(path))
+        indexed.clear()
         second = tar_index.load(tars)
         assert indexed == tars[:1] and len(system.cat_file(shared[0])) > 100  # the damaged one is written again
         for one, other in zip(first, second, strict=True):
@@ -85,24 +86,19 @@ def test_hosts_share_indexes_in_a_bucket_that_they_may_write(writable, tmp_path,
     system.rm("s3://pairs", recursive=True)
 
 
-def test_index_in_processes_is_that_of_one(tmp_path, capfd):
-    paths = [str(bad_tars.pairs(tmp_path / f"{i}.tar", 10 * i, 4)) for i in range(5)]
-    places = tar_index.load(paths, processes=2)
-    for path, place in zip(paths, places, strict=True):
+def test_names_with_line_breaks(tmp_path, capfd):
+    """So many tars that processes index them."""
+    tars = [str(bad_tars.pairs(tmp_path / f"a\n{i}\udcff.tar", 10 * i, 1)) for i in range(8)]
+    for path, place in zip(tars, tar_index.load(tars), strict=True):
         np.testing.assert_array_equal(np.load(place), tar_index.index(path))
-    assert "indexed 5 tars in" in capfd.readouterr().out
-
-
-def test_names_with_line_breaks(tmp_path):
-    paths = [str(bad_tars.pairs(tmp_path / f"a\n{i}\udcff.tar", 0, 1)) for i in range(3)]
-    assert [len(np.load(place)) for place in tar_index.load(paths, processes=2)] == [1, 1, 1]
+    assert "indexed 8 tars in" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
     "size",
     [
-        b"-0000001000\0", b"+0000001000\0", b"0000_001000\0", b"0o000001000\0", b"00000010 00\0", b"99999999999\0",
-        b"\xff" * 12, b"\xff" * 11 + b"\0", b"\xc0" + bytes(11), b"\x80" + b"\xff" * 11, b"-1\0".ljust(12, b"\0"),
+        b"-0000001000\0", b"0000_001000\0", b"0o000001000\0", b"00000010 00\0", b"99999999999\0", b"\xff" * 12,
+        b"\xc0" + bytes(11), b"\x80" + b"\xff" * 11, b"-1\0".ljust(12, b"\0"),
     ],
 )  # fmt: skip
 def test_a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it(size, tmp_path):
@@ -141,12 +137,11 @@ def test_a_damaged_header_behind_an_extended_one_costs_one_sample(tmp_path):
     assert sorted(faults) == sorted([tar_index.OK] * 19 + [tar_index.NO_IMAGE, tar_index.DAMAGED])
 
 
-@pytest.mark.parametrize("kind", [b"x", b"L"])
-def test_extended_headers_without_end_are_one_fault(kind, tmp_path):
+def test_extended_headers_without_end_are_one_fault(tmp_path):
     header = tarfile.TarInfo("x")
-    header.type = kind
+    header.type = b"L"
     path = tmp_path / "x.tar"
-    path.write_bytes(header.tobuf(tarfile.USTAR_FORMAT) * 3000)
+    path.write_bytes(header.tobuf(tarfile.USTAR_FORMAT) * 400)
     assert tar_index.index(str(path))["fault"].tolist() == [tar_index.DAMAGED]
 
 
@@ -156,35 +151,6 @@ def test_index_agrees_with_tarfile(tortured):
             there = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
         here = [(n.decode(), offset, size) for n, offset, size in tar_index.members(path, os.path.getsize(path))]
         assert here == there
-
-
-def test_indexing_command(tmp_path, capsys):
-    for arguments, named in (([f"{tmp_path}/x.tar"], f"'{tmp_path}/x.tar'"), ([], "required: pattern; see --help")):
-        with pytest.raises(SystemExit, match=f"^error: .*{named}"):
-            tar_index.main(arguments)
-    bad_tars.pairs(tmp_path / "x.tar", 0, 2)
-    tar_index.main([f"tar:{tmp_path}/x.tar"])
-    assert "indexed 1 tars" in capsys.readouterr().out
-    assert len(list((tmp_path / ".xclip_index").iterdir())) == 1
-
-
-def test_tars_are_listed_as_for_webdataset(tmp_path):
-    """Braces keep their zeros, and "::" separates tars, in any mixture with commas."""
-    for name in ("a-08", "a-09", "a-10", "b"):
-        (tmp_path / f"{name}.tar").touch()
-    found = tar_index.find(f"{tmp_path}/a-{{08..10}}.tar::{tmp_path}/b.tar")
-    assert [path.rpartition("/")[2] for path in found] == ["a-08.tar", "a-09.tar", "a-10.tar", "b.tar"]
-    first, *rest = found
-    assert tar_index.find(f"{rest[2]}::{first},{rest[0]}::{rest[1]}") == [rest[2], first, *rest[:2]]
-
-
-@pytest.mark.parametrize(
-    "pattern", ["pipe:curl -s https://me:secret@a/{00..12}.tar", "a.tar::pipe:aws s3 cp s3://b/c.tar -"]
-)
-def test_commands_are_refused_with_what_to_write(pattern):
-    with pytest.raises(UserError, match=r"pipe:.* write the address .* s3://") as caught:
-        tar_index.find(pattern)
-    assert "secret" not in str(caught.value)
 
 
 def test_a_name_without_end_makes_no_row_as_wide(tmp_path):
@@ -198,11 +164,8 @@ def test_a_name_without_end_makes_no_row_as_wide(tmp_path):
 
 def test_keys_do_not_depend_on_the_locale(tmp_path, monkeypatch):
     bad_tars.shard(tmp_path / "a.tar", [("füchse", {"jpg": bad_tars.jpeg(0), "txt": b"a fox"})])
-    keys = []
-    for encoding in ("utf-8", "iso8859-1"):
-        monkeypatch.setattr(tarfile, "ENCODING", encoding)
-        keys.append(tar_index.index(str(tmp_path / "a.tar"))["key"][0])
-    assert keys == ["füchse".encode()] * 2
+    monkeypatch.setattr(tarfile, "ENCODING", "iso8859-1")
+    assert tar_index.index(str(tmp_path / "a.tar"))["key"][0] == "füchse".encode()
 
 
 def test_a_set_may_have_more_tars_than_maps_are_kept(tmp_path, monkeypatch):
@@ -212,5 +175,3 @@ def test_a_set_may_have_more_tars_than_maps_are_kept(tmp_path, monkeypatch):
     source = TarSource(str(tmp_path))
     assert all(source[i]["text"] for i in range(15))
     assert source.fingerprint()["samples"] == 15 and tar_reader._mapped.cache_info().currsize == 2
-    source._index_paths[0].unlink()
-    assert isinstance(records.read(source, 0), BadSample) and source.describe(0)["tar"].endswith("0.tar")

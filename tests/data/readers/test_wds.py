@@ -1,4 +1,4 @@
-"""Splits in clip_benchmark's layout: where they are, their labels and captions, and faults."""
+"""Splits in clip_benchmark's layout: where they are, labels and captions; tests/evaluators/sets has the faults."""
 
 import io
 import tarfile
@@ -10,6 +10,8 @@ from tests.helpers import bad_tars
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.readers import wds
 
+IMAGE = bad_tars.jpeg(0)
+
 
 def write(root, samples, split="test", **texts):
     """A data set of one tar; each sample is {suffix: content}."""
@@ -17,10 +19,7 @@ def write(root, samples, split="test", **texts):
     for name, lines in ({"classnames": ["fox", "hen"]} | texts).items():
         (root / f"{name}.txt").write_text("\n".join(lines))
     (root / split / "nshards.txt").write_text("1\n")
-    with tarfile.open(root / split / "0.tar", "w") as tar:
-        for i, sample in enumerate(samples):
-            for suffix, content in sample.items():
-                bad_tars.add(tar, f"s{i}.{suffix}", content)
+    bad_tars.shard(root / split / "0.tar", [(f"s{i}", sample) for i, sample in enumerate(samples)])
     return root
 
 
@@ -30,20 +29,14 @@ def array(values):
     return file.getvalue()
 
 
-IMAGE = bad_tars.jpeg(0)
-
-
 def test_a_path_names_a_data_set_or_a_split(tmp_path):
     root = write(tmp_path / "set", [{"jpg": IMAGE, "cls": b"1"}], split="train")
     assert wds.locate(f"{root}/train") == wds.Split(f"wds:{root}/train", root, "train")
     assert wds.locate(str(root)).name == "test"
-    with pytest.raises(UserError, match=r"set/test/nshards\.txt'.* its splits are train"):
+    with pytest.raises(UserError, match=r"^wds:.*set/test/nshards\.txt'.* clip_benchmark's layout"):
         wds.locate(str(root)).tars()
     with pytest.raises(UserError, match="'wds:hf:nothing'"):
         wds.locate("hf:nothing")
-    (root / "train" / "nshards.txt").write_text("many")
-    with pytest.raises(UserError, match="'many'"):
-        wds.locate(f"{root}/train").tars()
 
 
 def test_one_class_several_classes_and_captions(tmp_path):
@@ -56,15 +49,12 @@ def test_one_class_several_classes_and_captions(tmp_path):
     split = wds.locate(str(write(tmp_path / "captions", samples, dataset_type=["retrieval"])))
     images, captions = wds.open_captions(split)
     assert captions == [["a fox", "a hen"]] and images[0] == IMAGE
-    with pytest.raises(UserError, match="has captions and no classes"):
-        wds.open_labelled(split)
 
 
 @pytest.mark.parametrize(
     ("sample", "named"),
     [
         ({"jpg": IMAGE, "cls": b"2"}, "b'2'; expected a number below 2"),
-        ({"jpg": IMAGE, "cls": b"x"}, "b'x'"),
         ({"jpg": IMAGE}, "'s0' .* needs .cls"),
         ({"cls": b"1"}, "'s0' .*.webp"),
     ],
@@ -78,7 +68,7 @@ def test_damaged_files_are_named(tmp_path):
     root = write(tmp_path / "set", [{"jpg": IMAGE, "cls": b"1"}])
     with tarfile.open(root / "test" / "0.tar", "a") as tar:
         bad_tars.add(tar, "s0.jpg", IMAGE)
-    with pytest.raises(UserError, match=r"0\.tar' has 's0\.jpg' twice"):
+    with pytest.raises(UserError, match=r"0\.tar' .* has 's0\.jpg' twice"):
         wds.open_labelled(wds.locate(str(root)))
     (root / "classnames.txt").write_bytes("caf\xe9\nfox".encode("latin-1"))
     with pytest.raises(UserError, match=r"classnames\.txt' is not UTF-8"):

@@ -213,7 +213,7 @@ def test_of_the_hub_only_the_split_is_fetched_and_the_cache_is_enough(server, tm
     [
         ("hf:lab/none", "the Hub has no repository lab/none, or it is private"),
         ("hf:lab/wds_own@v2", "lab/wds_own has no revision 'v2'"),
-        ("hf:lab/wds_own/validation", "no file '.*validation/nshards.txt'; .* its splits are test"),
+        ("hf:lab/wds_own/validation", "no file '.*validation/nshards.txt'"),
         ("hf:lab", "write wds:hf:ORG/NAME"),
     ],
 )
@@ -236,13 +236,13 @@ FAULTS = {
     "empty folder": (lambda root: [shutil.rmtree(root), root.mkdir()], "no file '.*set/classnames.txt'; expected"),
     "no names": (lambda root: (root / "classnames.txt").unlink(), "no file '.*set/classnames.txt'"),
     "few names": (lambda root: (root / "classnames.txt").write_text("a"), r"label b'\d'; expected a number below 1"),
-    "no tar": (lambda root: (root / "test/1.tar").unlink(), "1.tar' does not exist"),
+    "no tar": (lambda root: (root / "test/1.tar").unlink(), "cannot be read .*1.tar'"),
     "cut off": (lambda root: cut_off(root / "test/1.tar"), "1.tar' is damaged at byte .* or cut off"),
     "damaged": (lambda root: damage(root / "test/0.tar"), "0.tar' is damaged at byte 0"),
     "number": (lambda root: (root / "test/nshards.txt").write_text("x"), "nshards.txt contains 'x'"),
     "type": (
         lambda root: (root / "dataset_type.txt").write_text("image_caption_selection"),
-        "type 'image_caption_selection' are not supported, only classification, multilabel, retrieval",
+        "dataset_type.txt is 'image_caption_selection'; it must be one of 'classification', ",
     ),
     "no captions": (
         lambda root: (root / "dataset_type.txt").write_text("retrieval"),
@@ -272,7 +272,7 @@ def test_labels_that_are_none(tmp_path):
         with pytest.raises(UserError, match="expected an array of zeros and ones"):
             sources.open_labelled(f"wds:{root}")
     root, _ = write_captions(tmp_path / "captions", 3)
-    with pytest.raises(UserError, match="has captions and no classes"):
+    with pytest.raises(UserError, match=r"no file '.*classnames\.txt'"):
         sources.open_labelled(f"wds:{root}")
 
 

@@ -96,9 +96,7 @@ def test_several_labels_an_image(monkeypatch):
 
 
 def test_a_set_that_is_not_prepared(tmp_path):
-    with pytest.raises(
-        UserError, match=r"'dtd:3.0.1', split 'test', cannot be read from .*`tfds build dtd:3.0.1 "
-    ) as error:
+    with pytest.raises(UserError, match=r"'dtd:3.0.1', split 'test', cannot be read .*`tfds build dtd:3.0.1 ") as error:
         registry.load("dtd", SIZE, str(tmp_path), OPENAI)
     assert "\n" not in str(error.value)
 

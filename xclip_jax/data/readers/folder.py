@@ -31,13 +31,12 @@ class FolderSource(Source):
         else:
             self.images = storage.expand(str(place))
             self._root = os.path.commonprefix(self.images).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
-        complete = not captions or any(map(os.path.isfile, map(_caption_file, self.images)))
-        if not self.images or not complete:
-            raise UserError(
-                f"{str(place)!r} has {len(self.images)} images ({', '.join(IMAGE_SUFFIXES)})"
-                f"{', and none has a caption, a .txt file of the same name' if captions else ''}; if a table has the "
-                "captions, name it, csv:FILE."
-            )
+        has_captions = not captions or any(map(os.path.isfile, map(_caption_file, self.images)))
+        if not self.images or not has_captions:
+            remedy = "none has a caption, a .txt file of the same name; if a table has the captions, name it, csv:FILE"
+            if not self.images:
+                remedy = "name another folder"
+            raise UserError(f"{str(place)!r} has {len(self.images)} images ({', '.join(IMAGE_SUFFIXES)}); {remedy}.")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,11 +60,11 @@ class FolderSource(Source):
             has_none = error.errno in (errno.ENOENT, errno.EFBIG, errno.EINVAL)  # EINVAL: a named pipe
             if self._captions or not has_none:
                 raise storage.unreadable(error, "no caption file") from error
-            content = ""
+            return []
         except BadSample:
             if self._captions:
                 raise
-            content = ""
+            return []
         # str.splitlines() would also cut at letters of damaged texts, such as U+0085.
         text = [line.strip() for line in re.split(r"[\r\n]+", content) if line.strip()]
         if self._captions and not text:

@@ -85,15 +85,12 @@ class ImageColumn(Sequence):
     def sizes(self) -> Iterator[tuple[str, int]]:
         """Yield the row and size in bytes of each image, or its file name and 0."""
 
-        def field(name: str) -> Any:
-            options = pyarrow.compute.StructFieldOptions(name)
-            return pyarrow.compute.call_function("struct_field", [self.column], options)
-
         column = self.column
         paths = None
-        if pyarrow.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
-            paths = field("path") if column.type.get_field_index("path") >= 0 else None
-            column = field("bytes")
+        if pyarrow.types.is_struct(column.type):
+            parts = dict(zip([field.name for field in column.type], column.flatten(), strict=True))
+            column = parts.get("bytes", column)
+            paths = parts.get("path")
         if pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type):
             column = pyarrow.compute.call_function("binary_length", [column])
         for index, value in enumerate(value for chunk in column.chunks for value in chunk.to_pylist()):
@@ -194,17 +191,17 @@ def in_classes(spec: str, images: ImageColumn, table: Any, label: str) -> labell
         cells = [x.strip() if isinstance(x, str) else x for chunk in column.chunks for x in chunk.to_pylist()]
         values = range(len(names)) or sorted(set(cells) - {None, ""})
     except (TypeError, UnicodeDecodeError):  # lists, structs or invalid strings
-        values = [b""]
+        cells = values = []
     if not all(isinstance(value, str | int) for value in values):
-        raise UserError(
-            f"{spec}: column {label!r} has values of type {column.type}, and classes are strings in UTF-8 or integers; "
-            "name another one, ?label=COLUMN."
-        )
+        cells = []
     number = {value: i for i, value in enumerate(values)}
     classes = np.array([number.get(cell, -1) for cell in cells], np.int64)
     kept = np.flatnonzero(classes >= 0)
     if not len(kept):
-        raise UserError(f"{spec}: no row has a label in column {label!r}; name another split or column.")
+        raise UserError(
+            f"{spec}: no row has a class, a string in UTF-8 or an integer, in column {label!r} of type {column.type}; "
+            "name another column, ?label=COLUMN."
+        )
     if len(kept) < len(classes):
         rows = f"{len(classes) - len(kept):,} of {len(classes):,} rows"
         log0(f"WARNING: {spec}: {rows} have no {label!r} and are left out, row {np.argmin(classes)} first")
@@ -213,8 +210,8 @@ def in_classes(spec: str, images: ImageColumn, table: Any, label: str) -> labell
 
 
 def path_in(folder: str, path: str) -> str:
-    """Return the place of a file named by a table in a local folder: a URL, or a path, in which ~ is expanded."""
-    return path if storage.is_remote(path) else str(pathlib.Path(folder, os.path.expanduser(path)))
+    """Return the place of a file named by a table in a local folder: a URL or a path."""
+    return path if storage.is_remote(path) else str(pathlib.Path(folder, path))
 
 
 class TableSource(ColumnSource):
@@ -245,7 +242,7 @@ class TableSource(ColumnSource):
             return path_in(os.path.dirname(table), path), ""
         if not storage.is_remote(path) and not path.startswith("/"):
             path = f"{table.rpartition('/')[0]}/{path}"  # a Path would turn the address's // into /
-        return path, table if storage.scheme(table) != "file" else ""
+        return path, table
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, and hash, names and sizes of the tables; see `storage.fingerprint`."""

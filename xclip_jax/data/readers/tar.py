@@ -61,7 +61,7 @@ class TarSource(Source):
     def __init__(
         self, pattern: str, text_columns: Sequence[str] = ("text",), tags_key: str = "", *, captions: bool = True
     ) -> None:
-        """Index the tars of a pattern, see `tar_index.find`, unless they are indexed already.
+        """Index the tars of a pattern, see `tar_index.find`, unless they are indexed.
 
         "text" in `text_columns` is the .txt file, and any other key is a field of the .json file, as `tags_key` is.
         Without `captions`, images need none. `UserError` if files do not exist, or contain no sample.
@@ -98,16 +98,12 @@ class TarSource(Source):
         return self.tars[shard], rows[index - self._ends[shard] + len(rows)]
 
     def describe(self, index: int) -> dict[str, str]:
-        try:
-            tar, row = self._row(index)
-        except OSError:  # the index was deleted
-            return {"tar": self.tars[bisect.bisect_right(self._ends, index)], "key": ""}
+        tar, row = self._row(index)
         return {"tar": tar, "key": row["key"].decode("utf-8", "replace")}
 
     def __getitem__(self, index: int) -> Record:
         tar, row = self._row(index)
-        optional = not self._captions_needed
-        if row["fault"] and not (optional and row["fault"] == tar_index.NO_TEXT):
+        if row["fault"] and (self._captions_needed or row["fault"] != tar_index.NO_TEXT):
             raise BadSample(tar_index.FAULTS[row["fault"]])
         parts = self._read(tar, row, self._parts)
         if not parts["image"]:
@@ -115,7 +111,7 @@ class TarSource(Source):
         try:
             text, tags = self._captions(parts)
         except BadSample:
-            if not optional:
+            if self._captions_needed:
                 raise
             text, tags = [], []
         name = f"{redact(tar)}#{row['key'].decode(errors='replace')}"
@@ -133,24 +129,24 @@ class TarSource(Source):
         for key in self.text_columns:
             text += json_strings(fields, key) if key != "text" else strip_texts(decode_text(parts["text"] or b""))
         if not text:
-            no_file = BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
-            no_value = no_caption({key: json_values(fields, key) for key in self.text_columns if key != "text"})
-            raise no_file if parts.get("text") is None and "text" in self.text_columns else no_value
+            fault = no_caption({key: json_values(fields, key) for key in self.text_columns if key != "text"})
+            if parts.get("text", b"") is None:
+                fault = BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
+            raise fault
         tags = json_strings(fields, self.tags_key) if self.tags_key else []
         return text, strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
 
     def _read(self, tar: str, row: np.void, parts: Sequence[str]) -> dict[str, bytes | None]:
         """Return the content of some files of a sample, None for missing ones."""
-        contents: dict[str, bytes | None] = dict.fromkeys(parts)
         spans = {part: (int(row[part]), int(row[f"{part}_size"])) for part in parts if row[part]}
         first = min(start for start, _ in spans.values())
         end = max(start + size for start, size in spans.values())
         if end - first <= sum(size for _, size in spans.values()) + _GAP:
             whole = read_span(tar, self._version, first, end - first)
-            return contents | {
-                part: whole[start - first : start - first + size] for part, (start, size) in spans.items()
-            }
-        return contents | {part: read_span(tar, self._version, *span) for part, span in spans.items()}
+            found = {part: whole[start - first : start - first + size] for part, (start, size) in spans.items()}
+        else:
+            found = {part: read_span(tar, self._version, *span) for part, span in spans.items()}
+        return dict.fromkeys(parts) | found
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of samples, a hash of the indexes, and the tars' names and sizes."""

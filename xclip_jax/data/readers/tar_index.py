@@ -1,7 +1,6 @@
 """Index of the samples in tar files: each tar is walked once, header by header, and the result is stored.
 
-`xclip-jax index PATTERN` indexes ahead of a run; otherwise the run does it. A row is one sample or one fault of the
-tar, so nothing is lost silently. Damaged and truncated tars are indexed, too.
+A row is one sample or one fault of the tar, so nothing is lost silently. Damaged and truncated tars are indexed, too.
 """
 
 import concurrent.futures
@@ -13,19 +12,16 @@ import multiprocessing
 import os
 import pathlib
 import random
-import re
-import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from typing import IO, Any
 
 import numpy as np
 from etils import epath
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import Parser, UserError, exit_with_message, redact
+from xclip_jax.core.errors import redact
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, open_binary
 from xclip_jax.data.records import cores, init_worker, thread_pool
 
@@ -37,9 +33,7 @@ _VERSION = 2
 _FOLDER = ".xclip_index"
 _CHUNK = 1 << 20
 _REMOTE_BLOCK = 8 << 20
-_PROGRESS_SECONDS = 10
 _BUCKETS = ("gs", "gcs", "s3", "az", "abfs")  # stores that may be writable, to keep an index next to its tar
-_PIPE = re.compile(r"(?:^|,|::)\s*pipe:")
 _LONGEST = 4096  # bytes of a name
 _MOST_REFUSED = 100  # headers refused by `tarfile` before reading of a tar ends
 
@@ -180,35 +174,17 @@ def read(index_path: pathlib.Path) -> np.ndarray | None:
 def _cached(path: str) -> pathlib.Path | None:
     """Return the path of a tar's stored index, which may be copied from the tar's bucket; None if there is none."""
     index_paths = index_files(path)
-    for index_path in index_paths:
-        if read(index_path) is not None:
-            return index_path
     shared = _shared(path, index_paths[-1].name)
-    if shared is None:
-        return None
-    with contextlib.suppress(OSError), storage.os_errors(shared):
-        system, name = storage.file_system(shared)
-        _store(index_paths[-1], system.cat_file(name))
-    return index_paths[-1] if read(index_paths[-1]) is not None else None
+    if shared and read(index_paths[-1]) is None:
+        with contextlib.suppress(OSError), storage.os_errors(shared):
+            system, name = storage.file_system(shared)
+            _store(index_paths[-1], system.cat_file(name))
+    return next((index_path for index_path in index_paths if read(index_path) is not None), None)
 
 
-def _shared(path: str, name: str) -> str | None:
-    """Return the address of the index next to a tar in a bucket; None for other tars."""
-    return f"{redact(path).rpartition('/')[0]}/{_FOLDER}/{name}" if storage.scheme(path) in _BUCKETS else None
-
-
-def _share(path: str, index_path: pathlib.Path, *, again: bool = True) -> bool:
-    """Copy an index next to its tar in a bucket, with `again` over an older one; return false if the bucket refuses."""
-    shared = _shared(path, index_path.name)
-    try:
-        if shared:
-            with storage.os_errors(shared):
-                system, name = storage.file_system(shared)
-                if again or not system.exists(name):
-                    system.pipe_file(name, index_path.read_bytes())
-    except OSError:
-        return False
-    return True
+def _shared(path: str, name: str) -> str:
+    """Return the address of the index next to a tar in a bucket; "" for other tars."""
+    return f"{redact(path).rpartition('/')[0]}/{_FOLDER}/{name}" if storage.scheme(path) in _BUCKETS else ""
 
 
 def _store(index_path: pathlib.Path, content: bytes) -> None:
@@ -217,94 +193,54 @@ def _store(index_path: pathlib.Path, content: bytes) -> None:
 
 
 def build(path: str) -> pathlib.Path:
-    """Index a tar unless another process did so; return the path of the index.
+    """Index a tar unless another process did so; return the path of the index, also stored in a writable bucket.
 
     `UserError` if the tar is unreadable, or neither its folder nor the cache is writable.
     """
-    try:
+    with storage.unreadable_as(f"{path!r} cannot be indexed; check the tar, and set XCLIP_CACHE to a writable folder"):
         cached = _cached(path)
         if cached is not None:
             return cached
         index_paths = index_files(path)
         content = io.BytesIO()  # a tar that grows meanwhile has another path and is indexed again
         np.save(content, index(path))
-    except OSError as error:
-        raise UserError(f"{path!r} cannot be read ({error}).") from error
-    for index_path in index_paths:
-        with contextlib.suppress(OSError):  # full or read-only disk
-            _store(index_path, content.getvalue())
-            _share(path, index_path)
-            return index_path
-    raise UserError(f"the index of {path!r} cannot be stored: set XCLIP_CACHE to a writable folder.")
+        shared = _shared(path, index_paths[-1].name)
+        with contextlib.suppress(OSError), storage.os_errors(shared):
+            if shared:
+                system, name = storage.file_system(shared)
+                system.pipe_file(name, content.getvalue())
+        for index_path in index_paths[:-1]:
+            with contextlib.suppress(OSError):  # full or read-only disk
+                _store(index_path, content.getvalue())
+                return index_path
+        _store(index_paths[-1], content.getvalue())
+        return index_paths[-1]
 
 
-def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.Path]:
+def load(tars: Sequence[str]) -> list[pathlib.Path]:
     """Return the path of each tar's index; new or changed tars are indexed first, in parallel.
 
-    By default this uses one process per core, or none for a few tars. Errors are as for `build`.
+    Errors are as for `build`.
     """
     with thread_pool(16) as threads:  # a store takes long to answer
         index_paths = dict(zip(tars, threads.map(_cached, tars), strict=True))
     todo = [path for path, index_path in index_paths.items() if index_path is None]
     if todo:
-        if processes is None:
-            processes = min(cores(), 16, len(todo) // 4)
-        began = reported = time.monotonic()
+        began = time.monotonic()
         print(f"indexing {len(todo):,} tars, once ...", flush=True)
-        todo = random.sample(todo, len(todo))  # in different orders, hosts that begin together share the work
-        with contextlib.ExitStack() as stack:
-            built = map(build, todo)
-            if processes > 1:  # walking headers holds the interpreter's lock
-                context = multiprocessing.get_context("spawn")
-                pool = concurrent.futures.ProcessPoolExecutor(processes, context, init_worker)
-                built = stack.enter_context(pool).map(build, todo)
-            try:
-                for done, index_path in enumerate(built):
-                    index_paths[todo[done]] = index_path
-                    if time.monotonic() - reported > _PROGRESS_SECONDS:
-                        reported = time.monotonic()
-                        print(f"indexed {done + 1:,} of {len(todo):,} tars", flush=True)
-            except BrokenProcessPool as error:
-                raise UserError(
-                    "the system killed a process that indexes tars, most likely for lack of memory; start again, if "
-                    "need be with more memory. Finished indexes are kept."
-                ) from error
+        random.shuffle(todo)  # in different orders, hosts that begin together share the work
+        processes = min(cores(), 16, len(todo) // 4)
+        # Processes, since walking headers holds the interpreter's lock.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(max(processes, 1), context, init_worker) as pool:
+            built = pool.map(build, todo) if processes > 1 else map(build, todo)
+            index_paths |= dict(zip(todo, built, strict=True))
         print(f"indexed {len(todo):,} tars in {time.monotonic() - began:.1f} s", flush=True)
     return [index_path for index_path in map(index_paths.get, tars) if index_path is not None]
 
 
 def find(pattern: str) -> list[str]:
-    """Return the tars in a local folder with any name, or the files of a pattern, see `storage.expand`.
-
-    Like in webdataset, "::" separates tars; its "pipe:COMMAND" raises `UserError`.
-    """
-    if _PIPE.search(pattern):
-        raise UserError(
-            f"{pattern!r} has a command after pipe:, but tars need random access; write the address that it fetches, "
-            "https://..., gs://... or s3://..., or download the tars."
-        )
-    pattern = pattern.replace(".tar::", ".tar,")
+    """Return the tars in a local folder with any name, or the files of a pattern, see `storage.expand`."""
     folder = os.path.expanduser(pattern)
-    tars: list[str] = []
-    if not storage.is_remote(pattern) and os.path.isdir(folder):
-        tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar"))) if os.path.isdir(folder) else []
     return tars or storage.expand(pattern)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the command, see the module's docstring."""
-    parser = Parser(prog="xclip-jax index", description="Index tars of pairs ahead of a run.")
-    parser.add_argument("pattern", help="folder of tars, or paths, globs and ranges such as {00000..01242}.tar")
-    options = parser.parse_args(arguments)
-    with exit_with_message():
-        tars = find(options.pattern.removeprefix("tar:"))
-        index_paths = load(tars)
-        with thread_pool(16) as threads:
-            stored = threads.starmap(lambda *pair: _share(*pair, again=False), zip(tars, index_paths, strict=True))
-        refused = stored.count(False)
-        if refused:
-            print(f"{refused:,} indexes could not be stored next to their tars; a new machine indexes these tars again")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

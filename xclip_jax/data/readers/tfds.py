@@ -1,8 +1,6 @@
 """Pairs or labelled images from TensorFlow Datasets, read without TensorFlow."""
 
-import contextlib
 import hashlib
-import io
 import json
 import operator
 import os
@@ -38,27 +36,20 @@ def open_tfds(
 
     `UserError` for an unknown data set or split, or one not prepared for random access.
     """
-    folder = data_dir or "the default data_dir"
-    prepare = (
-        f"`pip install 'xclip_jax[tfds-prepare]'` and `tfds build {spec} --file_format=array_record"
-        f"{f' --data_dir={data_dir}' if data_dir else ''}`"
-    )
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # without TensorFlow, it prints a banner
-            builder: Any = tfds.builder(spec, data_dir=data_dir)
+        builder: Any = tfds.builder(spec, data_dir=data_dir)
         features = builder.info.features
         encoded = image_column in features and isinstance(features[image_column], tfds.features.Image)
         decoders = {image_column: tfds.decode.SkipDecoding()} if encoded else None
         return builder.as_data_source(split, decoders=decoders), builder.info
     except Exception as error:  # unknown, not prepared, prepared without random access, an unknown split, ...
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")  # it may have several lines
-        message = (
-            f"TFDS data set {spec!r}, split {split!r}, cannot be read from {folder} ({reason}). Is the split right? A "
-            f"set that is not prepared there as array_record is prepared once with {prepare}."
-        )
-        if isinstance(error, tfds.core.DatasetNotFoundError):
-            message = f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog."
-        raise UserError(message) from error
+        folder = f" --data_dir={data_dir}" if data_dir else ""
+        raise UserError(
+            f"TFDS data set {spec!r}, split {split!r}, cannot be read ({reason}). Are name and split right? A set is "
+            f"prepared once, with `pip install 'xclip_jax[tfds-prepare]'` and `tfds build {spec} "
+            f"--file_format=array_record{folder}`."
+        ) from error
 
 
 class TfdsSource(Source):
@@ -163,9 +154,7 @@ def encoded_records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[t
 
 def open_prepared(kind: str, builder: Any, split: str, options: SourceOptions) -> TfdsSource:
     """Open a split of a prepared data set whose specs begin with `kind`; raise `UserError` for an unknown split."""
-    try:
+    splits = ", ".join(builder.info.splits)
+    with storage.unreadable_as(f"source '{kind}:{split}': unknown split; expected one of {splits}"):
         data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except (KeyError, ValueError) as error:
-        splits = ", ".join(builder.info.splits)
-        raise UserError(f"source '{kind}:{split}': unknown split; expected one of {splits}.") from error
     return TfdsSource(data, builder.info, split, options)

@@ -14,7 +14,7 @@ import re
 import numpy as np
 
 from xclip_jax.core import hub_client, storage
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data import labelled
 from xclip_jax.data.base import MAX_BYTES, LazySequence, SourceKind, SourceOptions, read_text
 from xclip_jax.data.readers import tar as tar_reader
@@ -42,32 +42,24 @@ class Split:
     def type(self) -> str:
         """`CLASSES`, `SEVERAL` or `CAPTIONS`."""
         kind = "\n".join(self.lines("dataset_type.txt", optional=True)).lower() or CLASSES
-        if kind not in _ANSWERS:
-            raise UserError(f"{self.spec}: data sets of type {kind!r} are not supported, only {', '.join(_ANSWERS)}.")
+        check_choice(f"{self.spec}: dataset_type.txt", kind, _ANSWERS)
         return kind
 
     def lines(self, name: str, *, optional: bool = False) -> list[str]:
         """Return the stripped lines of a text file; [] for a missing `optional` one."""
         path = self.root / name
-        if not path.is_file():
-            if optional:
-                return []
-            splits = sorted(path.parent.name for path in self.root.glob(f"*/{_SHARDS}"))
-            known = f"; its splits are {', '.join(splits)}" if splits else ""
-            expected = f"(classnames.txt, {self.name}/{_SHARDS}, {self.name}/0.tar){known}"
-            raise UserError(f"{self.spec}: no file {str(path)!r}; expected clip_benchmark's layout {expected}.")
-        return [line.strip() for line in read_text(path).splitlines()]
+        if optional and not path.is_file():
+            return []
+        expected = f"classnames.txt, {self.name}/{_SHARDS} with the number of tars, {self.name}/0.tar"
+        with storage.unreadable_as(f"{self.spec}: no file {str(path)!r}; expected clip_benchmark's layout, {expected}"):
+            return [line.strip() for line in read_text(path).splitlines()]
 
     def tars(self) -> list[str]:
         """Return the paths of the tars."""
         number = "".join(self.lines(f"{self.name}/{_SHARDS}"))
-        count = int(number) if re.fullmatch("[0-9]{1,7}", number) else 0
-        tars = [str(self.root / self.name / f"{i}.tar") for i in range(count)]
-        missing = [tar for tar in tars if not pathlib.Path(tar).is_file()]
-        if missing or not tars:
-            fault = f"{missing[0]!r} does not exist" if missing else "expected the number of tars"
-            raise UserError(f"{self.spec}: {self.name}/{_SHARDS} contains {number!r}; {fault}.")
-        return tars
+        if not re.fullmatch("[1-9][0-9]{0,6}", number):
+            raise UserError(f"{self.spec}: {self.name}/{_SHARDS} contains {number!r}; expected the number of tars.")
+        return [str(self.root / self.name / f"{i}.tar") for i in range(int(number))]
 
 
 def locate(rest: str, *, fetch: bool = True) -> Split:
@@ -101,19 +93,20 @@ def read(split: Split) -> tuple[LazySequence, list[bytes]]:
     images: list[tuple[str, object, str, int, int]] = []  # tar and its version, key, offset and size in bytes
     answers = []
     for tar in split.tars():
-        version = storage.stat(tar)
+        with storage.unreadable_as(f"{split.spec}: a tar cannot be read"):
+            version = storage.stat(tar)
+            file = storage.open_file(tar, version)
         size = version[0]
-        file = storage.open_file(tar, version)
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         for path, offset, length in tar_index.members(tar, size):
             stem, ending = tar_index.split_name(path)
             key = stem.decode("utf-8", "replace")
             files = samples.setdefault(key, {})
             if not path or offset + length > size or ending in files:
-                fault = f"has {key + ending!r} twice; give each sample a key"
-                if ending not in files:
-                    fault = f"is damaged at byte {offset:,} or cut off; get it again"
-                raise UserError(f"{split.spec}: tar {tar!r} {fault}.")
+                raise UserError(
+                    f"{split.spec}: {tar!r} is damaged at byte {offset:,} or cut off, or has {key + ending!r} twice; "
+                    "get it again, or give each sample a key."
+                )
             files[ending] = offset, length
         for key, files in samples.items():
             span = next((files[ending] for ending in _IMAGES if ending in files), None)
@@ -129,31 +122,27 @@ def read(split: Split) -> tuple[LazySequence, list[bytes]]:
         tar, version, _, offset, size = images[index]
         return tar_reader.read_span(tar, version, offset, size)
 
-    def name(index: int) -> str:
-        return f"{images[index][0]}#{images[index][2]}"
-
     def sizes() -> list[tuple[str, int]]:
         return [(key, size) for _, _, key, _, size in images]
 
-    return LazySequence(len(images), read_image, name, sizes), answers
+    return LazySequence(len(images), read_image, lambda i: f"{images[i][0]}#{images[i][2]}", sizes), answers
 
 
 def open_labelled(split: Split) -> labelled.Labelled:
     """Open images with one class each, or any number for the type `SEVERAL`; errors are as for `read`."""
-    if split.type == CAPTIONS:
-        raise UserError(f"{split.spec} has captions and no classes; name it as a set of its own: {split.spec}.")
     names = split.lines("classnames.txt")
     images, answers = read(split)
-    labels = np.zeros((len(answers), len(names)) if split.type == SEVERAL else len(answers), np.int64)
-    limit = 2 if split.type == SEVERAL else len(names)
+    several = split.type == SEVERAL
+    labels = np.zeros((len(answers), len(names)) if several else len(answers), np.int64)
+    limit = 2 if several else len(names)
     for i, answer in enumerate(answers):
         labels[i] = -1
         with contextlib.suppress(Exception):  # np.load raises any class
-            labels[i] = np.load(io.BytesIO(answer)) if split.type == SEVERAL else int(answer)
+            labels[i] = np.load(io.BytesIO(answer)) if several else int(answer)
         if not 0 <= labels[i].min() <= labels[i].max() < limit:
-            expected = "an array of zeros and ones" if split.type == SEVERAL else f"a number below {limit}"
+            expected = "an array of zeros and ones" if several else f"a number below {limit}"
             raise UserError(f"{split.spec}: {images.name(i)!r} has the label {answer[:20]!r}; expected {expected}.")
-    source = labelled.Labelled("image", images, labels.astype(bool) if split.type == SEVERAL else labels, names)
+    source = labelled.Labelled("image", images, labels.astype(bool) if several else labels, names)
     source.templates = split.lines(TEMPLATES, optional=True)
     source.version = split.version
     return source

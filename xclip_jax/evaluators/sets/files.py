@@ -1,9 +1,9 @@
-"""Texts and captions from files in their published layout, NAME@PATH; COCO, TREC and GLUE also from TFDS, NAME.
+"""Texts and captions from files in their published layout, NAME@PATH; COCO and TREC also from TFDS, NAME.
 
 sts12@FOLDER ... sts16@FOLDER       STS: STS.input.X.txt and STS.gs.X.txt for each subset X
 stsb@sts-test.csv, sickr@SICK_test_annotated.txt
 mr@, cr@, subj@, mpqa@, sst2@, sst5@, trec@, mrpc@, sicke@FOLDER    SentEval
-glue/NAME@FOLDER, glue/NAME         GLUE: train.tsv and dev.tsv, or TFDS
+glue/NAME@FOLDER                    GLUE: train.tsv and dev.tsv
 coco_retrieval@dataset_coco.json, flickr30k_retrieval@dataset_flickr30k.json    Karpathy's captions; the images are
                                     in the JSON's folder or in folders named there
 coco_retrieval                      coco_captions of TFDS, whose test split is Karpathy's
@@ -170,19 +170,19 @@ def trec(data_dir: str | None) -> ProbeSet:
     return _senteval("trec", parts, _C_BY_FOLDS)
 
 
-def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilaritySet:
+def glue(name: str, folder: str) -> ProbeSet | SimilaritySet:
     """Read a GLUE task, tested on dev because test has no labels: a probe on frozen features, or cosines for STS-B.
 
     The features of two sentences u and v are [u, v, |u - v|, u v], like in GLUE's baselines.
     """
     task = name.removeprefix("glue/")
-    spec = f"{name}@{folder}" if folder else name
-    texts, y_test = tasks.read_pairs(task, "validation", folder, data_dir)
+    spec = f"{name}@{folder}"
+    texts, y_test = tasks.read_pairs(task, "validation", folder)
     split_hash = digest([*texts, *y_test.tolist()])
     if not tasks.TASKS[task].labels:
         pairs = {"": [(a, b, float(gold)) for (a, b), gold in zip(texts, y_test, strict=True)]}
         return _similarity(spec, "dev", pairs, split_hash)
-    train, y_train = tasks.read_pairs(task, "train", folder, data_dir)
+    train, y_train = tasks.read_pairs(task, "train", folder)
     two = len(train[0]) == 2
     train, test = ([tuple(parts) if two else parts[0] for parts in split] for split in (train, texts))
     features = "[u, v, |u - v|, u v] of text features" if two else "text features"
@@ -248,7 +248,7 @@ READERS: Mapping[str, Callable[[str, pathlib.Path], SimilaritySet | ProbeSet]] =
     **dict.fromkeys((*_TWO_FILES, *_SPLIT_FILES), senteval),
 }
 GLUE = tuple(f"glue/{task}" for task in tasks.TASKS)
-IN_TFDS = ("coco_retrieval", "trec", *GLUE)
+IN_TFDS = ("coco_retrieval", "trec")
 RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval")
 LANGUAGES = {"xm3600": xm3600, "multi30k": multi30k}
 _AT_PATH = (*READERS, *RETRIEVAL, *GLUE)
@@ -263,7 +263,7 @@ def load(
     data_dir = data.dir or None
     with published_layout(name, location):
         if name in GLUE:
-            return glue(name, str(path) if location else "", data_dir)
+            return glue(name, str(path))
         if spec == "trec":
             return trec(data_dir)
         family, _, language = name.partition("/")
