@@ -15,6 +15,7 @@ whole texts, with as many pairs as one of our devices, or the largest half, quar
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import pathlib
 import re
@@ -36,12 +37,9 @@ FREE = 0.92  # fraction of a device's memory that a step may take
 WARM_UP = 3
 
 
-def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
+def config_of(objective: str, batch: int, small: bool) -> Any:
     """Return the recipe's config with a batch of `batch` pairs; if `small`, with tiny towers for a CPU."""
-    import jax
-
     from xclip_jax.config import recipes
-    from xclip_jax.config.schema import resolve
 
     config = recipes.base(objective, "Ti/12" if small else PRESET)
     config.update(run="runs/none", steps=1000)
@@ -53,10 +51,21 @@ def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
         config.model.img.update(image_size=24, depth=1, scan=False)
         config.model.txt.update(depth=1, scan=False)
         config.model.cluster_head.update(clusters=64, hidden=32)
+    return config
+
+
+def experiment_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
+    """Return the experiment; with `groups`, texts are encoded in groups of their lengths."""
+    import jax
+
+    from xclip_jax.train import build
+
+    experiment = build.build(config_of(objective, batch, small))
     if groups:
         devices = jax.device_count()
-        config.data.length_groups = cpu.groups_for(batch // devices, devices, resolve(config).model.txt)
-    return config
+        chosen = cpu.groups_for(batch // devices, devices, experiment.config.model.txt)
+        experiment = dataclasses.replace(experiment, length_groups=chosen)
+    return experiment
 
 
 def rounded(pairs: float) -> int:
@@ -69,7 +78,6 @@ def fitting_batch(objective: str, small: bool, groups: bool) -> int:
     import jax
 
     from xclip_jax.train import cost
-    from xclip_jax.train.build import build
 
     devices = jax.devices()
     limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
@@ -78,7 +86,7 @@ def fitting_batch(objective: str, small: bool, groups: bool) -> int:
     peaks: dict[int, float] = {}
     size = LARGEST
     while size and len(peaks) < 2:
-        experiment = build(config_of(objective, size * len(devices), small, groups))
+        experiment = experiment_of(objective, size * len(devices), small, groups)
         compiled, trouble = cost.compile_if_fits(experiment)  # TPU compilers refuse large steps
         if compiled is not None:
             peaks[size] = cost.memory_usage(experiment, compiled)["peak"]
@@ -114,10 +122,9 @@ def ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
     import jax
 
     from xclip_jax.data import loader
-    from xclip_jax.data.length_groups import WHOLE
-    from xclip_jax.train import build, cost, state
+    from xclip_jax.train import cost, state
 
-    experiment = build.build(config_of(flags.child, batch, flags.small, flags.groups))
+    experiment = experiment_of(flags.child, batch, flags.small, flags.groups)
     current = state.create(experiment.init, experiment.abstract)
     size, context = experiment.image_size, experiment.context_length
     ends = np.minimum(cpu.caption_lengths(batch), context)
@@ -141,11 +148,12 @@ def ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
                 step()
     device = jax.devices()[0]
     devices = jax.device_count()
-    whole = cost.step_flops(experiment.config, WHOLE)
+    whole = cost.step_flops(experiment.config)
+    in_groups = cost.step_flops(experiment.config, experiment.length_groups, experiment.text_rows[0])
     cut = bool(metrics.get("text/cut", 0))
     return times | {
         "program": "xclip_jax", "objective": flags.child, "batch": batch, "whole": whole, "cut": cut,
-        "flops": cost.step_flops(experiment.config, rows=experiment.text_rows[0]) if cut else whole,
+        "flops": in_groups if cut else whole,
         "peak": cost.PEAK_FLOPS.get(device.device_kind, 0) * devices, "loss": float(metrics["loss"]),
         "memory": (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
         "device_count": devices, "devices": f"{devices} {device.device_kind}",

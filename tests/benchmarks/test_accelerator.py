@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from benchmarks import accelerator, step
+from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.train import cost
 
 
@@ -46,8 +47,7 @@ def test_mfu_is_model_flops_over_time_and_peak():
 def test_batch_follows_from_the_memory_of_two_small_ones(refused_from, free, pairs, monkeypatch):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": free})
     monkeypatch.setattr(jax, "devices", lambda: [device] * 2)
-    monkeypatch.setattr(accelerator, "config_of", lambda objective, batch, small, groups: batch)
-    monkeypatch.setattr("xclip_jax.train.build.build", lambda batch: batch)
+    monkeypatch.setattr(accelerator, "experiment_of", lambda objective, batch, small, groups: batch)
     monkeypatch.setattr(
         cost, "compile_if_fits", lambda batch: (batch, "") if batch / 2 < refused_from else (None, "it needs more")
     )
@@ -58,8 +58,7 @@ def test_batch_follows_from_the_memory_of_two_small_ones(refused_from, free, pai
 def test_a_device_on_which_nothing_fits(monkeypatch):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    monkeypatch.setattr(accelerator, "config_of", lambda *_: None)
-    monkeypatch.setattr("xclip_jax.train.build.build", lambda _: None)
+    monkeypatch.setattr(accelerator, "experiment_of", lambda *_: None)
     monkeypatch.setattr(cost, "compile_if_fits", lambda _: (None, "it needs 20.0G"))
     with pytest.raises(SystemExit, match=r"it needs 20\.0G"):
         accelerator.fitting_batch("clip", small=False, groups=False)
@@ -105,10 +104,10 @@ def test_a_batch_that_runs_out_of_memory_names_a_smaller_one(child, batch, messa
 
 
 def test_groups_are_those_of_a_devices_rows(monkeypatch):
-    asked = []
-    monkeypatch.setattr(step, "groups_for", lambda rows, draws, _: asked.append((rows, draws)) or "24:0.5")
-    config = accelerator.config_of("clip", 512, small=True, groups=True)
-    assert asked == [(512 / 8, 8)] and config.data.length_groups == "24:0.5"
+    asked, groups = [], LengthGroups(((24, 0.5),))
+    monkeypatch.setattr(step, "groups_for", lambda rows, draws, _: asked.append((rows, draws)) or groups)
+    experiment = accelerator.experiment_of("clip", 512, small=True, groups=True)
+    assert asked == [(512 / 8, 8)] and experiment.length_groups == groups
 
 
 def test_the_peer_has_one_device_and_whole_texts():

@@ -32,7 +32,7 @@ def run(capsys, *arguments):
 def test_tars(tmp_path, capsys):
     bad_tars.pairs(tmp_path / "0.tar", 0, 20)
     bad_tars.pairs(tmp_path / "1.tar", 15, 20, w=60, h=50)
-    code, out, _ = run(capsys, tmp_path / "*.tar", "--sheet", tmp_path / "sheet.png", "--length", 12)
+    code, out, _ = run(capsys, tmp_path / "*.tar", "--length", 12)
     assert code == 0
     lines = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
     assert lines["samples"].startswith("40 in 2 tars, 0.00 GB, index ")
@@ -44,14 +44,11 @@ def test_tars(tmp_path, capsys):
     assert lines["tokens, 5/50/95 %"] == "11 / 12 / 12, 75.0% of the captions fill all 12"
     assert "images/s to 224 px" in out
     assert lines["bad"] == "0.00%, allowed 5.00%: training would run"
-    with Image.open(tmp_path / "sheet.png") as page:
-        assert page.width == 1200
-        assert page.convert("L").getextrema()[0] < 50
 
 
 def test_torture_set_would_stop_a_run(tmp_path, capsys):
     _, bad = bad_tars.make(tmp_path)
-    code, out, _ = run(capsys, f"{tmp_path}/*.tar", "--sheet", "")
+    code, out, _ = run(capsys, f"{tmp_path}/*.tar")
     assert code == 1
     assert "training would stop" in out
     counted = collections.Counter()
@@ -61,13 +58,13 @@ def test_torture_set_would_stop_a_run(tmp_path, capsys):
     shown = [json.loads(line) for line in out.splitlines() if line.startswith("    {")]
     assert {(e["tar"].rpartition("/")[2], e["key"]) for e in shown} <= bad.keys()
     assert {e["reason"] for e in shown} == set(bad.values())
-    code, _, _ = run(capsys, f"{tmp_path}/*.tar", "--sheet", "", "--max_bad_fraction", "0.9")
+    code, _, _ = run(capsys, f"{tmp_path}/*.tar", "--max_bad_fraction", "0.9")
     assert code == 0
 
 
 def test_folder_and_errors(tmp_path, capsys):
     tiny.folder(tmp_path / "pairs", n=10)
-    code, out, _ = run(capsys, f"folder:{tmp_path / 'pairs'}", "--sheet", tmp_path / "x.png", "--samples", 4)
+    code, out, _ = run(capsys, f"folder:{tmp_path / 'pairs'}", "--samples", 4)
     assert code == 0
     assert "read: 4 at random; more repeats show with --samples 0, which reads all\n" in out
     assert "repeated captions: 0\n" in out
@@ -138,8 +135,8 @@ def test_columns_are_named_after_the_source_as_the_recipe_small_has_them(tmp_pat
     remedy = f"name its columns, {path},image=COLUMN,text=COLUMN."
     assert error.endswith(f"'image'; its columns are 'path', 'caption'; {remedy}")
     assert run(capsys, f"{path},image=path,text=caption", "--length", 12)[0] == 0
-    (tmp_path / "b,text.csv").write_text("path,a,b,words\npairs/000.png,one,two,x\npairs/001.png,two,three,y\n")
-    out = run(capsys, f"csv:{tmp_path}/b,text.csv,image=path,text=a,b,tags=words", "--length", 12)[1]
+    (tmp_path / "b,text.csv").write_text("path,a,b\npairs/000.png,one,two\npairs/001.png,two,three\n")
+    out = run(capsys, f"csv:{tmp_path}/b,text.csv,image=path,text=a,b", "--length", 12)[1]
     assert "captions of one image: 2.00" in out
 
 
@@ -164,37 +161,6 @@ def test_a_bad_sample_whose_name_is_not_utf8(tmp_path, capsys):
     (tmp_path / "a\udcff.jpg").touch()
     code, out, _ = run(capsys, f"folder:{tmp_path}")
     assert code == 1 and "/a?.jpg" in out
-
-
-def test_a_sheet_is_written_where_it_is_asked_for_alone(tmp_path, capsys, monkeypatch):
-    tiny.folder(tmp_path / "pairs", n=3)
-    monkeypatch.chdir(tmp_path)
-    assert run(capsys, "folder:pairs")[0] == 0
-    assert sorted(os.listdir()) == ["pairs"]
-    assert run(capsys, "folder:pairs", "--sheet", "new/folder/sheet.of.pairs")[0] == 0
-    with Image.open("new/folder/sheet.of.pairs") as page:
-        assert page.format == "PNG"
-    (tmp_path / "file").touch()
-    assert re.search(r"--sheet: '.*/file' is not a folder", run(capsys, "folder:pairs", "--sheet", "file/x/y.png")[2])
-
-
-@pytest.mark.parametrize(("vanished", "left"), [("001.png", 2), ("*.png", 0)])
-def test_a_sheet_of_images_of_which_some_vanished(vanished, left, tmp_path, capsys, monkeypatch):
-    """The verdict comes all the same; a shell leaves the ~ in --sheet=~/x.png as it is."""
-    pairs, original = tiny.folder(tmp_path / "pairs", n=3), inspect.read
-
-    def read(*arguments):
-        done = original(*arguments)
-        for file in pairs.glob(vanished):
-            file.unlink()
-        return done
-
-    monkeypatch.setattr(inspect, "read", read)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    code, out, _ = run(capsys, f"folder:{pairs}", "--sheet=~/x.png")
-    assert code == 0 and f"{left} pairs in" in out and out.splitlines()[-1].startswith("bad: 0.00%")
-    assert (tmp_path / "x.png").is_file() == (left > 0) and not (tmp_path / "~").exists()
 
 
 def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):
@@ -233,7 +199,7 @@ def test_wrong_captions_are_the_least_likely(tmp_path, capsys, monkeypatch):
         grey = 6 * (i // 2)  # of each caption two images
         Image.new("L", (20, 20), grey).save(tmp_path / "pairs" / f"{i:03d}.png")
         (tmp_path / "pairs" / f"{i:03d}.txt").write_text("grey 250" if i in (5, 30) else f"grey {grey}")
-    files = "--suspects", tmp_path / "new" / "wrong.jsonl", "--sheet", tmp_path / "sheet.png"
+    files = "--suspects", tmp_path / "new" / "wrong.jsonl"
     code, out, _ = run(capsys, tmp_path / "pairs", "--samples", 0, "--by", "a/run", *files)
     judged = "by a/run, by probability: 95.0% of images have their own caption as the likeliest of about 13"
     assert code == 0 and judged in out
@@ -242,11 +208,9 @@ def test_wrong_captions_are_the_least_likely(tmp_path, capsys, monkeypatch):
     assert [line["caption"] for line in lines[:3]][:2] == ["grey 250"] * 2 and lines[2]["probability"] == 0.9
     shown = [json.loads(line) for line in out.splitlines() if line.startswith("    {")]
     assert shown == lines[:10]
-    with Image.open(tmp_path / "sheet.png") as page:  # its first pictures are the wrong ones
-        assert sorted((page.getpixel((100, 100))[0], page.getpixel((300, 100))[0])) == [12, 90]
     assert "--suspects needs a model" in run(capsys, tmp_path / "pairs", "--suspects", "x")[2]
     # What would fail at the end is said before anything is read.
-    assert "is a folder; name a file" in run(capsys, tmp_path / "pairs", "--by", "a/run", "--sheet", tmp_path)[2]
+    assert "is a folder; name a file" in run(capsys, tmp_path / "pairs", "--by", "a/run", "--suspects", tmp_path)[2]
     monkeypatch.setattr(Greys, "similarities", ())
     code, out, error = run(capsys, tmp_path / "pairs", "--by", "a/run")
     assert code == 1 and out == "" and "does not compare images with texts" in error

@@ -14,16 +14,8 @@ from xclip_jax.commands import doctor
 from xclip_jax.commands.diagnosis import check_run
 from xclip_jax.commands.doctor import check_config
 from xclip_jax.demo import emoji
-from xclip_jax.train import build, cost, prepare
+from xclip_jax.train import build, cost
 from xclip_jax.train.checks import FAIL, OK, WARNING
-from xclip_jax.train.run_writer import RunWriter
-
-
-@pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
-    monkeypatch.setattr(doctor, "SAMPLES", 32)
-    monkeypatch.setattr(doctor, "SECONDS", 0)
-
 
 RECIPE = """
 from tests.helpers import tiny
@@ -61,7 +53,7 @@ def test_all_checks_of_the_command(tmp_path, pairs):
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     checks = [line[9:23].strip() for line in lines[:-1]]
-    expected = ["devices", "folder", "model", "disk", "data", "memory", "step", "samples", "texts", "reading"]
+    expected = ["devices", "folder", "model", "disk", "data", "memory", "step"]
     assert checks == expected
     assert lines[-1].startswith(f"{len(checks)} checks: 0 FAIL, ")
     assert {path.name for path in tmp_path.iterdir()} <= {"recipe.py", "__pycache__"}
@@ -123,12 +115,6 @@ def test_cluster_heads_that_outweigh_the_towers(pairs, tmp_path):
         assert not [x for x in check_config(small, "never") if x.check == "heads"]
 
 
-def sample_findings(pairs, step_seconds=None, **changes):
-    experiment = build.build(tiny.config("clip", data__sources=(f"folder:{pairs}",), run="/nowhere/run", **changes))
-    samples, _ = prepare.open_data(experiment, RunWriter("/nowhere/run"))
-    return list(doctor.check_samples(experiment, samples, step_seconds))
-
-
 def test_the_remaining_steps_are_timed():
     experiment = build.build(tiny.config("clip"))
     finding = doctor.time_step(experiment, cost.compile_for(experiment), 2)
@@ -153,49 +139,6 @@ def test_an_expensive_step_is_not_compiled_on_a_cpu(pairs, tmp_path, monkeypatch
     findings = list(check_config(config, "auto"))
     assert "the step is not compiled here" in only(findings, "memory", OK).text
     assert not [x for x in findings if x.check == "step"]
-
-
-def test_reading_is_compared_with_the_step(pairs):
-    assert "unknown without a step" in only(sample_findings(pairs), "reading", OK).text
-    findings = sample_findings(pairs, step_seconds=60.0)
-    assert only(findings, "reading", OK).values["needed_samples_per_second"] == pytest.approx(16 / 60)
-    finding = only(sample_findings(pairs, step_seconds=1e-7), "reading", WARNING)
-    assert finding.values["wait_share"] > 0.9 and "data.threads" in finding.remedy
-    assert only(sample_findings(pairs, step_seconds=1e-7, data__cache=True), "reading", OK)
-
-
-def test_bad_samples(tmp_path):
-    pairs = tiny.folder(tmp_path / "pairs", n=60)
-    for number in (1, 2, 3):
-        (pairs / f"{number:03}.png").write_bytes(b"no image")
-    changes = {"data__batch": 56}
-    findings = sample_findings(pairs, **changes, data__max_bad_fraction=0.001)
-    finding = only(findings, "samples", FAIL)
-    assert finding.values["bad"] > 0 and "pairs/00" in finding.text and "the run stops" in finding.text
-    assert only(sample_findings(pairs, **changes, data__max_bad_fraction=0.9), "samples", OK)
-    for path in pairs.glob("*.png"):
-        path.write_bytes(b"no image")
-    findings = sample_findings(pairs, data__batch=8)
-    assert "bad samples in a row" in only(findings, "samples", FAIL).text
-
-
-def test_equal_captions_are_false_negatives(tmp_path):
-    pairs = tiny.folder(tmp_path / "pairs", n=40)
-    for path in pairs.glob("*.txt"):
-        path.write_text("the same for all of them")
-    finding = only(sample_findings(pairs, data__spread_duplicate_captions=True), "texts", FAIL)
-    assert "texts that were read are equal in their" in finding.text and "nothing to learn" in finding.text
-    for path in list(pairs.glob("*.txt"))[::2]:
-        path.write_text("but not for a half")
-    finding = only(sample_findings(pairs), "texts", WARNING)
-    assert finding.values["duplicate_share"] == 1 and "spread_duplicate_captions" in finding.remedy
-    assert "which makes them false negatives" in finding.text
-    assert finding.values["full_share"] == 1
-    assert only(sample_findings(pairs, data__spread_duplicate_captions=True), "texts", OK)
-    matched = {"objective__clip__positives": "caption"}
-    assert only(sample_findings(pairs, **matched), "texts", OK)
-    finding = only(sample_findings(pairs, **matched, data__spread_duplicate_captions=True), "texts", WARNING)
-    assert finding.remedy == "set data.spread_duplicate_captions=False"
 
 
 def test_a_missing_extra_is_one_failure(tmp_path, monkeypatch, capfd):

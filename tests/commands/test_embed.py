@@ -149,8 +149,8 @@ def test_a_caption_that_the_disk_refuses_is_not_empty(root, monkeypatch):
         source.read(0)
 
 
-def test_texts_beside_images_as_npz(root, model, straight):
-    out = root / "both.npz"
+def test_texts_beside_images(root, model, straight):
+    out = root / "both.parquet"
     embed.main(flags(root, out, texts=root / "texts.txt"))
     columns, about = read(out)
     assert list(columns["kind"]) == ["image"] * 40 + ["text"] * 4 and about["rows"] == 44 and about["bad"] == 3
@@ -159,7 +159,7 @@ def test_texts_beside_images_as_npz(root, model, straight):
     assert list(columns["id"][40:]) == [f"{root / 'texts.txt'}#{i + 1}" for i in range(4)]
     np.testing.assert_allclose(columns["embedding"][[40, 41, 43]], model.encode_text([*texts[:2], texts[3]]), atol=1e-6)
     assert not columns["embedding"][42].any()
-    listed = [json.loads(line) for line in (root / "both.npz.bad.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (root / "both.parquet.bad.jsonl").read_text().splitlines()]
     assert listed[2] == {"kind": "text", "id": f"{root / 'texts.txt'}#3", "reason": "line is empty", "detail": ""}
     np.testing.assert_array_equal(columns["embedding"][:40], read(straight)[0]["embedding"])
 
@@ -168,7 +168,7 @@ def test_row_i_is_line_i(root, model, tmp_path):
     """In parts of 8 lines, one of them without any good line; spaces are no text, control characters neither."""
     lines = [b"", b" \t", b"a\x00b", *[b""] * 6, b"a fox", b"", b"a hen", *[b""] * 14]
     (tmp_path / "t.txt").write_bytes(b"\n".join(lines) + b"\n")
-    out = tmp_path / "t.npz"
+    out = tmp_path / "t.parquet"
     embed.main([f"--checkpoint={root}/run", f"--texts={tmp_path}/t.txt", f"--out={out}", "--batch=8"])
     columns, about = read(out)
     assert len(columns["text"]) == about["rows"] == len(lines) and about["bad"] == len(lines) - 2
@@ -182,20 +182,20 @@ def test_changed_pictures_are_another_job(root, model, tmp_path, capsys):
     """A picture or caption of another size; the same files, written again at a later time, are the same job."""
     pictures = shutil.copytree(root / "pictures", tmp_path / "pictures")
     changes = {"images": pictures}
-    embed.main(flags(root, tmp_path / "x.npz", **changes))
+    embed.main(flags(root, tmp_path / "x.parquet", **changes))
     os.utime(pictures / "003.png", (1, 1))
-    embed.main(flags(root, tmp_path / "x.npz", **changes))
+    embed.main(flags(root, tmp_path / "x.parquet", **changes))
     assert "is complete" in capsys.readouterr().out
     for name, content in (("003.png", (pictures / "004.png").read_bytes() + b"x"), ("003.txt", b"another caption")):
         before = (pictures / name).read_bytes()
         (pictures / name).write_bytes(content)
         with pytest.raises(SystemExit, match="has other embeddings: image differ; delete it"):
-            embed.main(flags(root, tmp_path / "x.npz", **changes))
+            embed.main(flags(root, tmp_path / "x.parquet", **changes))
         (pictures / name).write_bytes(before)
 
 
 def test_tars(root, model):
-    out = root / "tars.npz"
+    out = root / "tars.parquet"
     embed.main(flags(root, out, images=f"{root}/{{0..1}}.tar"))
     columns, _ = read(out)
     source = inputs.open_images(f"{root}/*.tar")
@@ -209,9 +209,9 @@ def test_tars(root, model):
 def test_damaged_tars_give_all_that_is_whole(tmp_path, root):
     """Of every kind of damage; what has no caption is embedded without it."""
     good, bad = bad_tars.make(tmp_path)
-    embed.main(flags(root, tmp_path / "x.npz", images=f"{tmp_path}/*.tar"))
-    columns, about = read(tmp_path / "x.npz")
-    listed = [json.loads(line) for line in (tmp_path / "x.npz.bad.jsonl").read_text().splitlines()]
+    embed.main(flags(root, tmp_path / "x.parquet", images=f"{tmp_path}/*.tar"))
+    columns, about = read(tmp_path / "x.parquet")
+    listed = [json.loads(line) for line in (tmp_path / "x.parquet.bad.jsonl").read_text().splitlines()]
     assert len(columns["id"]) + len(listed) == len(good) + len(bad) == about["rows"] + about["bad"]
     assert len(columns["id"]) >= len(good) and all(entry["reason"] for entry in listed)
     captionless = {entry["reason"] for entry in listed} & {"no caption file", "caption is empty", "caption is not text"}
@@ -219,24 +219,24 @@ def test_damaged_tars_give_all_that_is_whole(tmp_path, root):
 
 
 def test_files_in_the_home(tmp_path, monkeypatch):
-    """A shell leaves the ~ in --out=~/x.npz as it is."""
+    """A shell leaves the ~ in --out=~/x.parquet as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.txt").write_text("a fox\n")
     jobs = []
     monkeypatch.setattr(embed.inference, "load", lambda *_, **__: None)
     monkeypatch.setattr(embed, "embed", lambda _, items, out, **__: jobs.append((items["text"].name(0), out)))
-    embed.main(["--checkpoint=run", "--texts=~/c.txt", "--out=~/x.npz"])
-    assert jobs == [(f"{tmp_path}/c.txt#1", f"{tmp_path}/x.npz")]
+    embed.main(["--checkpoint=run", "--texts=~/c.txt", "--out=~/x.parquet"])
+    assert jobs == [(f"{tmp_path}/c.txt#1", f"{tmp_path}/x.parquet")]
 
 
 def test_a_command_that_embedded_nothing_is_in_the_way_of_none(root, tmp_path):
     """Its images may be readable at the next attempt, or a mistake."""
     (tmp_path / "a.png").write_bytes(b"<html>")
     with pytest.raises(SystemExit, match="nothing could be embedded"):
-        embed.main(flags(root, tmp_path / "x.npz", images=tmp_path / "a.png"))
+        embed.main(flags(root, tmp_path / "x.parquet", images=tmp_path / "a.png"))
     shutil.copy(root / "pictures" / "003.png", tmp_path / "a.png")
-    embed.main(flags(root, tmp_path / "x.npz", images=tmp_path / "a.png"))
-    assert len(embeddings.read(tmp_path / "x.npz")["id"]) == 1
+    embed.main(flags(root, tmp_path / "x.parquet", images=tmp_path / "a.png"))
+    assert len(embeddings.read(tmp_path / "x.parquet")["id"]) == 1
 
 
 def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
@@ -255,13 +255,12 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
         embed.embed(model, sources, str(out))
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + bytes(40)])
-def test_a_damaged_file_is_named(suffix, content, root, model, tmp_path):
-    file = tmp_path / f"x{suffix}"
+@pytest.mark.parametrize("content", [b"", b"no table"])
+def test_a_damaged_file_is_named(content, root, model, tmp_path):
+    file = tmp_path / "x.parquet"
     file.write_bytes(content)
     for read in (embeddings.read, lambda file: embed.embed(model, {"text": inputs.Lines(str(file))}, str(file))):
-        with pytest.raises(UserError, match=rf"x\{suffix} is damaged"):
+        with pytest.raises(UserError, match=r"x\.parquet is damaged"):
             read(file)
 
 
@@ -292,17 +291,17 @@ def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
         ({"images": "{}/run"}, "run' has 0 images"),
         ({"images": "{}/*.t*"}, "*.t*' names 2 tars among 3 files"),
         ({"texts": "{}/none.txt"}, "none.txt'"),
-        ({"out": "{}/x.csv"}, "x.csv' is '.csv'"),
+        ({"out": "{}/x.csv"}, "--out is '.csv'"),
         ({"out": "gs://bucket/x.parquet"}, "--out 'gs://bucket/x.parquet'"),
         ({"step": 9}, "step 9"),
-        ({"images": "{}/texts.txt", "out": "{}/bad.npz"}, "bad.npz.bad.jsonl"),
+        ({"images": "{}/texts.txt", "out": "{}/bad.parquet"}, "bad.parquet.bad.jsonl"),
         ({"imagess": "x"}, "--imagess=x"),
     ],
 )
 def test_bad_input_is_one_sentence(root, changes, named):
     changes = {key: str(value).format(root) for key, value in changes.items()}
     with pytest.raises(SystemExit) as stopped:
-        embed.main(flags(root, root / "y.npz", **changes))
+        embed.main(flags(root, root / "y.parquet", **changes))
     assert named in str(stopped.value) and str(stopped.value).startswith("error: ")
     assert "\n" not in str(stopped.value)
 
@@ -310,8 +309,8 @@ def test_bad_input_is_one_sentence(root, changes, named):
 def test_a_folder_that_cannot_be_written_to_is_named_before_the_model_is_loaded(root, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
     monkeypatch.setattr(embed.inference, "load", lambda *_, **__: pytest.fail("loaded the model"))
-    with pytest.raises(SystemExit, match=rf"--out '{tmp_path}/new/x\.npz': '{tmp_path}'"):
-        embed.main(flags(root, tmp_path / "new" / "x.npz"))
+    with pytest.raises(SystemExit, match=rf"--out '{tmp_path}/new/x\.parquet': '{tmp_path}'"):
+        embed.main(flags(root, tmp_path / "new" / "x.parquet"))
 
 
 def test_images_in_a_table(root, tmp_path):
@@ -319,7 +318,7 @@ def test_images_in_a_table(root, tmp_path):
     jpegs = [bad_tars.jpeg(0), None, bad_tars.jpeg(2)]
     columns = {"photo": [{"bytes": x, "path": None} for x in jpegs], "title": ["one", "two", None]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "shop.parquet")
-    table, out = f"parquet:{tmp_path}/shop.parquet", str(tmp_path / "x.npz")
+    table, out = f"parquet:{tmp_path}/shop.parquet", str(tmp_path / "x.parquet")
     flags = ["--checkpoint", str(root / "run"), "--out", out, "--images"]
     embed.main([*flags, f"{table}?image=photo&text=title"])
     made = embeddings.read(out)

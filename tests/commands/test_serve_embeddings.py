@@ -66,36 +66,36 @@ def embedded(fake, images, file):
 
 
 def test_changed_files_are_embedded_and_vanished_ones_forgotten(fake, images, tmp_path):
-    embedded(fake, images, tmp_path / "cache.npz")
+    embedded(fake, images, tmp_path / "cache.parquet")
     paint(images / "03.png", 200)
     (images / "04.png").unlink()
-    count, found = embedded(fake, images, tmp_path / "cache.npz")
+    count, found = embedded(fake, images, tmp_path / "cache.parquet")
     assert count == 1 and len(found) == 19 and found["03.png"] == ("", 200) and found["05.png"] == ("", 5)
     paint(images / "04.png", 4)
-    assert embedded(fake, images, tmp_path / "cache.npz")[0] == 1  # the file does not grow for ever
+    assert embedded(fake, images, tmp_path / "cache.parquet")[0] == 1  # the file does not grow for ever
 
 
 def test_captions_are_read_again_without_embedding(fake, images, tmp_path):
-    embedded(fake, images, tmp_path / "cache.npz")
+    embedded(fake, images, tmp_path / "cache.parquet")
     for caption in ("a fox", "two foxes"):
         (images / "02.txt").write_text(caption)
-        count, found = embedded(fake, images, tmp_path / "cache.npz")
+        count, found = embedded(fake, images, tmp_path / "cache.parquet")
         assert count == 0 and found["02.png"] == (caption, 2) and found["01.png"] == ("", 1)
     (images / "02.txt").unlink()
-    assert embedded(fake, images, tmp_path / "cache.npz")[1]["02.png"] == ("", 2)
+    assert embedded(fake, images, tmp_path / "cache.parquet")[1]["02.png"] == ("", 2)
 
 
 def test_unreadable_images_are_said_and_tried_again(fake, images, tmp_path, capsys):
     (images / "bad.png").write_bytes(b"<html>")
     for count in (21, 1):
-        assert embedded(fake, images, tmp_path / "cache.npz")[0] == count
+        assert embedded(fake, images, tmp_path / "cache.parquet")[0] == count
         assert f"1 images cannot be read; the first is {images}/bad.png: not an image" in capsys.readouterr().out
     paint(images / "bad.png", 3)
-    assert embedded(fake, images, tmp_path / "cache.npz")[0] == 1
+    assert embedded(fake, images, tmp_path / "cache.parquet")[0] == 1
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.png").write_bytes(b"<html>")
     with pytest.raises(UserError, match=r"no image can be read; the first is .*a\.png"):
-        embedded(fake, tmp_path / "none", tmp_path / "none.npz")
+        embedded(fake, tmp_path / "none", tmp_path / "none.parquet")
 
 
 def test_an_interruption_loses_one_part(fake, images, tmp_path, monkeypatch):
@@ -110,12 +110,12 @@ def test_an_interruption_loses_one_part(fake, images, tmp_path, monkeypatch):
 
     fake.encode_prepared = interrupted
     with pytest.raises(KeyboardInterrupt):
-        embedded(fake, images, tmp_path / "cache.npz")
+        embedded(fake, images, tmp_path / "cache.parquet")
     paint(images / "50.png", 50)
     for count in (5, 0):  # the last four, and a new one
-        made, found = embedded(fake, images, tmp_path / "cache.npz")
+        made, found = embedded(fake, images, tmp_path / "cache.parquet")
         assert made == count and found["50.png"] == ("", 50) and found["00.png"] == ("", 0) and len(found) == 21
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.npz", "images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.parquet", "images"]
 
 
 def test_a_power_cut_loses_what_was_not_stored_yet(fake, images, tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_power_cut_loses_what_was_not_stored_yet(fake, images, tmp_path, monke
     monkeypatch.setattr(command, "_STORE_SECONDS", 0)
     write, sizes = command._write, []
     monkeypatch.setattr(command, "_write", lambda path, rows: sizes.append(len(rows)) or write(path, rows))
-    assert embedded(fake, images, tmp_path / "cache.npz")[0] == 20
+    assert embedded(fake, images, tmp_path / "cache.parquet")[0] == 20
     assert sizes[0] == 8 and sizes[-1] == 20
 
 
@@ -134,7 +134,7 @@ def test_samples_of_tars_follow_their_tar(fake, tmp_path):
 
     write("a.tar", [1, 2])
     write("b.tar", [3])
-    file, pattern = tmp_path / "cache.npz", f"{tmp_path}/*.tar"
+    file, pattern = tmp_path / "cache.parquet", f"{tmp_path}/*.tar"
     assert embedded(fake, pattern, file)[0] == 3 and embedded(fake, pattern, file)[0] == 0
     write("b.tar", [4, 5, 6])
     count, found = embedded(fake, pattern, file)
@@ -153,13 +153,13 @@ def test_default_names_are_captions_or_folders(fake, images, tmp_path):
 
 
 def test_embeddings_that_cannot_be_stored_are_served(fake, images, tmp_path, monkeypatch, capsys):
-    def full(file, **arrays):
-        file.write(b"a part")
+    def full(table, path, **options):
+        path.write_bytes(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
-    made, _ = embedded(fake, images, tmp_path / "cache.npz")
-    assert made == 20 and f"{tmp_path / 'cache.npz'}: No space left on device" in capsys.readouterr().out
+    monkeypatch.setattr(pyarrow.parquet, "write_table", full)
+    made, _ = embedded(fake, images, tmp_path / "cache.parquet")
+    assert made == 20 and f"{tmp_path / 'cache.parquet'}: No space left on device" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 

@@ -76,7 +76,6 @@ TUNED = {"init__weights": "x", "finetune__lora__rank": 2}
         ({"optim__name": "muon", "init__freeze": ("img", "txt")}, ("optim.name", "init.freeze")),
         ({"optim__name": "muon", "init__freeze": ("img.blocks.0", "txt")}, ("optim.name", "init.freeze")),
         (TUNED | {"init__freeze": ("img", "txt")}, ("finetune.lora.rank", "init.freeze")),
-        ({"eval__resize": "longest", "eval__resize_size": 32}, ("eval.resize_size", "eval.resize='longest'")),
         ({"init__weights": "x", "finetune__lora": {"rank": 2, "targets": ()}}, ("finetune.lora.rank", "targets")),
     ],
 )

@@ -91,7 +91,8 @@ BAD = [
     ("data.flip_prob", 2.0, "from 0 to 1"),
     ("data.flip_prob", -1.0, "from 0 to 1"),
     ("data.color_jitter", -1.0, "from 0 to 1"),
-    ("data.tags", -1, "at least 0"),
+    ("data.caption_transform", "my_lab.captions:shorten", "package.module:function:FIELD"),
+    ("data.decoding", "pillow", "'xclip', 'open_clip'"),
     ("data.threads", -1, "at least 1"),
     ("data.max_bad_fraction", -1.0, "from 0 to 1"),
     ("eval.batch", 0, "at least 1"),
@@ -145,7 +146,6 @@ CONFLICTS = [
     ({"data.crop_scale": (1.0, 0.5)}, r"data\.crop_scale is \(1\.0, 0\.5\)"),
     ({"data.crop_scale": (-1.0, 0.5)}, r"data\.crop_scale is \(-1\.0, 0\.5\)"),
     ({"data.crop_scale": (0.5, 2.0)}, r"data\.crop_scale is \(0\.5, 2\.0\)"),
-    ({"data.tags_append_prob": 0.7, "data.tags_only_prob": 0.7}, r"must not exceed 1 together"),
 ]
 
 

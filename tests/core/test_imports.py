@@ -86,7 +86,7 @@ def test_a_download_imports_with_consent_alone(root, server):
 @pytest.mark.parametrize("name", ["run", "weights"])
 def test_commands_take_trust(name, root, tmp_path):
     commands = {
-        embed.main: ["--checkpoint", name, "--images", "pairs", "--out", str(tmp_path / "x.npz")],
+        embed.main: ["--checkpoint", name, "--images", "pairs", "--out", str(tmp_path / "x.parquet")],
         export.main: ["--checkpoint", name, "--to", "safetensors", str(tmp_path / "out")],
         evaluate.main: ["--checkpoint", name, "--suite", "retrieval/folder:pairs", "--output", f"{tmp_path}/e.json"],
     }  # fmt: skip

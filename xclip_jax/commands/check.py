@@ -1,6 +1,6 @@
 """Check image-text pairs before a run: number and sizes, bad samples, duplicates, reading speed.
 
-    xclip-jax check '/data/cc12m/{00000..01242}.tar' --sheet pairs.png
+    xclip-jax check '/data/cc12m/{00000..01242}.tar'
     xclip-jax check folder:/data/pairs --samples 0
     xclip-jax check pairs.csv,image=path,text=caption
     xclip-jax check folder:/data/pairs --samples 0 --by RUN --suspects wrong.jsonl
@@ -12,13 +12,12 @@ many bad samples.
 
 import argparse
 import collections
-import dataclasses
 import json
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, che
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import strict_json
 from xclip_jax.data import inspect, loader, records, sources, tokenizer
-from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
+from xclip_jax.data.base import Record, Source, SourceOptions
 from xclip_jax.data.images import decode
 from xclip_jax.data.inspect import Sample
 from xclip_jax.objectives.similarity import ClusterSimilarity, features
@@ -78,11 +77,8 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
         for sample in [s for s in bad if s.reason == reason][:_EXAMPLES]:
             entry = source.describe(sample.index) | {"reason": reason, "detail": sample.detail}
             yield f"    {json.dumps(entry, ensure_ascii=False)}"
-    shown = good
     if options.model and good:
-        shown = yield from _suspects(source, good, options)
-    if options.sheet and good:
-        yield f"{inspect.write_sheet(shown, source, options.sheet)} pairs in {options.sheet}"
+        yield from _suspects(source, good, options)
     share = len(bad) / count
     verdict = "training would run"
     if share > options.max_bad_fraction:
@@ -114,10 +110,8 @@ def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator
     yield f"repeated captions: {repeated:,}" + (remedy if repeated else "")
 
 
-def _suspects(
-    source: Source, good: Sequence[Sample], options: argparse.Namespace
-) -> Generator[str, None, Sequence[Sample]]:
-    """Yield lines about the least likely captions by a model; return all samples, sorted, for a sheet."""
+def _suspects(source: Source, good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
+    """Yield lines about the least likely captions by a model."""
     # Clusters find wrong captions better than embeddings (docs/verdicts.md), by their cross-entropy without rivals.
     clusters = any(isinstance(similarity, ClusterSimilarity) for similarity in options.model.similarities)
     score = ClusterSimilarity.logits if clusters else ""
@@ -144,7 +138,7 @@ def _suspects(
             judged += [(likelihood, caption, answer.labels[i], sample) for caption, likelihood in own.items()]
     if not judged:
         yield f"by {options.by}: no image could be read again"
-        return good
+        return
     judged.sort(key=lambda row: row[0])
     among = f"the likeliest of about {len(judged) // blocks}"
     way = "cross-entropy of clusters" if clusters else "probability"
@@ -159,7 +153,6 @@ def _suspects(
     if options.suspects:
         pathlib.Path(options.suspects).write_text("".join(f"{strict_json(entry)}\n" for entry in entries))
         yield f"all {len(entries):,}, the least likely first: {options.suspects}"
-    return [dataclasses.replace(sample, captions=(f"{caption} (or {label}?)",)) for _, caption, label, sample in judged]
 
 
 def _image(record: Record) -> bytes | np.ndarray:
@@ -175,7 +168,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "source",
-        metavar="SOURCE[,image=COLUMN][,text=COLUMN,...][,tags=COLUMN][,dir=FOLDER]",
+        metavar="SOURCE[,image=COLUMN][,text=COLUMN,...][,dir=FOLDER]",
         help="from the list below, or the path of a folder, tars or a table; COLUMN is a table's column, a record's "
         "feature or a .json file's field, FOLDER the root of TFDS data sets",
     )
@@ -185,11 +178,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     fraction = loader.DataConfig.max_bad_fraction
     parser.add_argument("--max_bad_fraction", type=float, default=fraction, help="data.max_bad_fraction of the run")
     parser.add_argument("--by", default="", metavar="RUN", help="run or weights that judge how well captions fit")
-    home = os.path.expanduser  # a shell leaves the ~ in --sheet=~/x.png
+    home = os.path.expanduser  # a shell leaves the ~ in --suspects=~/x.jsonl
     suspects = "JSON lines file for the results of --by, the least likely pair first"
     parser.add_argument("--suspects", default="", type=home, metavar="FILE", help=suspects)
-    sheet = "PNG file for random pairs, or with --by for the least likely ones; its folder is created"
-    parser.add_argument("--sheet", default="", type=home, help=sheet)
     add_trust(parser)
     return parser.parse_args(arguments)
 
@@ -203,17 +194,13 @@ def main(arguments: Sequence[str]) -> int:
         options.tokens = tokenizer.load(options.tokenizer)
         if options.suspects and not options.by:
             raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
-        for option, path in (("--sheet", options.sheet), ("--suspects", options.suspects)):
-            if path:  # written at the end
-                check_file(option, path)
-        given = {"image": "image", "text": "text", "tags": "", "dir": ""}
+        if options.suspects:  # written at the end
+            check_file("--suspects", options.suspects)
+        given = {"image": "image", "text": "text", "dir": ""}
         path, *pairs = re.split(rf",(?=(?:{'|'.join(given)})=)", options.source)
         given |= dict(pair.split("=", 1) for pair in pairs)
-        keys = given["dir"], given["image"], tuple(given["text"].split(",")), given["tags"]
-        try:
-            source = sources.open_pairs(sources.spec_from_path(path), SourceOptions(*keys))
-        except MissingColumnError as error:
-            raise UserError(f"{error.fault}; name its columns, {path},image=COLUMN,text=COLUMN.") from error
+        keys = given["dir"], given["image"], tuple(given["text"].split(","))
+        source = sources.open_pairs(sources.spec_from_path(path), SourceOptions(*keys))
         if not len(source):
             raise UserError(f"source {path!r} has nothing in it; name another split or file.")
         options.model = inference.load(options.by, trust=options.trust) if options.by else None

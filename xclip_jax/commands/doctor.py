@@ -28,22 +28,16 @@ from xclip_jax.core.console import format_bytes, format_duration, show
 from xclip_jax.core.errors import Parser, UserError, describe, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import strict_json
-from xclip_jax.data import inspect, loader, records
-from xclip_jax.data.base import Source
-from xclip_jax.data.inspect import LoaderSample
-from xclip_jax.objectives.clip import Contrastive
+from xclip_jax.data import loader
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train import callbacks, checks, cost, prepare
 from xclip_jax.train.build import Experiment, make_encoder
-from xclip_jax.train.checks import FAIL, WARNING, Finding, attempt, fail, warning
-from xclip_jax.train.log import INPUT_BOUND
+from xclip_jax.train.checks import FAIL, WARNING, Finding, attempt, fail
 from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.state import create
 
 CHEAP_FLOPS = 2e12  # of a step; a CPU takes minutes for more
-SAMPLES, SECONDS = 512, 3.0  # to read at least
 _TIMED_STEPS = 2
-_MANY_TWINS = 0.05  # fraction of a batch's pairs that share a caption: false negatives
 
 
 def check_config(
@@ -98,12 +92,8 @@ def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config
     memory = list(checks.check_memory(experiment, compiled if compiles else None))
     yield from memory
     yield from check_heads(resolved)
-    seconds = None
     if compiles and not any(finding.mark == FAIL for finding in memory):
-        timed = time_step(experiment, compiled()[0], folder.latest_step() or 0, operations)
-        yield timed
-        seconds = timed.values["step_seconds"]
-    yield from check_samples(experiment, samples, seconds)
+        yield time_step(experiment, compiled()[0], folder.latest_step() or 0, operations)
 
 
 def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequence[str] | None) -> Iterator[Finding]:
@@ -150,74 +140,6 @@ def zeros(experiment: Experiment) -> dict[str, jax.Array]:
     if "text" in batch:
         batch["text"][:] = experiment.tokenizer.eot_id
     return loader.to_global(batch, experiment.mesh)
-
-
-def check_samples(experiment: Experiment, samples: Sequence[Source], step_seconds: float | None) -> Iterator[Finding]:
-    """Read the first samples like the run; yield the fractions of bad samples and equal texts, and the speed."""
-    seed = experiment.config.seed
-    transform = experiment.transform()
-    try:
-        sample = inspect.read_batches(samples, transform, seed, samples=SAMPLES, seconds=SECONDS)
-    except (UserError, OSError) as error:
-        yield fail("samples", describe(error))
-        return
-    yield _bad_samples(sample, experiment)
-    if sample.text is not None:
-        yield _texts(sample.text, experiment)
-    yield _speed(sample, experiment, step_seconds)
-
-
-def _bad_samples(sample: LoaderSample, experiment: Experiment) -> Finding:
-    bad = sum(sample.bad.values())
-    allowed = experiment.config.data.max_bad_fraction
-    share = bad / (sample.read + bad)
-    text = f"{share:.2%} bad, of {sample.read + bad:,} that were read; the limit is {allowed:.2%}"
-    values = {"read": sample.read + bad, "bad": bad, "bad_share": share, "allowed_share": allowed}
-    if sample.example:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sample.bad.items())
-        text += f" ({reasons}; the first is {sample.example.strip()})"
-    remedy = "list them with xclip-jax check SOURCE and repair the data, or raise data.max_bad_fraction"
-    if share > allowed:
-        return fail("samples", f"{text}; the run stops", remedy, **values)
-    return Finding("samples", text, values=values)
-
-
-def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
-    """Return the lengths of texts, and the fraction of equal ones, which are false negatives of a contrastive loss."""
-    objective = experiment.objective
-    length = experiment.context_length
-    rows = text[: experiment.config.data.batch]
-    twins = records.repeated_share(rows)
-    full = float(np.mean(experiment.tokenizer.lengths(text) == text.shape[1]))
-    values = {"full_share": full, "duplicate_share": twins}
-    if len(text) > 1 and (text == text[0]).all():
-        fault = f"all {len(text):,} texts that were read are equal in their {length} tokens: there is nothing to learn"
-        return fail("texts", fault, "give each image a caption of its own", **values)
-    described = f"{full:.0%} of the texts fill all {length} tokens"
-    equal = f"{twins:.0%} of {len(rows)} pairs have the text of another one"
-    terms = [x for name, x in objective.terms.items() if isinstance(x, Contrastive) and objective.weights[name]]
-    matched = any(term.positives == "caption" for term in terms)
-    if terms and twins > _MANY_TWINS and matched == experiment.config.data.spread_duplicate_captions:
-        fault = "which data.spread_duplicate_captions keeps apart" if matched else "which makes them false negatives"
-        remedy = f"set data.spread_duplicate_captions={not matched}"
-        return warning("texts", f"{described}; {equal}, {fault}", remedy, **values)
-    return Finding("texts", f"{described}; {equal}", values=values)
-
-
-def _speed(sample: LoaderSample, experiment: Experiment, step_seconds: float | None) -> Finding:
-    data = experiment.config.data
-    text = f"{sample.speed:,.0f} samples/s with data.threads={data.threads} on {records.cores()} cores"
-    values = {"reading_samples_per_second": sample.speed}
-    if not step_seconds:
-        return Finding("reading", f"{text}; whether that is enough is unknown without a step", values=values)
-    needed = data.batch / batch_part(experiment.mesh)[1] / step_seconds
-    share = max(1 - sample.speed / needed, 0.0)
-    values |= {"needed_samples_per_second": needed, "wait_share": share}
-    text += f"; the steps need {needed:,.0f}"
-    if share <= INPUT_BOUND or data.cache:  # later epochs come from the cache
-        return Finding("reading", text, values=values)
-    remedy = "raise data.threads, store smaller images, or read from a faster disk"
-    return warning("reading", f"{text}: the devices would wait {share:.0%} of the time", remedy, **values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

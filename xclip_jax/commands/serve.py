@@ -152,7 +152,7 @@ def make_index(model: Model, pattern: str, *, cache: str = "") -> Index:
     folder = pathlib.Path(cache).expanduser() if cache else storage.cache_dir() / "search"
     place = pattern if storage.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
     key = hashlib.sha256(json.dumps([model.fingerprint(), place]).encode()).hexdigest()[:16]
-    return Index(model, source, embed(model, source, folder / f"{key}.npz"))
+    return Index(model, source, embed(model, source, folder / f"{key}.parquet"))
 
 
 def embed(model: Model, source: Images, file: pathlib.Path) -> Embedded:
@@ -223,7 +223,7 @@ def _write(path: pathlib.Path, rows: Mapping[str, tuple[str, np.ndarray]]) -> No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with storage.whole_file(path, f".{os.getpid()}") as temporary:
-            embeddings.Npz().write(temporary, columns)
+            embeddings.write(temporary, columns)
     except OSError as error:
         log0(f"WARNING: {error.filename}: {error.strerror}; the next start embeds the images again")
 

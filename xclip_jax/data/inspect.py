@@ -1,26 +1,17 @@
-"""Measures a few samples of training data, for the command check, the recipe small and the doctor."""
+"""Measures a few samples of training data, for the command check and the recipe small."""
 
-import contextlib
 import dataclasses
 import hashlib
-import tempfile
-import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from etils import epath
-from PIL import Image, ImageDraw, ImageFont
 
 from xclip_jax.core.errors import BadSample
-from xclip_jax.data import images, loader, records, transforms
+from xclip_jax.data import images, records, transforms
 from xclip_jax.data.base import Record, Source
-from xclip_jax.data.ledger import BadSampleLog
 
 FEWEST = 8  # pairs required by the recipe small
-_BATCH = 32  # rows of the batches of `read_batches`: few, so that every thread soon finishes one
-_PATIENCE = 10  # `read_batches` ends after this multiple of its seconds, even with fewer samples
-_TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
 
 
 @dataclasses.dataclass
@@ -34,25 +25,6 @@ class Sample:
     digest: bytes = b""
     captions: tuple[str, ...] = ()
     index: int = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class LoaderSample:
-    """Statistics of a run's first samples, read by its loader.
-
-    Attributes:
-      read: number of samples.
-      speed: samples/s once all threads are busy.
-      bad: bad samples by reason.
-      example: the ledger's line about the first bad sample, or "".
-      text: tokens, int32 (rows, n), or None.
-    """
-
-    read: int
-    speed: float
-    bad: Mapping[str, int]
-    example: str
-    text: np.ndarray | None
 
 
 def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tuple[list[Sample], float]:
@@ -74,67 +46,3 @@ def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tup
     for index, sample in zip(indices, samples, strict=True):
         sample.index = index
     return samples, time.perf_counter() - began
-
-
-def read_batches(
-    sources: Sequence[Source], transform: loader.Transform, seed: int, *, samples: int, seconds: float
-) -> LoaderSample:
-    """Read samples with a run's threads, but in smaller batches and without spreading equal captions.
-
-    Reads at least `samples`, and for at least `seconds` once all threads are busy.
-
-    Raises:
-      UserError: no usable sample for a position, or an error that affects more than a sample.
-    """
-    data = dataclasses.replace(transform.config, spread_duplicate_captions=False)
-    rows = min(data.batch, _BATCH)
-    busy = data.threads + loader.BUFFER
-    order = loader.sample_order(sources, data, seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        ledger = BadSampleLog(epath.Path(scratch), max_bad_fraction=1.0)
-        batches = loader.batches(order, transform, batch=rows, start=0, stop=1 << 30, seed=seed, ledger=ledger)
-        began = start = time.perf_counter()
-        first, texts, count = 0, [], 0
-        with contextlib.closing(batches):
-            for count, batch in enumerate(batches, 1):
-                now = time.perf_counter()
-                if "text" in batch and len(texts) * rows < samples:
-                    texts.append(np.array(batch["text"]))
-                # The first batches, during which the threads start, do not count unless they take long.
-                if count == busy and now - began < seconds:
-                    start, first = now, count
-                enough = count * rows >= samples and count > first and now - start >= seconds
-                if enough or now - began > _PATIENCE * seconds > 0:
-                    break
-            elapsed = time.perf_counter() - start
-        ledger.sync(count * rows)
-        ledger.file.close()
-        lines = ledger.path.read_text().splitlines() if ledger.path.exists() else []
-    speed = (count - first) * rows / elapsed
-    text = np.concatenate(texts) if texts else None
-    return LoaderSample(count * rows, speed, ledger.counters["bad"], lines[0] if lines else "", text)
-
-
-def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
-    """Write a PNG of the first good pairs, if any, and return their number."""
-    chosen = []
-    for sample in (sample for sample in samples if not sample.reason):
-        with contextlib.suppress(BadSample):
-            picture = transforms.evaluation_image(images.decode(source[sample.index]["image"]), _TILE - 4)
-            chosen.append((sample, Image.fromarray(picture)))
-        if len(chosen) == _COLUMNS * _ROWS:
-            break
-    if not chosen:
-        return 0
-    line = 13
-    height = _TILE + _LINES * line + 8
-    page = Image.new("RGB", (_COLUMNS * _TILE, -(-len(chosen) // _COLUMNS) * height), "white")
-    pen = ImageDraw.Draw(page)
-    font = ImageFont.load_default(10)
-    for i, (sample, picture) in enumerate(chosen):
-        x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
-        page.paste(picture, (x + 2, y + 2))
-        for j, text in enumerate(textwrap.wrap(sample.captions[0], 30)[:_LINES]):
-            pen.text((x + 4, y + _TILE + j * line), text, fill="black", font=font)
-    page.save(path, format="PNG")
-    return len(chosen)

@@ -28,7 +28,6 @@ END_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")
 START_TOKENS = ("<|startoftext|>", "<s>", "[CLS]")
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>")
 _CONVENTIONS = "xclip_jax"  # first key of a file of `with_conventions`
-_CACHED_LETTERS = 512  # longer texts are not cached; the cache takes 100 MB at most
 _MOST_LETTERS = 1 << 16  # later letters of a text are ignored, since megabytes would take seconds
 _CLIP_MERGES = 48894
 _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
@@ -54,10 +53,6 @@ class Tokenizer:
     pad_id: int
     cleaning: str = ""
 
-    def __post_init__(self) -> None:
-        # Epochs of small data sets repeat captions often; cleaning costs more than the merges.
-        self._cached_ids = functools.lru_cache(maxsize=1 << 16)(self._ids)
-
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Return int32 (len(texts), length): start, text, end, padding. Longer texts are cut before their end token.
 
@@ -71,21 +66,16 @@ class Tokenizer:
                 f"texts {texts[:40]!r}, length {length}: pass a list of strings, and a length of at least 2."
             )
         out = np.full((len(texts), length), self.pad_id, np.int32)
+        start = [] if self.sot_id is None else [self.sot_id]
         most = max(_MOST_LETTERS, 256 * length)
         for row, text in zip(out, texts, strict=True):
-            text = text[:most]
-            ids = (self._cached_ids if len(text) <= _CACHED_LETTERS else self._ids)(text, length)
+            ids = [*(start + self._encode(text[:most]))[: length - 1], self.eot_id]
             row[: len(ids)] = ids
         return out
 
     def lengths(self, tokens: np.ndarray) -> np.ndarray:
         """Return the number of tokens of each row (n, length), up to its first end token; padding may equal it."""
         return (tokens == self.eot_id).argmax(axis=1) + 1
-
-    def _ids(self, text: str, length: int) -> np.ndarray:
-        """Return the ids of a text without padding, as an array, since a list takes several times the memory."""
-        start = [] if self.sot_id is None else [self.sot_id]
-        return np.array([*(start + self._encode(text))[: length - 1], self.eot_id], np.int32)
 
 
 def load(name: str) -> Tokenizer:

@@ -191,13 +191,11 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
     name = config["data"]["tokenizer"]
     length = model["txt"]["context_length"]
     prepare = Preprocessing.from_dict(config, model["img"]["image_size"])
-    fault = ""
     if tokens.eot_id == _LEGACY_EOT:
-        fault = f"CLIPModel reads the id {_LEGACY_EOT}, the end token of tokenizer {name!r}, as the largest id"
-    elif prepare.resize_mode == "longest":
-        fault = "CLIPImageProcessor has no eval.resize='longest'"
-    if fault:
-        raise UserError(f"{fault}; write to 'open_clip' or 'safetensors'.")
+        raise UserError(
+            f"CLIPModel reads the id {_LEGACY_EOT}, the end token of tokenizer {name!r}, as the largest id; write to "
+            "'open_clip' or 'safetensors'."
+        )
     acts = {ours: theirs for theirs, ours in reversed(_ACTS.items())}
 
     def tower(group: Mapping[str, Any], modality: str) -> dict[str, Any]:

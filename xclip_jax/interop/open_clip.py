@@ -111,8 +111,6 @@ def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preproc
     interpolation = content.get("interpolation") or "bicubic"
     check_choice(f"{where}: preprocess_cfg.resize_mode", mode, RESIZE_MODES)
     check_choice(f"{where}: preprocess_cfg.interpolation", interpolation, ("bicubic", "bilinear", "random"))
-    if mode == "longest" and content.get("fill_color"):
-        raise UserError(f"{where}: preprocess_cfg sets fill_color={content['fill_color']!r}; images are padded with 0.")
     # "random" is for training; open_clip evaluates it as "bicubic".
     interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
     return names.preprocessing(

@@ -179,8 +179,8 @@ def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
         text = "The data name no classes"
         if names:
             text = f"Classes: {', '.join(map(_code, names[:_SHOWN_CLASSES]))}{more}"
-    elif config.data.tags:
-        text += f", with up to {config.data.tags} keywords of {in_words(config.data.tags_key)}"
+    elif config.data.caption_transform:
+        text += f", and changed by {in_words(config.data.caption_transform)}"
     head = ("source", "items" if labelled else "pairs", "share", "hash of the files")
     return {"data": (head, rows), "about_data": text}
 
