@@ -105,7 +105,7 @@ def saved_flops() -> float:
 
     experiment = experiment_of("clip", "natural", "auto")
     config = experiment.config
-    return 1 - cost.step_flops(config, experiment.length_groups) / cost.step_flops(config)
+    return 1 - cost.step_flops(config, experiment.length_groups, experiment.text_rows[0]) / cost.step_flops(config)
 
 
 def ours(experiment: Any, kind: str) -> Callable[[], float]:

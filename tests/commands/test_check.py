@@ -115,7 +115,7 @@ def test_five_rows_of_one_image_as_flickr8k_has_them(tmp_path, capsys):
     lines = [f"{x.name}#{i}\ta dog , view {i} .\n" for x in images for i in range(5)]
     (tmp_path / "token.txt").write_text("".join(lines))
     error = run(capsys, f"csv:{tmp_path}/token.txt")[2]
-    assert f"the image '{images[0].name}#0' in its first line" in error and "such as image,text, with" in error
+    assert f"no column 'image'; its columns are '{images[0].name}#0'" in error
     page = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
     command = next(line for line in page.read_text().splitlines() if "Flickr8k.token.txt" in line)
     (tmp_path / "Flicker8k_Dataset").mkdir()
@@ -132,8 +132,7 @@ def test_columns_are_named_after_the_source_as_the_recipe_small_has_them(tmp_pat
     (tmp_path / "table.csv").write_text("path,caption\npairs/000.png,one\npairs/001.png,two\n")
     path = tmp_path / "table.csv"
     error = run(capsys, path)[2]
-    remedy = f"name its columns, {path},image=COLUMN,text=COLUMN."
-    assert error.endswith(f"'image'; its columns are 'path', 'caption'; {remedy}")
+    assert "'image'; its columns are 'path', 'caption'; name its columns" in error
     assert run(capsys, f"{path},image=path,text=caption", "--length", 12)[0] == 0
     (tmp_path / "b,text.csv").write_text("path,a,b\npairs/000.png,one,two\npairs/001.png,two,three\n")
     out = run(capsys, f"csv:{tmp_path}/b,text.csv,image=path,text=a,b", "--length", 12)[1]

@@ -65,7 +65,7 @@ def model(root):
 
 def read(path):
     """Columns, and what the file says about itself."""
-    return embeddings.read(path), embeddings.format_of(path).about(path)
+    return embeddings.read(path), embeddings.about(path)
 
 
 def flags(root, where, **changes):

@@ -38,7 +38,7 @@ def own_flags():
         (["--config", "dmo"], "did you mean 'demo'? Give a path FILE.py, or a recipe by name: demo, finetune,"),
         (["--config", "demo:steps=0"], "config argument steps='0'; expected at least 1"),
         (["--config", "small"], "needs your pairs: --config small:pairs=PATH, a folder of images"),
-        (["--config", "small:pairs=/nowhere"], "no file or folder '/nowhere'; check the path"),
+        (["--config", "small:pairs=/nowhere"], "no file or folder '/nowhere'"),
         (["--config", "small:pairs=docs/study,steps=-1"], "config argument steps='-1'; expected at least 0"),
         (["--config", "demo", "--config.data.batch-size=1"], "'data.batch-size' is unknown; did you mean 'data.batch'"),
         (["--config", "demo", "--config.eval.report=maybe"], "report=maybe: expected True or False; --help lists"),

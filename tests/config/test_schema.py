@@ -94,7 +94,7 @@ def test_what_the_model_cannot_have_is_refused_at_once():
     with pytest.raises(UserError) as error:
         schema.resolve(tiny.config("clip", **changes))
     lines = [
-        r"eval\.resize_size is 3, less than the model's image size 16",
+        r"eval\.resize_size is 3; .*at least 16 pixels",
         r"init\.freeze has 'img\.blocks\.0-9'; blocks of img are 0 to 0",
         r"init\.freeze has 'txt\.blocks\.4'; blocks of txt are 0 to 0",
         r"init\.freeze has 'txt\.blocks\.1-0'; blocks of txt are 0 to 0",

@@ -211,6 +211,7 @@ def test_a_record_is_read_once_for_its_item_and_label():
     both = operator.itemgetter("image", "label")
     source = labelled.Labelled("image", *fields, ["a", "b"], identity=("set",), read=lambda i: both(records[i]))
     assert [(source[i]["image"], source[i]["label"]) for i in (0, 1)] == [(b"x", 1), (b"y", 0)] and Records.reads == 4
+    assert base.display_name(fields[0], 0) == "record 0"
 
 
 def test_a_card_of_tfds(monkeypatch):
@@ -252,10 +253,6 @@ def test_open_sources__labels_fit_each_other_and_the_model(tmp_path):
     ):
         with pytest.raises(UserError, match=named):
             sources.open_sources(config(*specs), classes, (field, "label"))
-
-
-def test_items_of_any_records_have_names():
-    assert base.display_name(base.field([{"image": b""}], "image"), 0) == "record 0"
 
 
 def test_decoded_images_keep_their_fingerprint(tmp_path):

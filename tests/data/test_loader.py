@@ -50,15 +50,14 @@ def test_each_sample_once_an_epoch_in_another_order():
     seen = texts(read([Numbers("a", 40)], config(), stop=10))
     first, second = seen[:40], seen[40:]
     assert sorted(first) == sorted(second) == sorted(f"a {i}" for i in range(40))
-    assert first != second
-    assert first != [f"a {i}" for i in range(40)]
+    assert first != second and first != [f"a {i}" for i in range(40)]
 
 
 @pytest.mark.parametrize(
     ("changes", "classes", "named"),
     [
-        ({"batch": 17}, 0, r"data\.batch=17 .*has 16"),
-        ({"weights": (5.0, 3.0)}, 0, r"data\.batch=8 takes 5 pairs of 'folder:.*few', which has 4 .*data\.weights"),
+        ({"batch": 17}, 0, r"data\.batch=17 exceeds the 16 pairs of 'data\.sources'"),
+        ({"weights": (5.0, 3.0)}, 0, r"the 4 pairs of 'folder:.*few' .* takes 5: .*data\.weights"),
         ({"sources": ("folder:few", "folder:none")}, 2, "'folder:none' has nothing in it"),
         ({"spread_duplicate_captions": True}, 2, r"data\.spread_duplicate_captions"),
         ({"holdout": 0.5}, 2, r"data\.holdout"),
@@ -109,11 +108,10 @@ def test_epochs_need_not_be_whole_batches():
     assert all(sorted(seen[i : i + 13]) == sorted(f"a {j}" for j in range(13)) for i in range(0, 104, 13))
 
 
-@pytest.mark.parametrize("hosts", [2])
-def test_global_batches_are_the_same_on_any_number_of_hosts(hosts):
+def test_global_batches_are_the_same_on_any_number_of_hosts():
     c = config(caption_transform=KEYWORDS)
     whole = read([Numbers("a", 30)], c)
-    parts = [read([Numbers("a", 30)], c, host=h, hosts=hosts) for h in range(hosts)]
+    parts = [read([Numbers("a", 30)], c, host=h, hosts=2) for h in range(2)]
     for g, batch in enumerate(whole):
         for key in batch:
             np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
@@ -186,8 +184,8 @@ def test_mixture_keeps_the_weights():
 
 def test_without_weights_each_sample_of_all_sources_comes_once_an_epoch():
     found = [Numbers("a", 7), Numbers("b", 30), Numbers("c", 63)]
-    seen = texts(read(found, config(sources=("x", "y", "z"), batch=20), stop=15))
-    for epoch in range(3):
+    seen = texts(read(found, config(sources=("x", "y", "z"), batch=20), stop=10))
+    for epoch in range(2):
         part = seen[100 * epoch : 100 * epoch + 100]
         assert sorted(part) == sorted(f"{source.name} {i}" for source in found for i in range(len(source)))
     assert len({t[0] for t in seen[:20]}) > 1

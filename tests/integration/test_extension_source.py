@@ -144,7 +144,7 @@ def test_a_classifier_is_trained_on_labelled_items(tmp_path):
         (WAVES, rf"source '{WAVES}' has no image-text pairs; write tar:PATTERN, .* or package\.module:Class:REST\.$"),
         ("glue:cola/train", "source 'glue:cola/train' has no image-text pairs; write tar:PATTERN"),
         ("foldr:pairs", "unknown source 'foldr:pairs'; write .*folder:PATH"),
-        ("folder:", "source 'folder:' ends after its type; write folder:PATH"),
+        ("folder:", "unknown source 'folder:'; write .*folder:PATH"),
     ],
 )
 def test_a_spec_that_names_no_source_is_one_sentence(spec, message):

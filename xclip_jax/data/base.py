@@ -140,9 +140,9 @@ def check_columns(source: str, names: Iterable[str], keys: Iterable[str]) -> Non
         if count != 1:
             columns = f"{count} columns" if count else "no column"
             raise UserError(
-                f"{source} has {columns} {key!r}; its columns are {', '.join(map(repr, names))}. Name one: in a config "
-                "by data.image_column and data.text_columns, for check and small by ,image=COLUMN,text=COLUMN behind "
-                "the source, for a set by ?image=COLUMN&text=COLUMN or ?image=COLUMN&label=COLUMN."
+                f"{source} has {columns} {key!r}; its columns are {', '.join(map(repr, names))}; name its columns, by "
+                "data.image_column and data.text_columns, small:pairs=SOURCE,image=COLUMN,text=COLUMN, "
+                "SOURCE?label=COLUMN or retrieval/SOURCE?image=COLUMN&text=COLUMN."
             )
 
 

@@ -76,7 +76,5 @@ class DataConfig:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             yield f"crop_scale is {self.crop_scale}; expected 0 < smallest <= largest <= 1"
-        if self.weights and len(self.weights) != len(self.sources):
-            yield f"weights has {len(self.weights)} values for {len(self.sources)} sources; give one for each, or none"
-        if any(weight <= 0 for weight in self.weights):
-            yield f"weights is {self.weights}; expected values above 0; leave out sources without a share"
+        if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
+            yield f"weights is {self.weights}; expected one value above 0 for each of the {len(self.sources)} sources"

@@ -50,15 +50,14 @@ def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[s
     path = path.expanduser()
     if path.is_file():
         return _read_table(name, path)
-    if not path.is_dir():
-        raise UserError(f"{name}: {str(path)!r} does not exist; pass a folder or a CSV file.")
-    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    folders = path.iterdir() if path.is_dir() else ()
+    names = sorted(entry.name for entry in folders if entry.is_dir() and not entry.name.startswith("."))
     images = [images_in(path / folder) for folder in names]
     empty = [folder for folder, inside in zip(names, images, strict=True) if not inside]
     if empty or not names:
         raise UserError(
-            f"{name}: {str(path)!r} must have one sub-folder of images for each class; of {len(names)} sub-folders "
-            f"{len(empty)} contain no images, first {empty[:1]}."
+            f"{name}: {str(path)!r} must be a CSV file or have one sub-folder of images per class; of {len(names)} "
+            f"sub-folders {len(empty)} contain no images, first {empty[:1]}."
         )
     labels = np.repeat(np.arange(len(names)), [len(inside) for inside in images])
     # Folder names may contain any bytes, but class names must be UTF-8.

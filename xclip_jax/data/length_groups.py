@@ -55,14 +55,6 @@ class LengthGroups:
                 start = end
         return tuple(sizes) if sizes[0][1] < context else ()
 
-    def mean(self, of_length: Callable[[int], float], context: int) -> float:
-        """Return the mean of `of_length` over texts, each as long as its group."""
-        total, start = 0.0, 0.0
-        for tokens, share in self.cuts:
-            total += (share - start) * of_length(min(tokens, context))
-            start = share
-        return total + (1 - start) * of_length(context)
-
 
 WHOLE = LengthGroups()
 
@@ -86,13 +78,17 @@ def choose(counts: np.ndarray, *, rows: int, draws: int, flops_of: Callable[[int
         fitting = rows - int(most)
         if fitting > 0:
             ends[tokens] = fitting
+
+    def flops(groups: LengthGroups) -> float:
+        return sum(n * flops_of(tokens) for n, tokens in groups.sizes(rows, context) or [(rows, context)])
+
     best = WHOLE
     for n in range(1, MAX_GROUPS):
         for lengths in itertools.combinations(ends, n):
             # In millionths, like in a config, and rounded up, since otherwise `sizes` would lose a row.
             cuts = tuple((tokens, -(-ends[tokens] * 10**6 // rows) / 10**6) for tokens in lengths)
             if all(a[1] < b[1] for a, b in itertools.pairwise(cuts)):
-                best = min(best, LengthGroups(cuts), key=lambda groups: groups.mean(flops_of, context))
+                best = min(best, LengthGroups(cuts), key=flops)
     return best
 
 

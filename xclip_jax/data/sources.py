@@ -101,8 +101,8 @@ def spec_from_path(text: str) -> str:
         if redact(path).lower().endswith(kind.suffixes):
             return f"{name}:{text}"
     raise UserError(
-        f"{text!r} is not a folder or a file of a known kind; check the path, or write KIND:REST, such as csv:FILE for "
-        "a table of image names and captions."
+        f"no file or folder {text!r} of a known kind; check the path, or write KIND:REST, such as csv:FILE for a table "
+        "of image names and captions."
     )
 
 
@@ -223,8 +223,8 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     for spec, rows, pairs in shares if fields is not None else ():
         if rows > pairs:
             raise UserError(
-                f"data.batch={config.batch} takes {rows} pairs of {spec!r}, which has {pairs} for training: pairs "
-                "would be negatives of themselves. Lower data.batch or its data.weights, or add pairs."
+                f"data.batch={config.batch} exceeds the {pairs} pairs of {spec!r} for training, of which a batch takes "
+                f"{rows}: pairs would be negatives of themselves. Lower data.batch or its data.weights, or add pairs."
             )
     return opened
 

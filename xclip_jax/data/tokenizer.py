@@ -216,21 +216,19 @@ def _from_file(path: str, _modified: float) -> Tokenizer:
             size, cleaning = conventions["size"], conventions["cleaning"]
         cleaned = CLEANINGS[cleaning]
         model = tokenizers.Tokenizer.from_str(content)
+        vocabulary = model.get_vocab(with_added_tokens=True)
+        end = next(vocabulary[token] for token in end_tokens if token in vocabulary)
     except BaseException as error:  # the library raises any Exception, and Rust's PanicException
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON: {error}") from error
+        raise UserError(
+            f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON with an end token, one of "
+            f"{', '.join(end_tokens)} ({error!r})."
+        ) from error
     model.no_padding()
     model.no_truncation()
     # A caption that contains "</s>" must not end its row.
     model.encode_special_tokens = True
-
-    def find(tokens: Sequence[str]) -> int | None:
-        return next((i for i in map(model.token_to_id, tokens) if i is not None), None)
-
-    end = find(end_tokens)
-    if end is None:
-        raise UserError(f"tokenizer file {path!r} has no end token; add one of {', '.join(end_tokens)} to it.")
 
     def encode(text: str) -> list[int]:
         return model.encode(cleaned(join_surrogates(text)), add_special_tokens=False).ids
@@ -238,9 +236,9 @@ def _from_file(path: str, _modified: float) -> Tokenizer:
     return Tokenizer(
         path,
         encode,
-        vocab_size=size or max(model.get_vocab(with_added_tokens=True).values()) + 1,
-        sot_id=find(start_tokens),
+        vocab_size=size or max(vocabulary.values()) + 1,
+        sot_id=next((vocabulary[token] for token in start_tokens if token in vocabulary), None),
         eot_id=end,
-        pad_id=find(pad_tokens) or 0,
+        pad_id=next((vocabulary[token] for token in pad_tokens if token in vocabulary), 0),
         cleaning=cleaning,
     )

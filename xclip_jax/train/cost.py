@@ -91,7 +91,7 @@ def heads_share(config: Config) -> float | None:
     return parts["heads"] / sum(parts.values()) if parts else None
 
 
-def step_flops(config: Config, groups: LengthGroups = WHOLE, rows: int | None = None) -> float | None:
+def step_flops(config: Config, groups: LengthGroups = WHOLE, rows: int = 1) -> float | None:
     """Return the model FLOPs of a training step on the whole batch; None if a tower reports none.
 
     They are three forward passes, plus one of a teacher; a frozen tower has no backward pass. Recomputation by
@@ -100,7 +100,7 @@ def step_flops(config: Config, groups: LengthGroups = WHOLE, rows: int | None = 
     Args:
       config: the config of a run.
       groups: length groups of its texts.
-      rows: texts per device and microbatch (`Experiment.text_rows`), to round groups to whole texts; None: no rounding.
+      rows: texts per device and microbatch (`Experiment.text_rows`), to round groups to whole texts.
     """
     parts = forward_flops(config)
     if parts is None:
@@ -110,9 +110,7 @@ def step_flops(config: Config, groups: LengthGroups = WHOLE, rows: int | None = 
         cut = cut_flops(tower)
         if cut is None:
             return None
-        if rows is None:
-            parts["txt"] = groups.mean(cut, tower.context_length)
-        elif sizes := groups.sizes(rows, tower.context_length):
+        if sizes := groups.sizes(rows, tower.context_length):
             parts["txt"] = sum(n * cut(tokens) for n, tokens in sizes) / rows
     teacher = 0.0
     if make_objective(config.objective).teacher:  # which drops no patches

@@ -60,9 +60,9 @@ def test_csv(tmp_path, images, tab, first):
         with pytest.raises(BadSample, match=reason):
             source[i]
     assert source.describe(3) == {"file": str(tmp_path / "images" / "9.jpg")}
-    with pytest.raises(base.MissingColumnError, match=r"'image'; its columns are 'title', 'filepath', 'words'"):
+    with pytest.raises(UserError, match=r"'image'; its columns are 'title', 'filepath', 'words'"):
         open_source(f"csv:{tmp_path}/pairs.csv")
-    with pytest.raises(base.MissingColumnError, match="'filepath/bytes'"):  # only texts have fields
+    with pytest.raises(UserError, match="'filepath/bytes'"):  # only texts have fields
         open_source(f"csv:{tmp_path}/pairs.csv", "filepath/bytes", ("title",))
 
 

@@ -62,7 +62,7 @@ def test_tfds(tmp_path):
     shutil.copytree(folder, tmp_path / "b")
     assert open_source("tfds:numbers/train", str(tmp_path / "b")).fingerprint() == card
     for changes in ({"text_columns": ("title/text",)}, {"image_column": "title"}, {"tags_key": "title"}):
-        with pytest.raises(base.MissingColumnError, match=r"'title.*'; its columns are 'image', 'text'"):
+        with pytest.raises(UserError, match=r"'title.*'; its columns are 'image', 'text'"):
             open_source("tfds:numbers/train", folder, **changes)
     part = open_source("tfds:numbers/train[:2]", folder)
     assert len(part) == 2 and part.fingerprint()["hash"] != card["hash"]

@@ -172,7 +172,7 @@ def test_a_path_of_own_pairs_needs_no_kind_before_it(pairs, tmp_path, monkeypatc
     with pytest.raises(UserError, match="no file or folder '/no/pairs'"):
         registry.check("retrieval//no/pairs")
     (tmp_path / "notes.xyz").write_text("no pairs")
-    with pytest.raises(UserError, match=r"'notes\.xyz' is a file of no known kind"):
+    with pytest.raises(UserError, match=r"no file or folder 'notes\.xyz' of a known kind"):
         registry.check("retrieval/notes.xyz")
 
 
