@@ -14,7 +14,7 @@ SHARE = 0.25
 
 
 def config(*specs, **changes):
-    return DataConfig(sources=specs, batch=4, **{"holdout": SHARE} | changes)
+    return DataConfig(**{"sources": specs, "batch": 4, "holdout": SHARE} | changes)
 
 
 def held_out(*specs, **changes):

@@ -105,9 +105,11 @@ def test_labels_of_a_table_are_names(tmp_path, labels, names, expected):
 
 def test_several_labels_and_none(tmp_path):
     text = "path,label\n0.png,cat | dog\n1.png,\n2.png,cat|\n"
-    _, labels, classes = labelled.read_files("set", table(tmp_path / "t.csv", text))
-    assert classes == ["cat", "dog"] and labels.dtype == bool
-    assert labels.tolist() == [[True, True], [False, False], [True, False]]
+    source = sources.open_labelled(f"csv:{table(tmp_path / 't.csv', text)}")
+    assert source.names == ["cat", "dog"] and source.multilabel and source.labels().dtype == bool
+    assert source.labels().tolist() == [[True, True], [False, False], [True, False]]
+    with pytest.raises(UserError, match="several labels"):
+        labelled.check_one_class("t", source)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,14 @@ def test_all_forms_of_an_image_are_prepared_alike(pictures):
 # --- transformers
 
 
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    """A model of transformers; tests write its preprocessor_config.json."""
+    folder = tmp_path_factory.mktemp("hf")
+    make_hf("gelu", 1e-5, 49407, 4).save_pretrained(folder)
+    return folder
+
+
 PROCESSORS = [
     ({"size": {"shortest_edge": 36}, "resample": 2}, {"resize_size": 36, "interpolation": "bilinear"}),
     ({"size": {"height": SIZE, "width": SIZE}, "do_center_crop": False}, {"resize_mode": "squash"}),
@@ -128,14 +136,13 @@ PROCESSORS = [
 
 
 @pytest.mark.parametrize(("changes", "expected"), PROCESSORS)
-def test_a_processor_of_transformers_is_followed(changes, expected, tmp_path):
+def test_a_processor_of_transformers_is_followed(changes, expected, hf_folder, tmp_path):
     base = {
         "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": SIZE}, "resample": 3,
         "do_center_crop": True, "crop_size": {"height": SIZE, "width": SIZE}, "image_mean": MEAN, "image_std": STD,
     }  # fmt: skip
-    make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path / "there")
-    (tmp_path / "there" / "preprocessor_config.json").write_text(json.dumps(base | changes))
-    model = xclip_jax.load(tmp_path / "there")
+    (hf_folder / "preprocessor_config.json").write_text(json.dumps(base | changes))
+    model = xclip_jax.load(hf_folder)
     found, wanted = dataclasses.asdict(model.preprocessing), {"mean": MEAN, "std": STD} | expected
     for key, value in (dataclasses.asdict(Preprocessing(SIZE)) | wanted).items():
         assert found[key] == (pytest.approx(value) if key in ("mean", "std") else value), key
@@ -143,13 +150,13 @@ def test_a_processor_of_transformers_is_followed(changes, expected, tmp_path):
     images = [bad_tars.picture(i, w=w, h=h) for i, (w, h) in enumerate([(320, 200), (100, 300), (61, 45)])]
     prepared = np.stack(list(map(model.prepare, images)))
     ours = np.asarray(transforms.normalize(prepared, model.preprocessing.mean, model.preprocessing.std))
-    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "there")
+    processor = transformers.CLIPImageProcessor.from_pretrained(hf_folder)
     theirs = np.stack(processor(images)["pixel_values"]).transpose(0, 2, 3, 1)
     # In steps of 8 bits: it resizes by torch, which rounds otherwise than Pillow.
     steps = 255 * np.abs(ours - theirs) * np.asarray(model.preprocessing.std)
     assert steps.max() < 1.01 and steps.mean() < 0.1
     # And out again.
-    config, variables = interop.read(str(tmp_path / "there"))
+    config, variables = interop.read(str(hf_folder))
     interop.write(variables, config, str(tmp_path / "back"), "hf")
     assert interop.read(str(tmp_path / "back"))[0] == config
 
@@ -163,25 +170,20 @@ def test_a_processor_of_transformers_is_followed(changes, expected, tmp_path):
         {"image_processor_type": "ViTImageProcessor"}, {"image_std": [0.1, 0, 0.1]}, {"image_mean": "clip"},
     ],
 )  # fmt: skip
-def test_processors_that_cannot_be_followed_are_refused(changes, tmp_path):
-    make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(changes))
+def test_processors_that_cannot_be_followed_are_refused(changes, hf_folder):
+    (hf_folder / "preprocessor_config.json").write_text(json.dumps(changes))
     (key,) = changes
     with pytest.raises(UserError, match=f"{key}|preprocessor_config.json: mean"):
-        interop.read(str(tmp_path))
+        interop.read(str(hf_folder))
 
 
-@pytest.mark.parametrize(
-    ("cfg", "key"),
-    [
-        ({"resize_mode": "longest"}, "resize_mode"),
-        ({"interpolation": "lanczos"}, "interpolation"),
-        ({"std": 0}, "standard deviation 0"),
-    ],
-)
-def test_open_clip_preprocessing_that_is_unknown_is_refused(cfg, key, tmp_path):
-    with pytest.raises(UserError, match=key):
-        interop.read(str(open_clip_folder(tmp_path / "there", cfg)))
+def test_open_clip_preprocessing_that_is_unknown_is_refused(tmp_path):
+    there = open_clip_folder(tmp_path / "there", {})
+    content = json.loads((there / "open_clip_config.json").read_text())
+    for cfg in ({"resize_mode": "longest"}, {"interpolation": "lanczos"}, {"std": 0}):
+        (there / "open_clip_config.json").write_text(json.dumps(content | {"preprocess_cfg": cfg}))
+        with pytest.raises(UserError, match="|".join([*cfg, "standard deviation 0"])):
+            interop.read(str(there))
 
 
 def test_a_format_without_a_resize_size_refuses_it(tmp_path):

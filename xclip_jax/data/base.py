@@ -57,6 +57,7 @@ class Source(abc.ABC):
         return {}
 
 
+@dataclasses.dataclass(eq=False)
 class LazySequence(Sequence):
     """A sequence of `n` items that `get` reads on access.
 
@@ -65,23 +66,16 @@ class LazySequence(Sequence):
       sizes: function that lists name and size in bytes of all items for fingerprints; None if unknown.
     """
 
-    def __init__(
-        self,
-        n: int,
-        get: Callable[[int], Any],
-        name: Callable[[int], str] = "record {}".format,
-        sizes: Callable[[], Iterable[tuple[str, int]]] | None = None,
-    ) -> None:
-        self._n = n
-        self._get = get
-        self.name = name
-        self.sizes: Any = sizes
+    n: int
+    get: Callable[[int], Any]
+    name: Callable[[int], str] = "record {}".format
+    sizes: Any = None
 
     def __len__(self) -> int:
-        return self._n
+        return self.n
 
     def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
-        return self._get(range(self._n)[index])
+        return self.get(range(self.n)[index])
 
 
 def display_name(items: Any, index: int) -> str:

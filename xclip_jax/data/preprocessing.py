@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import images
-from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES, STATISTICS, evaluation_image, evaluation_mask
+from xclip_jax.data.transforms import STATISTICS, evaluation_image, evaluation_mask
 
 Triple = tuple[float, float, float]
 
@@ -62,8 +62,6 @@ class Preprocessing:
     exif_rotation: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("eval.resize", self.resize_mode, RESIZE_MODES)
-        check_choice("eval.interpolation", self.interpolation, INTERPOLATIONS)
         if 0 < self.resize_size < self.size:
             raise UserError(f"eval.resize_size is {self.resize_size}; set it to 0, or to at least {self.size} pixels.")
 

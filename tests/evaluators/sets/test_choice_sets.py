@@ -167,7 +167,7 @@ def test_rows_of_a_table(table):
     results = registry.measure(registry.evaluator(make_encoder(), data), small_model()[1])
     chance = {result.key: result.chance for result in results}
     assert chance["accuracy"] == pytest.approx(100 * (1 / 3 + 1 / 3 + 1 / 2 + 1 / 3) / 4)
-    with pytest.raises(UserError, match="no column 'image'; .*; name its columns"):
+    with pytest.raises(UserError, match=r"no column 'image'; .*; name its columns"):
         load(f"choice/csv:{table}", data=DataConfig(image_column="file", text_columns=("good", "bad")))
 
 
