@@ -56,8 +56,8 @@ def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[s
     empty = [folder for folder, inside in zip(names, images, strict=True) if not inside]
     if empty or not names:
         raise UserError(
-            f"{name}: {str(path)!r} must be a CSV file or have one sub-folder of images per class; of {len(names)} "
-            f"sub-folders {len(empty)} contain no images, first {empty[:1]}."
+            f"{name}: {str(path)!r} does not exist, or is not a folder with images in one sub-folder per class: of "
+            f"{len(names)} sub-folders {len(empty)} contain no images, first {empty[:1]}."
         )
     labels = np.repeat(np.arange(len(names)), [len(inside) for inside in images])
     # Folder names may contain any bytes, but class names must be UTF-8.

@@ -218,7 +218,7 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     if config.holdout:
         opened = holdout.training_part(config.sources, opened, config)
     shares = [("data.sources", config.batch, sum(map(len, opened)))]
-    for spec, source, weight in zip(config.sources, opened, config.weights, strict=bool(config.weights)):
+    for spec, source, weight in zip(config.sources, opened, config.weights, strict=False):  # weights may be empty
         shares.append((spec, math.ceil(config.batch * weight / sum(config.weights)), len(source)))
     for spec, rows, pairs in shares if fields is not None else ():
         if rows > pairs:

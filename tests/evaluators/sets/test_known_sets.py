@@ -160,8 +160,8 @@ def test_a_csv_file(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("folder:{}/none", "/none' must"),
-        ("folder:{}/empty", "/empty' must"),
+        ("folder:{}/none", "does not exist"),
+        ("folder:{}/empty", "contain no images"),
         ("csv:{}/wrong.csv", "columns path and label"),
         ("csv:{}/missing.csv", "1 images do not exist"),
         ("birdsnap", "not in TFDS; write birdsnap@PATH"),
