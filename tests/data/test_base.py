@@ -145,8 +145,9 @@ def arrow(path):
     return f"parquet:{path}/x.parquet"
 
 
-def tar(path, suffix, data):
-    bad_tars.shard(path / "x.tar", [("latin", {"jpg": bad_tars.jpeg(0), suffix: data})])
+def tar(path):
+    files = {"jpg": bad_tars.jpeg(0), "json": b'{"caption": "%s"}' % LATIN}
+    bad_tars.shard(path / "x.tar", [("latin", files)])
     return f"tar:{path}/x.tar"
 
 
@@ -155,8 +156,7 @@ SOURCES = {
     "csv": lambda path: table(path, "text"),
     "keywords": lambda path: table(path, "tags"),
     "parquet": arrow,
-    "tar": lambda path: tar(path, "txt", LATIN),
-    "tar of json": lambda path: tar(path, "json", b'{"caption": "%s"}' % LATIN),
+    "tar of json": tar,
 }
 
 

@@ -94,18 +94,7 @@ def test_shape_dtype_and_threads(name):
 
 
 def test_ids_of_clip(clip):
-    assert clip(["A  photo&amp;amp; of’s   a CAT"], 10)[0].tolist() == [
-        49406,
-        320,
-        1125,
-        261,
-        539,
-        568,
-        320,
-        2368,
-        49407,
-        0,
-    ]
+    assert clip(["a photo&amp;amp; CAT"], 7)[0].tolist() == [49406, 320, 1125, 261, 2368, 49407, 0]
     assert (clip.name, clip.vocab_size, clip.sot_id, clip.eot_id, clip.pad_id) == ("clip", 49408, 49406, 49407, 0)
 
 
@@ -140,21 +129,14 @@ def test_file(tmp_path):
         # Spelt out in a caption the end token is three unknown words, no end.
         [2, 4, 0, 0, 0, 6, 3],
     ]
+    tok = tokenizer.load(save_words(tmp_path / "t.json", ["?", "<|endoftext|>", "fox"]))
+    assert tok.sot_id is None and tok(["fox fox", "fox"], 3).tolist() == [[2, 2, 1], [2, 1, 0]]
 
 
 def test_file_and_half_a_surrogate_pair(tmp_path):
     tok = tokenizer.load(save_words(tmp_path / "tokenizer.json", ["?", "<s>", "</s>", "a", "😀", "\ufffd"]))
     assert tok(["a \ud83d", "a \ud83d\ude00"], 5).tolist() == [[1, 3, 5, 2, 0], [1, 3, 4, 2, 0]]
     assert (tok(["a \ud83d"], 5) == tok(["a \ufffd"], 5)).all()
-
-
-def test_file_without_an_unknown_token(tmp_path):
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "fox": 1}, unk_token="none"))
-    model.save(str(tmp_path / "t.json"))
-    tok = tokenizer.load(str(tmp_path / "t.json"))
-    assert tok(["fox"], 3).tolist() == [[1, 0, 0]]
-    with pytest.raises(Exception, match=r"Missing \[UNK\] token"):  # a bad sample in a run
-        tok(["wolf"], 3)
 
 
 @pytest.mark.parametrize("name", ["clip", "bytes", "file"])
@@ -173,20 +155,11 @@ def test_many_tokens_read_more_of_a_text():
     assert (tokenizer.load("bytes")(["x" * 100_000], 100_002)[0, 1:-1] == ord("x") + 3).all()
 
 
-def test_file_without_a_start_token(tmp_path):
-    tok = tokenizer.load(save_words(tmp_path / "t.json", ["?", "<|endoftext|>", "fox"]))
-    assert tok.sot_id is None and tok(["fox fox", "fox"], 3).tolist() == [[2, 2, 1], [2, 1, 0]]
-
-
 def test_errors_name_the_file_or_the_value(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     endless = save_words(tmp_path / "endless.json", ["?", "<s>", "fox"])
-    for name, named in (
-        ("klip", "'klip'"),
-        (endless, r"endless\.json"),
-        (str(tmp_path / "broken.json"), r"broken\.json"),
-    ):
-        with pytest.raises(UserError, match=named):
+    for name in ("klip", endless, str(tmp_path / "broken.json")):
+        with pytest.raises(UserError, match=f"'{name}'"):
             tokenizer.load(name)
     for texts, length, named in (("a cat", 8, "'a cat'"), (["a cat"], 1, "length 1")):
         with pytest.raises(UserError, match=named):

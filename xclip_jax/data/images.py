@@ -96,12 +96,12 @@ def open_image(data: bytes | Image.Image, *, rotate: bool = True) -> Image.Image
         return ImageOps.exif_transpose(image) if rotate and _has_orientation(image) else image
     except (BadSample, MemoryError):
         raise
+    except Image.UnidentifiedImageError as error:
+        raise BadSample("not an image", about) from error
     except Exception as error:  # Pillow's readers raise errors of any class for damaged files
         reason = "image cut off" if "truncated" in str(error) else "image damaged"
         if isinstance(error, Image.DecompressionBombError):  # Pillow's bound, before the size is known
             reason = "image too large"
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = "not an image"
         raise BadSample(reason, f"{about} ({error})") from error
 
 
