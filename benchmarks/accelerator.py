@@ -14,6 +14,7 @@ with torch.compile, bf16 autocast, fused AdamW and whole texts, first with as ma
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import pathlib
 import re
@@ -34,12 +35,9 @@ LEAST = 128  # fewest pairs of a batch
 WARM_UP = 3
 
 
-def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
+def config_of(objective: str, batch: int, small: bool) -> Any:
     """Return the recipe's config with a batch of `batch` pairs; if `small`, with tiny towers for a CPU."""
-    import jax
-
     from xclip_jax.config import recipes
-    from xclip_jax.config.schema import resolve
 
     config = recipes.base(objective, "Ti/12" if small else PRESET)
     config.update(run="runs/none", steps=1000)
@@ -51,10 +49,21 @@ def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
         config.model.img.update(image_size=24, depth=1, scan=False)
         config.model.txt.update(depth=1, scan=False)
         config.model.cluster_head.update(clusters=64, hidden=32)
+    return config
+
+
+def experiment_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
+    """Return the experiment; with `groups`, texts are encoded in groups of their lengths."""
+    import jax
+
+    from xclip_jax.train import build
+
+    experiment = build.build(config_of(objective, batch, small))
     if groups:
         devices = jax.device_count()
-        config.data.length_groups = cpu.groups_for(batch // devices, devices, resolve(config).model.txt)
-    return config
+        chosen = cpu.groups_for(batch // devices, devices, experiment.config.model.txt)
+        experiment = dataclasses.replace(experiment, length_groups=chosen)
+    return experiment
 
 
 def attempt(flags: argparse.Namespace) -> dict[str, Any]:
@@ -73,10 +82,9 @@ def ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
     import jax
 
     from xclip_jax.data import loader
-    from xclip_jax.data.length_groups import WHOLE
-    from xclip_jax.train import build, cost, state
+    from xclip_jax.train import cost, state
 
-    experiment = build.build(config_of(flags.child, batch, flags.small, flags.groups))
+    experiment = experiment_of(flags.child, batch, flags.small, flags.groups)
     current = state.create(experiment.init, experiment.abstract)
     size, context = experiment.image_size, experiment.context_length
     ends = np.minimum(cpu.caption_lengths(batch), context)
@@ -100,11 +108,12 @@ def ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
                 step()
     device = jax.devices()[0]
     devices = jax.device_count()
-    whole = cost.step_flops(experiment.config, WHOLE)
+    whole = cost.step_flops(experiment.config)
+    in_groups = cost.step_flops(experiment.config, experiment.length_groups, experiment.text_rows[0])
     cut = bool(metrics.get("text/cut", 0))
     return times | {
         "program": "xclip_jax", "objective": flags.child, "batch": batch, "whole": whole, "cut": cut,
-        "flops": cost.step_flops(experiment.config, rows=experiment.text_rows[0]) if cut else whole,
+        "flops": in_groups if cut else whole,
         "peak": cost.PEAK_FLOPS.get(device.device_kind, 0) * devices, "loss": float(metrics["loss"]),
         "memory": (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
         "device_count": devices, "devices": f"{devices} {device.device_kind}",

@@ -18,6 +18,7 @@ tokens for start and end, and are cut at 77.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -56,12 +57,12 @@ def random_tokens(ends: np.ndarray, context: int, vocab: int) -> np.ndarray:
     return np.where(np.arange(context) < ends[:, None], rows, 0)
 
 
-def groups_for(rows: int, draws: int, tower: Any) -> str:
+def groups_for(rows: int, draws: int, tower: Any) -> Any:
     """Choose groups like `data.length_groups=auto`, from natural captions and for devices with `rows` rows."""
     from xclip_jax.data import length_groups
 
     counts = np.bincount(caption_lengths(1024), minlength=CONTEXT["natural"] + 1)
-    return str(length_groups.choose(counts, rows=rows, draws=draws, flops_of=tower.cut_flops))
+    return length_groups.choose(counts, rows=rows, draws=draws, flops_of=tower.cut_flops)
 
 
 def batch(kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -72,10 +73,9 @@ def batch(kind: str) -> tuple[np.ndarray, np.ndarray]:
     return images, random_tokens(lengths, CONTEXT[kind], VOCAB)
 
 
-def config_of(objective: str, kind: str, groups: str) -> Any:
+def config_of(objective: str, kind: str) -> Any:
     """Return the config of our model and batch."""
     from xclip_jax.config import recipes
-    from xclip_jax.models.transformer import TextTowerConfig
 
     config = recipes.base(objective, "Ti/12")
     config.update(run="runs/none", steps=1000)
@@ -85,21 +85,27 @@ def config_of(objective: str, kind: str, groups: str) -> Any:
     config.model.img.update(TOWERS["img"], image_size=IMAGE_SIZE, patch=PATCH, scan=False)
     config.model.txt.update(TOWERS["txt"], context_length=CONTEXT[kind], scan=False)
     config.model.cluster_head.update(clusters=CLUSTERS, hidden=HIDDEN)
-    if groups == "auto":
-        text = TextTowerConfig(context_length=CONTEXT[kind], width=TOWERS["txt"]["width"], depth=TOWERS["txt"]["depth"])
-        groups = groups_for(BATCH, 1, text) if kind == "natural" else "full"
-    config.data.length_groups = groups
     return config
+
+
+def experiment_of(objective: str, kind: str, groups: str) -> Any:
+    """Return the experiment; with `groups` "auto", natural captions are encoded in groups."""
+    from xclip_jax.train import build
+
+    experiment = build.build(config_of(objective, kind))
+    if groups == "auto" and kind == "natural":
+        chosen = groups_for(BATCH, 1, experiment.config.model.txt)
+        experiment = dataclasses.replace(experiment, length_groups=chosen)
+    return experiment
 
 
 def saved_flops() -> float:
     """Return the fraction of a CLIP step's FLOPs that groups of lengths save with natural captions."""
-    from xclip_jax.config.schema import resolve
-    from xclip_jax.data import length_groups
     from xclip_jax.train import cost
 
-    config = resolve(config_of("clip", "natural", "auto"))
-    return 1 - cost.step_flops(config) / cost.step_flops(config, length_groups.WHOLE)
+    experiment = experiment_of("clip", "natural", "auto")
+    config = experiment.config
+    return 1 - cost.step_flops(config, experiment.length_groups, experiment.text_rows[0]) / cost.step_flops(config)
 
 
 def ours(experiment: Any, kind: str) -> Callable[[], float]:
@@ -162,9 +168,7 @@ def child(flags: argparse.Namespace) -> None:
     if flags.child == "open_clip":
         step = open_clip(flags.captions)
     else:
-        from xclip_jax.train import build
-
-        step = ours(build.build(config_of(flags.objective, flags.captions, flags.groups)), flags.captions)
+        step = ours(experiment_of(flags.objective, flags.captions, flags.groups), flags.captions)
     loss = step()
     print(json.dumps({"first": time.perf_counter() - began, "loss": loss}), flush=True)
     for line in sys.stdin:

@@ -19,8 +19,8 @@ from xclip_jax.evaluators.results import VALIDATION, Result, from_json, to_json
 
 # Keys that change neither training nor results, only place and speed; the images of studies are opaque and upright.
 FREE_KEYS = (
-    "run", "checkpoint.", "data.background", "data.cache", "data.dir", "data.exif_rotation",
-    "data.threads", "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
+    "run", "checkpoint.", "data.cache", "data.decoding", "data.dir", "data.threads",
+    "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
 )  # fmt: skip
 # Prefixes of sets and sources in a config, and their short forms in records and declarations, so that moving code does
 # not change a run's identity.
@@ -32,15 +32,18 @@ SHORT_NAMES = {
 }
 # Former config keys. All runs had their default, or the value that the objective has without the key.
 REMOVED = (
-    "checkpoint.keep_every", "data.buffer", "data.caption_noise", "data.read_timeout", "data.subset", "data.workers",
-    "ema.on", "ema.schedule", "eval.before", "log.collapse_warmup_steps", "log.expected_epochs", "log.project",
-    "log.stall_warning", "loss.impl", "model.bias_init", "model.cluster_head.last_norm", "model.img.act",
+    "checkpoint.keep_every", "data.background", "data.buffer", "data.caption_noise", "data.exif_rotation",
+    "data.read_timeout", "data.subset", "data.tags", "data.tags_append_prob", "data.tags_key", "data.tags_only_prob",
+    "data.workers", "ema.on", "ema.schedule", "eval.before", "log.collapse_warmup_steps", "log.expected_epochs",
+    "log.project", "log.stall_warning", "loss.impl", "model.bias_init", "model.cluster_head.last_norm", "model.img.act",
     "model.img.eps", "model.img.patch_bias", "model.img.pre_norm", "model.project_bias", "model.project_img",
     "model.scale_init", "model.txt.act", "model.txt.eps", "objective.clip.distill", "objective.clip.distill_ramp",
     "objective.clip.distill_tau", "objective.clip.reverse", "objective.nclip.balance",
     "objective.nclip.center_momentum", "objective.nclip.target_tau", "optim.lr_start", "optim.max_grad_norm_ratio",
     "optim.max_skipped_steps", "optim.mu_dtype", "optim.rewind",
 )  # fmt: skip
+# Instead of `data.tags`, which only the icons had.
+_ICON_CAPTIONS = "studies.icons.sources:add_category:category"
 # Former names of config keys.
 RENAMED = {
     "data.image_key": "data.image_column", "data.text_keys": "data.text_columns", "eval.final_sets": "eval.sets_at_end",
@@ -117,6 +120,8 @@ def read(line: str) -> RunRecord:
     content = json.loads(line)
     removed = (*REMOVED, "ema.momentum") if "ema.on" in content["config"] else REMOVED  # 0.996, which targets have
     kept = {name: value for name, value in content["config"].items() if name not in removed}
+    if content["config"].get("data.tags"):
+        kept["data.caption_transform"] = _ICON_CAPTIONS
     content["config"] = {RENAMED.get(name, name): value for name, value in kept.items()}
     fields: dict[str, Any] = {name: content[name] for name in _FIELDS} | {"results": from_json(content["results"])}
     record = RunRecord(**fields, error=content.get("error", ""), evaluations=content.get("evaluations", ()))

@@ -34,7 +34,7 @@ assert tokenizer.load("clip")(["a photo of a cat."], 8)[0].tolist() == [49406, 3
 """
 EMBEDDED = """
 from xclip_jax.data import embeddings
-print(len(embeddings.read("texts.npz")["text"]), "texts")
+print(len(embeddings.read("texts.parquet")["text"]), "texts")
 """
 
 
@@ -108,7 +108,7 @@ def test_first_steps_of_the_demo(installed):
     assert "emoji/test_concepts" in (work / "run" / "evaluation.json").read_text()
     run(xclip_jax, "export", "--checkpoint", "run", "--to", "safetensors", "out", **OFFLINE)
     (work / "texts.txt").write_text("a fox\na hen\n")
-    run(xclip_jax, "embed", "--checkpoint", "out", "--texts", "texts.txt", "--out", "texts.npz", **OFFLINE)
+    run(xclip_jax, "embed", "--checkpoint", "out", "--texts", "texts.txt", "--out", "texts.parquet", **OFFLINE)
     assert "2 texts" in run(python, "-c", EMBEDDED, **OFFLINE)
     assert "usage" in run(xclip_jax, "report", "--help")
     packages = run(python, "-c", "import importlib.metadata as m; print(m.files('xclip_jax'))")

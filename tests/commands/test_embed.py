@@ -68,7 +68,7 @@ def model(root):
 
 def read(path):
     """Columns, and what the file says about itself."""
-    return embeddings.read(path), embeddings.format_of(path).about(path)
+    return embeddings.read(path), embeddings.about(path)
 
 
 def flags(root, where, **changes):
@@ -159,7 +159,7 @@ def test_row_i_is_line_i(root, model, tmp_path):
     """In parts of 8 lines, one of them without any good line; spaces are no text, control characters neither."""
     lines = [b"", b" \t", b"a\x00b", *[b""] * 6, b"a fox", b"", b"a hen", *[b""] * 14]
     (tmp_path / "t.txt").write_bytes(b"\n".join(lines) + b"\n")
-    out = tmp_path / "t.npz"
+    out = tmp_path / "t.parquet"
     embed.main([f"--checkpoint={root}/run", f"--texts={tmp_path}/t.txt", f"--out={out}", "--batch=8"])
     columns, about = read(out)
     assert len(columns["text"]) == about["rows"] == len(lines) and about["bad"] == len(lines) - 2
@@ -173,20 +173,20 @@ def test_changed_pictures_are_another_job(root, model, tmp_path, capsys):
     """A picture or caption of another size; the same files, written again at a later time, are the same job."""
     pictures = shutil.copytree(root / "pictures", tmp_path / "pictures")
     changes = {"images": pictures}
-    embed.main(flags(root, tmp_path / "x.npz", **changes))
+    embed.main(flags(root, tmp_path / "x.parquet", **changes))
     os.utime(pictures / "003.png", (1, 1))
-    embed.main(flags(root, tmp_path / "x.npz", **changes))
+    embed.main(flags(root, tmp_path / "x.parquet", **changes))
     assert "is complete" in capsys.readouterr().out
     for name, content in (("003.png", (pictures / "004.png").read_bytes() + b"x"), ("003.txt", b"another caption")):
         before = (pictures / name).read_bytes()
         (pictures / name).write_bytes(content)
         with pytest.raises(SystemExit, match="has other embeddings: image differ; delete it"):
-            embed.main(flags(root, tmp_path / "x.npz", **changes))
+            embed.main(flags(root, tmp_path / "x.parquet", **changes))
         (pictures / name).write_bytes(before)
 
 
 def test_tars(root, model):
-    out = root / "tars.npz"
+    out = root / "tars.parquet"
     embed.main(flags(root, out, images=f"{root}/{{0..1}}.tar"))
     columns, _ = read(out)
     source = inputs.open_images(f"{root}/*.tar")
@@ -200,10 +200,10 @@ def test_a_command_that_embedded_nothing_is_in_the_way_of_none(root, tmp_path):
     """Its images may be readable at the next attempt, or a mistake."""
     (tmp_path / "a.png").write_bytes(b"<html>")
     with pytest.raises(SystemExit, match="nothing could be embedded"):
-        embed.main(flags(root, tmp_path / "x.npz", images=tmp_path / "a.png"))
+        embed.main(flags(root, tmp_path / "x.parquet", images=tmp_path / "a.png"))
     shutil.copy(root / "pictures" / "003.png", tmp_path / "a.png")
-    embed.main(flags(root, tmp_path / "x.npz", images=tmp_path / "a.png"))
-    assert len(embeddings.read(tmp_path / "x.npz")["id"]) == 1
+    embed.main(flags(root, tmp_path / "x.parquet", images=tmp_path / "a.png"))
+    assert len(embeddings.read(tmp_path / "x.parquet")["id"]) == 1
 
 
 def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
@@ -227,7 +227,7 @@ def test_a_damaged_file_is_named(suffix, model, tmp_path):
     file = tmp_path / f"x{suffix}"
     file.write_bytes(b"PK\x03\x04" + bytes(40))
     for read in (embeddings.read, lambda file: embed.embed(model, {"text": inputs.Lines(str(file))}, str(file))):
-        with pytest.raises(UserError, match=rf"x\{suffix} is damaged"):
+        with pytest.raises(UserError, match=r"x\.parquet is damaged"):
             read(file)
 
 
@@ -257,7 +257,7 @@ def test_images_in_a_table(root, tmp_path):
     jpegs = [bad_tars.jpeg(0), None, bad_tars.jpeg(2)]
     columns = {"photo": [{"bytes": x, "path": None} for x in jpegs], "title": ["one", "two", None]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "shop.parquet")
-    table, out = f"parquet:{tmp_path}/shop.parquet", str(tmp_path / "x.npz")
+    table, out = f"parquet:{tmp_path}/shop.parquet", str(tmp_path / "x.parquet")
     flags = ["--checkpoint", str(root / "run"), "--out", out, "--images"]
     embed.main([*flags, f"{table}?image=photo&text=title"])
     made = embeddings.read(out)

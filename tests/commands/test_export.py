@@ -82,7 +82,7 @@ def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_pat
     for to in ("hf", "open_clip"):
         export.main(["--checkpoint", str(run), "--to", to, str(tmp_path / to)])
         out = capsys.readouterr().out
-        assert "no field for it: clusters_img, clusters_txt\n" in out and "data.background='white'; lay " in out
+        assert "no field for it: clusters_img, clusters_txt\n" in out and "data.decoding='xclip'; lay " in out
         assert f"{run}, step {STEPS}, as {to}" in out
         _, parts, variables, *_ = weights.load(str(tmp_path / to))
         features = encode(parts, variables)

@@ -1,6 +1,5 @@
 """Pairs that are held out by their content."""
 
-import dataclasses
 import shutil
 
 import numpy as np
@@ -15,7 +14,7 @@ SHARE = 0.25
 
 
 def config(*specs, **changes):
-    return DataConfig(sources=specs, batch=4, **{"holdout": SHARE} | changes)
+    return DataConfig(**{"sources": specs, "batch": 4, "holdout": SHARE} | changes)
 
 
 def held_out(*specs, **changes):
@@ -66,10 +65,10 @@ def test_pairs_of_one_image_are_on_one_side(tmp_path):
 
 
 def test_the_share_is_that_of_many_images():
-    hashes = [holdout.image_hash(i.to_bytes(4, "big")) for i in range(20_000)]
+    hashes = [holdout.image_hash(i.to_bytes(4, "big")) for i in range(5000)]
     few, more = ({x for x in hashes if holdout.is_held_out(x, share)} for share in (0.05, 0.1))
-    assert len(few) / 20_000 == pytest.approx(0.05, abs=0.005) and few < more
-    assert len(more) / 20_000 == pytest.approx(0.1, abs=0.007)
+    assert len(few) / 5000 == pytest.approx(0.05, abs=0.01) and few < more
+    assert len(more) / 5000 == pytest.approx(0.1, abs=0.014)
     assert all(holdout.is_held_out(x, 1.0) for x in hashes)
 
 
@@ -91,19 +90,14 @@ def test_pairs_that_cannot_be_read_stay_in_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"holdout": 1e-9}, "holds out none of the 12 pairs of data.sources; raise it"),
-        ({"holdout": 0.999999}, "holds out all pairs of a source of the 12 pairs"),
-        ({"holdout": 0.5, "batch": 12}, r"data\.batch=12 exceeds the \d pairs left by data\.holdout"),
+        ({"holdout": 1e-9}, r"data\.holdout=1e-09 leaves 12 of the 12"),
+        ({"holdout": 0.999999}, r"data\.holdout=0.999999 leaves 0 of the 12"),
+        ({"holdout": 0.5, "batch": 12}, r"data\.batch=12 exceeds the \d pairs"),
     ],
 )
-def test_too_few_and_too_many(changes, message, tmp_path):
+def test_too_few_and_too_many(changes, named, tmp_path):
     spec = f"folder:{tiny.folder(tmp_path / 'pairs', 12)}"
-    with pytest.raises(UserError, match=message):
-        sources.open_sources(dataclasses.replace(config(spec), **changes), 0, ("image", "text"))
-
-
-def test_labelled_items_have_splits_of_their_own():
-    with pytest.raises(UserError, match=r"data\.holdout is for pairs"):
-        sources.open_sources(config("folder:/x"), classes=2)
+    with pytest.raises(UserError, match=named):
+        sources.open_sources(config(spec, **changes), 0, ("image", "text"))

@@ -9,7 +9,6 @@ import pytest
 from etils import epath
 
 from tests.helpers.util import free_address
-from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import ledger
 
@@ -49,22 +48,14 @@ def lines(folder):
 
 def test_processes_agree_and_the_first_one_writes(tmp_path):
     address = free_address()
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path), address, str(i)],
-            cwd=ROOT,
-            text=True,
-            env=os.environ | {"XLA_FLAGS": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for i in range(2)
-    ]
+    options = {"cwd": ROOT, "text": True, "env": os.environ | {"XLA_FLAGS": ""}, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), address]
+    running = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, **options) for i in range(2)]
     said = [process.communicate(timeout=120) for process in running]
     for out, error in said:
         assert out.splitlines()[-2:] == [  # before them Gloo speaks
             "{'samples': 16, 'tokens': 62, 'bad': {'caption is empty': 3}}",
-            "57 of 81 samples are bad, more than",
+            "57 of the last 81 samples are bad, ",
         ], error
     assert [line["position"] for line in lines(tmp_path)] == [5, 12, 13, *range(16, 70)]
 
@@ -124,9 +115,7 @@ def test_share_is_of_a_thousand_at_least(tmp_path):
     book.check()
     book.add(16, 0, [entry(50)])
     book.sync(16)
-    with pytest.raises(
-        UserError, match=r"51 of 67 samples are bad, more than data\.max_bad_fraction=0\.05 allows \(not an im"
-    ):
+    with pytest.raises(UserError, match=r"51 .* 67 .*data\.max_bad_fraction=0\.05 .*not an image: 51.*=0\.06"):
         book.check()
 
 
@@ -144,9 +133,7 @@ def test_a_failure_after_long_good_data_is_noticed(tmp_path, monkeypatch):
     book.check()
     book.add(106_000, 0, [entry(106_000 - i) for i in range(1, 51)])
     book.sync(106_000)
-    with pytest.raises(
-        ledger.TooManyBadSamples, match=r"^150 of the last 2,150 samples are bad, .* \(in all not an image: 350\)"
-    ):
+    with pytest.raises(ledger.TooManyBadSamples, match=r"^150 of the last 2,150 .* not an image: 350"):
         book.check()
     assert book.share < 0.01
 
@@ -161,27 +148,3 @@ def test_the_first_bad_samples_are_listed_and_all_are_counted(tmp_path, monkeypa
             book.sync(end)
     assert [line["position"] for line in lines(tmp_path)] == [4, 5, 7]
     assert book.bad == 8 + 8
-    monkeypatch.setattr(ledger, "_MOST_LISTED", 2)  # a file of an earlier version, without this limit
-    again = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0, start=32)
-    again.add(40, 0, [entry(33)])
-    again.sync(40)
-    assert [line["position"] for line in lines(tmp_path)] == [4, 5, 7]
-
-
-def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "is_remote", lambda _: True)
-    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
-    book.add(8, 0, [entry(1)])
-    book.add(16, 0, [entry(9)])
-    book.sync(8)
-    book.sync(16)
-    book.file.close()
-    assert [line["position"] for line in lines(tmp_path)] == [1, 9]
-    counters = {"samples": 8, "bad": {"not an image": 1}}
-    again = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0, start=8, counters=counters)
-    assert [line["position"] for line in lines(tmp_path)] == [1]
-    again.add(16, 0, [entry(9)])
-    again.sync(16)
-    again.file.close()
-    assert [line["position"] for line in lines(tmp_path)] == [1, 9]
-    assert again.bad == 2

@@ -1,6 +1,4 @@
-import dataclasses
 import itertools
-import tracemalloc
 
 import jax
 import numpy as np
@@ -12,6 +10,8 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data import base, images, loader, sources, tokenizer, transforms
 from xclip_jax.data.readers.tfds import lookup
 from xclip_jax.parallel.mesh import batch_parts, make_mesh
+
+KEYWORDS = "xclip_jax.demo.emoji:add_keywords:tags"
 
 
 class Numbers(base.Source):
@@ -50,57 +50,47 @@ def test_each_sample_once_an_epoch_in_another_order():
     seen = texts(read([Numbers("a", 40)], config(), stop=10))
     first, second = seen[:40], seen[40:]
     assert sorted(first) == sorted(second) == sorted(f"a {i}" for i in range(40))
-    assert first != second
-    assert first != [f"a {i}" for i in range(40)]
+    assert first != second and first != [f"a {i}" for i in range(40)]
 
 
-def test_a_batch_is_not_larger_than_the_pairs(tmp_path):
-    pairs = f"folder:{tiny.folder(tmp_path / 'pairs', 12)}"
-    c = config(sources=(pairs, pairs), batch=25, weights=(0.5, 0.5))
-    with pytest.raises(UserError, match=r"data\.batch=25 exceeds the 24 pairs of data\.sources.*at most 24"):
-        sources.open_sources(c, 0, ("image", "text"))
-    assert sources.open_sources(dataclasses.replace(c, batch=24), 0, ("image", "text"))
-    assert sources.open_sources(c)  # nothing is trained
-
-
-def test_a_share_of_a_batch_is_not_larger_than_its_source(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "classes", "named"),
+    [
+        ({"batch": 17}, 0, r"data\.batch=17 exceeds the 16 pairs of 'data\.sources'"),
+        ({"weights": (5.0, 3.0)}, 0, r"the 4 pairs of 'folder:.*few' .* takes 5: .*data\.weights"),
+        ({"sources": ("folder:few", "folder:none")}, 2, "'folder:none' has nothing in it"),
+        ({"spread_duplicate_captions": True}, 2, r"data\.spread_duplicate_captions"),
+        ({"holdout": 0.5}, 2, r"data\.holdout"),
+        ({"caption_transform": "none:none:text"}, 0, r"data\.caption_transform 'none:none'"),
+    ],
+)
+def test_open_sources__names_the_key(changes, classes, named, tmp_path, monkeypatch):
     few, many = (f"folder:{tiny.folder(tmp_path / name, n)}" for name, n in (("few", 4), ("many", 12)))
-    c = config(sources=(few, many), batch=8, weights=(1.0, 1.0))
-    assert sources.open_sources(c, 0, ("image", "text"))
-    c = dataclasses.replace(c, weights=(5.0, 3.0))
-    with pytest.raises(UserError, match=r"data\.weights gives 'folder:.*few', of 4 pairs, 5 of a batch of 8"):
-        sources.open_sources(c, 0, ("image", "text"))
-    assert sources.open_sources(c)  # nothing is trained
+    monkeypatch.setattr(sources, "open_labelled", lambda spec, _: Numbers("a", 0 if spec == "folder:none" else 4))
+    c = config(**{"sources": (few, many), "weights": (1.0, 1.0)} | changes)
+    with pytest.raises(UserError, match=named):
+        sources.open_sources(c, classes, ("image", "text"))
 
 
-def test_a_source_without_anything_is_named(monkeypatch):
-    monkeypatch.setattr(sources, "open_pairs", lambda spec, _: Numbers("a", 0 if spec == "folder:b" else 9))
-    with pytest.raises(UserError, match=r"source 'folder:b' has nothing in it; leave it out of data\.sources"):
-        sources.open_sources(config(sources=("folder:a", "folder:b"), weights=(0.5, 0.5)))
-
-
-def test_labelled_items_may_be_fewer_than_a_batch(tmp_path):
-    for name in ("a", "b"):
-        tiny.folder(tmp_path / name, 2)
-    assert sources.open_sources(config(sources=(f"folder:{tmp_path}",), batch=64), 2, ("image", "label"))
-
-
-def test_labels_cannot_be_kept_apart():
-    with pytest.raises(UserError, match=r"data\.spread_duplicate_captions is for pairs"):
-        sources.open_sources(config(sources=("folder:x",), spread_duplicate_captions=True), classes=3)
+def test_open_sources__lets_pass_what_fits(tmp_path):
+    few, many = (f"folder:{tiny.folder(tmp_path / name, n)}" for name, n in (("few", 4), ("many", 12)))
+    assert sources.open_sources(config(sources=(few, many), weights=(1.0, 1.0)), 0, ("image", "text"))
+    assert sources.open_sources(config(sources=(few, many), batch=16), 0, ("image", "text"))
+    assert sources.open_sources(config(sources=(few, many), batch=99))  # nothing is trained
+    assert sources.open_sources(config(sources=(f"folder:{tmp_path}",), batch=99), 2, ("image", "label"))
 
 
 def test_keys_tell_equal_images_and_captions():
     transform = loader.Transform(config(), 8, tokenizer.load("bytes"), 16, ("image", "text", "image_key", "text_key"))
-    order = loader.sample_order([Numbers("a", 400)], config(), seed=3)
-    batches = loader.batches(order, transform, batch=8, start=0, stop=60, seed=3)
+    order = loader.sample_order([Numbers("a", 300)], config(), seed=3)
+    batches = loader.batches(order, transform, batch=8, start=0, stop=45, seed=3)
     seen = {}
     for batch in batches:
         for image, text, *keys in zip(*(batch[field] for field in transform.fields), strict=True):
             seen.setdefault((image.flat[0], text.tobytes()), set()).add(tuple(map(bytes, keys)))
-    assert len(seen) == 400 and all(len(keys) == 1 for keys in seen.values())
+    assert len(seen) == 300 and all(len(keys) == 1 for keys in seen.values())
     images, captions = (len({bytes(key[i]) for keys in seen.values() for key in keys}) for i in (0, 1))
-    assert (images, captions) == (256, 400)  # images repeat after 256
+    assert (images, captions) == (256, 300)  # images repeat after 256
 
 
 def test_no_crop_of_a_jpeg_that_is_decoded_small_is_enlarged(monkeypatch):
@@ -118,19 +108,18 @@ def test_epochs_need_not_be_whole_batches():
     assert all(sorted(seen[i : i + 13]) == sorted(f"a {j}" for j in range(13)) for i in range(0, 104, 13))
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_global_batches_are_the_same_on_any_number_of_hosts(hosts):
-    c = config(tags=2)
+def test_batches_are_the_same_from_any_start_and_on_any_number_of_hosts():
+    c = config(caption_transform=KEYWORDS)
     whole = read([Numbers("a", 30)], c)
-    parts = [read([Numbers("a", 30)], c, host=h, hosts=hosts) for h in range(hosts)]
-    for g, batch in enumerate(whole):
+    parts = [read([Numbers("a", 30)], c, start=2, host=h, hosts=2) for h in range(2)]
+    for g, batch in enumerate(whole[2:]):
         for key in batch:
             np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
 
 
 def test_a_host_reads_the_rows_that_its_devices_hold():
     """Hosts of 2 x 2 chips hold rows that are no neighbours; `loader.to_global` fills them in ascending order."""
-    c = config(tags=2, batch=16)
+    c = config(caption_transform=KEYWORDS, batch=16)
     whole = read([Numbers("a", 30)], c)
     for part in batch_parts(mesh_of(4, 2, 1, [1, 1, 0, 0, 1, 1, 0, 0])).values():
         rows = [2 * shard + i for shard in part.shards for i in range(2)]
@@ -142,16 +131,8 @@ def test_a_host_reads_the_rows_that_its_devices_hold():
                 np.testing.assert_array_equal(mine[key], batch[key][rows])
 
 
-def test_any_start_goes_on_as_if_it_had_never_stopped():
-    c = config(tags=2)
-    whole, rest = read([Numbers("a", 30)], c, stop=8), read([Numbers("a", 30)], c, start=3, stop=8)
-    for a, b in zip(whole[3:], rest, strict=True):
-        np.testing.assert_array_equal(a["image"], b["image"])
-        np.testing.assert_array_equal(a["text"], b["text"])
-
-
 def test_threads_read_the_same():
-    one, many = (read([Numbers("a", 30)], config(threads=n), stop=20) for n in (1, 16))
+    one, many = (read([Numbers("a", 30)], config(threads=n), stop=10) for n in (1, 16))
     for a, b in zip(one, many, strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
         np.testing.assert_array_equal(a["text"], b["text"])
@@ -166,7 +147,7 @@ class Ramps(Numbers):
 
 
 def test_seed_and_position_decide_on_samples_crops_and_captions():
-    c = config(crop_scale=(0.3, 0.5), tags=2, tags_append_prob=1.0)
+    c = config(crop_scale=(0.3, 0.5), caption_transform=KEYWORDS)
     transform = loader.Transform(c, 8, tokenizer.load("bytes"), 30)
 
     def rows(seed, order_seed=0):
@@ -188,49 +169,33 @@ def test_seed_and_position_decide_on_samples_crops_and_captions():
 
 def test_mixture_keeps_the_weights():
     c = config(sources=("x", "y"), weights=(0.75, 0.25))
-    seen = texts(read([Numbers("a", 10), Numbers("b", 1000)], c, stop=50))
+    seen = texts(read([Numbers("a", 10), Numbers("b", 1000)], c, stop=25))
     share = sum(t.startswith("a") for t in seen) / len(seen)
     assert share == pytest.approx(0.75, abs=0.01)
 
 
 def test_without_weights_each_sample_of_all_sources_comes_once_an_epoch():
     found = [Numbers("a", 7), Numbers("b", 30), Numbers("c", 63)]
-    seen = texts(read(found, config(sources=("x", "y", "z"), batch=20), stop=15))
-    for epoch in range(3):
+    seen = texts(read(found, config(sources=("x", "y", "z"), batch=20), stop=10))
+    for epoch in range(2):
         part = seen[100 * epoch : 100 * epoch + 100]
         assert sorted(part) == sorted(f"{source.name} {i}" for source in found for i in range(len(source)))
     assert len({t[0] for t in seen[:20]}) > 1
 
 
-def test_captions_and_tags():
-    transform = loader.Transform(config(tags=2), 8, tokenizer.load("bytes"), 16)
+def test_captions_are_drawn_and_transformed():
     record = {"text": ["fox", "red fox"], "tags": ["fox", "animal", "tail"]}
     rng = np.random.default_rng(0)
-    seen = {transform.caption(record, rng) for _ in range(500)}
-    tails = ["", ", animal", ", tail", ", animal, tail", ", tail, animal"]
-    assert seen == {a + b for a, b in itertools.product(record["text"], tails)} | {
-        f"red fox, {t}" for t in ("fox", "fox, animal", "fox, tail", "animal, fox", "tail, fox")
-    }
-
-
-def test_tags_in_place_of_a_caption():
-    transform = loader.Transform(
-        config(tags=3, tags_append_prob=0.0, tags_only_prob=1.0), 8, tokenizer.load("bytes"), 16
-    )
-    rng = np.random.default_rng(0)
-    assert {transform.caption({"text": ["fox"], "tags": ["a"]}, rng) for _ in range(20)} == {"a"}
+    plain = loader.Transform(config(), 8, tokenizer.load("bytes"), 16)
+    assert {plain.caption(record, rng) for _ in range(50)} == {"fox", "red fox"}
+    transform = loader.Transform(config(caption_transform=KEYWORDS), 8, tokenizer.load("bytes"), 16)
+    tails = [", ".join(words) for n in (0, 1, 2, 3) for words in itertools.permutations(record["tags"], n)]
+    drawn = [[transform.caption(record | {"text": [text]}, rng) for _ in range(800)] for text in record["text"]]
+    of_fox, of_red = map(set, drawn)
+    without = [tail for tail in tails if "fox" not in tail]
+    assert of_fox == {"fox", *without[1:], *(f"fox, {tail}" for tail in without[1:])}
+    assert of_red == {"red fox", *tails[1:], *(f"red fox, {tail}" for tail in tails[1:])}
     assert transform.caption({"text": ["fox"], "tags": []}, rng) == "fox"
-
-
-def test_one_long_keyword_costs_no_more_than_itself():
-    transform = loader.Transform(config(tags=2, tags_append_prob=1.0), 8, tokenizer.load("bytes"), 16)
-    record = {"text": ["fox"], "tags": ["x" * (1 << 20), *map(str, range(50_000))]}
-    tracemalloc.start()
-    try:
-        assert transform.caption(record, np.random.default_rng(0)).startswith("fox, ")
-        assert tracemalloc.get_traced_memory()[1] < 1 << 24  # an array of strings would take 200 GB
-    finally:
-        tracemalloc.stop()
 
 
 def test_to_global_splits_the_rows():
@@ -246,30 +211,6 @@ def test_lookup_of_nested_features():
     assert lookup(record, "captions/text") == ["one", "two"]
     assert lookup(record, "name") == ["x"]
     assert lookup(record, "list") == ["a", "b"]
-
-
-def test_decoded_images_are_kept():
-    calls = []
-
-    class Counted(Numbers):
-        def __getitem__(self, i):
-            calls.append(i)
-            return super().__getitem__(i)
-
-    source = sources.Decoded(Counted("a", 3))
-    assert source[1] is source[1]
-    assert calls == [1]
-
-
-def test_crop_is_inside_and_evaluation_is_central():
-    image = np.zeros((30, 50, 3), np.uint8)
-    image[:, 10:40] = 255
-    np.testing.assert_array_equal(transforms.evaluation_image(image, 30), 255)
-    assert transforms.evaluation_image(image, 12).shape == (12, 12, 3)
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        assert transforms.random_resized_crop(image, 12, rng, (0.2, 1.0)).shape == (12, 12, 3)
-    np.testing.assert_array_equal(transforms.random_resized_crop(np.full((9, 7, 3), 5, np.uint8), 4, rng), 5)
 
 
 def test_device_transforms():
@@ -295,9 +236,3 @@ def test_device_transforms():
     gray = np.full((6, 5, 4, 3), 100, np.uint8)
     gray_colored = np.asarray(transforms.augment(gray, transforms.sample_augmentations(key, len(gray), color=0.3)))
     np.testing.assert_allclose(np.ptp(gray_colored, axis=(1, 2, 3)), 0, atol=1e-3)
-
-
-def test_order_is_random_access():
-    first, again = (loader.sample_order([Numbers("a", 10)], config(), seed=0) for _ in range(2))
-    straight = [first[i]["text"] for i in range(130)]
-    assert [again[i]["text"] for i in (123, 7, 64, 0, 123)] == [straight[i] for i in (123, 7, 64, 0, 123)]

@@ -80,10 +80,12 @@ def test_places_are_taken_as_they_are_needed():
 
 
 def test_a_signal_does_not_wait_for_a_disk_that_does_not_answer():
-    """Neither the reading nor the end of the process."""
+    """Neither the reading, of chunks or ahead, nor the end of the process."""
     program = """
-import signal
-from tests.data.test_records import Slow, read
+import signal, time
+from tests.data.test_records import Slow, read, records
+with records.ThreadPrefetcher(lambda i: time.sleep(300 * i), 4, threads=2) as ahead:
+    ahead[0]
 def leave(number, frame):
     raise SystemExit(75)
 signal.signal(signal.SIGALRM, leave)
@@ -92,14 +94,6 @@ list(read(Slow(100, hangs=40), threads=2))
 """
     process = subprocess.run([sys.executable, "-c", program], timeout=40, capture_output=True, text=True)
     assert process.returncode == 75, process.stderr
-
-
-def test_the_end_of_a_process_does_not_wait_for_a_read_that_hangs():
-    script = (
-        "import time; from xclip_jax.data.records import ThreadPrefetcher\n"
-        "with ThreadPrefetcher(lambda i: time.sleep(300 * i), 4, threads=2) as ahead: ahead[0]"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_an_error_of_a_prefetched_item_is_raised_where_it_is_read():

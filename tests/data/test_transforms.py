@@ -40,12 +40,9 @@ def odd_images():
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_evaluation_pixels_are_open_clips(resample):
     theirs = open_clip.image_transform(224, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), interpolation=resample)
-    files = odd_images()
-    assert len(files) == 12
-    for name, data in files.items():
+    for name, data in odd_images().items():
         there = theirs(Image.open(io.BytesIO(data))).numpy().transpose(1, 2, 0)
         here = transforms.evaluation_image(data, 224, resample) / 255
-        assert here.shape == (224, 224, 3)
         assert np.abs(here - there).max() < 2 / 255, name
         if data[:2] == b"\xff\xd8" or name == "webp":
             pixels = images.decode(data, rotate=False)
@@ -96,20 +93,16 @@ def test_exif_turns_and_others_take_the_fast_way(monkeypatch):
     images.decode(bad_tars.jpeg(0))
 
 
-@pytest.mark.parametrize("background", images.BACKGROUNDS)
-def test_a_pillow_image_without_pixels_is_a_bad_sample(background):
-    empty = bad_tars.picture(0).crop((5, 5, 5, 8))
-    for decode in (images.decode, lambda image, **options: transforms.evaluation_image(image, 8, **options)):
-        with pytest.raises(BadSample, match="image is empty: 0 x 3 pixels"):
-            decode(empty, background=background)
+def test_a_pillow_image_without_pixels_is_a_bad_sample():
+    with pytest.raises(BadSample, match="image is empty: 0 x 3 pixels"):
+        transforms.evaluation_image(bad_tars.picture(0).crop((5, 5, 5, 8)), 8)
 
 
 def test_bounds_hold_before_anything_is_decoded():
-    for side in (8_200, 12_000, 60_000):  # Pillow would warn at 9,500 and refuse above 13,400
-        with warnings.catch_warnings():
+    for side in (8_200, 60_000):  # Pillow would warn at 9,500 and refuse above 13,400
+        with warnings.catch_warnings(), pytest.raises(BadSample, match="image too large"):
             warnings.simplefilter("ignore")
-            with pytest.raises(BadSample, match="image too large"):
-                images.decode(bad_tars.bomb(side))
+            images.decode(bad_tars.bomb(side))
 
 
 def test_formats_that_start_a_program_are_no_images(monkeypatch):
@@ -125,11 +118,12 @@ def test_formats_that_start_a_program_are_no_images(monkeypatch):
         assert images.decode(bad_tars.encode(bad_tars.picture(0), kind)).shape == (30, 40, 3)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 11, 20, 100, 400, 623])
-def test_any_cut_is_a_bad_sample(n):
-    for data in (bad_tars.jpeg(0), *(bad_tars.encode(bad_tars.picture(0), kind) for kind in ("WEBP", "GIF"))):
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF"])
+def test_any_cut_is_a_bad_sample(kind):
+    data = bad_tars.encode(bad_tars.picture(0), kind)
+    for n in (0, 1, 2, 3, 11, 20, 100, len(data) // 2):
         with pytest.raises(BadSample):
-            images.decode(data[: n if n < len(data) - 300 else len(data) // 2])
+            images.decode(data[:n])
 
 
 @pytest.mark.parametrize("resample", transforms.RESAMPLE)
@@ -138,7 +132,7 @@ def test_crops_of_less_than_a_pixel(resample, shape):
     """Tracking pixels of the web: a crop of less than half a pixel may round to one behind the border."""
     image = np.full((*shape, 3), 77, np.uint8)
     for scale in ((0.08, 1.0), (1e-9, 1e-6)):
-        for seed in range(50):
+        for seed in range(20):
             crop = transforms.random_resized_crop(image, 8, np.random.default_rng(seed), scale, resample=resample)
             np.testing.assert_array_equal(crop, np.full((8, 8, 3), 77))
 
@@ -150,12 +144,8 @@ def test_arrays_are_rgb_or_grey(resample):
     row = np.zeros((8, 8, 3), np.uint8)
     transforms.random_resized_crop(images.decode(grey), 8, rng, (0.5, 1.0), resample=resample, out=row)
     assert (row == 200).all()
-    for shape, dtype in (
-        ((28, 20), np.uint8),
-        ((28, 20, 4), np.uint8),
-        ((28, 20, 3), np.uint16),
-        ((0, 2, 3), np.uint8),
-    ):
+    u8, u16 = np.uint8, np.uint16
+    for shape, dtype in (((28, 20), u8), ((28, 20, 4), u8), ((28, 20, 3), u16), ((0, 2, 3), u8)):
         with pytest.raises(BadSample, match=r"image is not uint8 \(h, w, 3\)"):
             images.decode(np.zeros(shape, dtype))
 

@@ -71,7 +71,7 @@ def test_secrets_are_in_nothing_that_is_written_shown_or_uploaded(site, server, 
     evaluate.main(["--checkpoint", str(run), "--suite", f"retrieval/tar:{address}"])
     doctor.main([str(run)])
     assert check.main([f"tar:{address}", "--max_bad_fraction", "0.5"]) == 0
-    embed.main(["--checkpoint", str(run), "--images", address, "--out", str(tmp_path / "rows.npz")])
+    embed.main(["--checkpoint", str(run), "--images", address, "--out", str(tmp_path / "rows.parquet")])
     export.main(["--checkpoint", str(run), str(tmp_path / "out"), "--to", "safetensors", "--push", "lab/mine"])
     uploaded = repr(server.repositories["lab/mine"])
     with pytest.raises(UserError) as refused:

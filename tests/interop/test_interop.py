@@ -57,8 +57,7 @@ def test_open_clip_there_and_back(name, file, tmp_path):
         {"model_cfg": MODELS[name] | {"embed_dim": 48}, "preprocess_cfg": {"mean": mean, "std": std}}))  # fmt: skip
     config, variables = interop.read(str(there))
     assert config["data"] == {
-        "tokenizer": "clip", "normalization": "half", "resample": "bicubic", "background": "drop_alpha",
-        "exif_rotation": False,
+        "tokenizer": "clip", "normalization": "half", "resample": "bicubic", "decoding": "open_clip",
     }  # fmt: skip
     pixels, tokens = images(28), clip_tokens(12)
     expected = theirs_open_clip(model, pixels, tokens)
@@ -114,12 +113,12 @@ def test_own_form_is_bit_exact_and_brings_its_tokenizer(tmp_path, monkeypatch):
 
 
 def test_notes_on_what_a_format_cannot_hold(tmp_path):
-    options = {"data__background": "drop_alpha", "data__exif_rotation": False}
+    options = {"data__decoding": "open_clip"}
     config, variables = our_model("xclip", model__img__scan=True, **options)
     notes = interop.write(variables, config, str(tmp_path / "hf"), "hf")
     assert [note.rpartition(": ")[2] for note in notes] == ["clusters_img, clusters_txt"]
     config, variables = our_model("siglip")
-    parts = [": bias", ": data.background='white'; lay", ": data.exif_rotation=True; rotate"]
+    parts = [": bias", ": data.decoding='xclip'; lay"]
     for to, expected in (("hf", parts), ("open_clip", parts[1:])):
         notes = interop.write(variables, config, str(tmp_path / to), to)
         assert len(notes) == len(expected)

@@ -56,7 +56,7 @@ def images() -> list[bytes]:
     ]
 
 
-_CONFIG = DataConfig(sources=("x",), tags=2, max_bad_fraction=1.0)
+_CONFIG = DataConfig(sources=("x",), max_bad_fraction=1.0)
 TOKENIZERS = {name: tokenizer.load(name) for name in tokenizer.NAMES}
 
 

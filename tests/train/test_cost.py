@@ -14,7 +14,7 @@ from xclip_jax.config.load import load_config
 from xclip_jax.config.schema import resolve
 from xclip_jax.core import environment
 from xclip_jax.core.errors import UserError
-from xclip_jax.data.length_groups import WHOLE, LengthGroups
+from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.train import build, checks, cost, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.checks import FAIL, OK
@@ -203,10 +203,9 @@ def test_patch_dropout_and_teacher_and_batch():
 def test_groups_count_as_they_are_rounded():
     """A device orders whole texts: of one none is cut by a share below 1, of three a half are one."""
     config, groups = resolve(tiny.config("clip")), LengthGroups.parse("6:0.5")
-    whole, third = cost.step_flops(config, WHOLE), cost.step_flops(config, LengthGroups(((6, 1 / 3),)))
-    assert cost.step_flops(config, groups, rows=1) == whole > third
-    assert cost.step_flops(config, groups, rows=3) == pytest.approx(third)
-    assert cost.step_flops(config, groups, rows=2) == pytest.approx(cost.step_flops(config, groups))
+    whole, half = cost.step_flops(config), cost.step_flops(config, groups, rows=2)
+    assert cost.step_flops(config, groups, rows=1) == whole > half
+    assert whole - cost.step_flops(config, groups, rows=3) == pytest.approx(2 / 3 * (whole - half))
 
 
 def test_xclip_costs_a_tenth_more_than_clip_at_most():

@@ -28,7 +28,7 @@ from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, che
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import strict_json
 from xclip_jax.data import inspect, loader, records, sources, tokenizer
-from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
+from xclip_jax.data.base import Record, Source, SourceOptions
 from xclip_jax.data.images import decode
 from xclip_jax.data.inspect import Sample
 from xclip_jax.objectives.similarity import ClusterSimilarity, features
@@ -158,7 +158,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "source",
-        metavar="SOURCE[,image=COLUMN][,text=COLUMN,...][,tags=COLUMN][,dir=FOLDER]",
+        metavar="SOURCE[,image=COLUMN][,text=COLUMN,...][,dir=FOLDER]",
         help="from the list below, or the path of a folder, tars or a table; COLUMN is a table's column, a record's "
         "feature or a .json file's field, FOLDER the root of TFDS data sets",
     )
@@ -183,14 +183,11 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
         if options.suspects:  # written at the end
             check_file("--suspects", options.suspects)
-        given = {"image": "image", "text": "text", "tags": "", "dir": ""}
+        given = {"image": "image", "text": "text", "dir": ""}
         path, *pairs = re.split(rf",(?=(?:{'|'.join(given)})=)", options.source)
         given |= dict(pair.split("=", 1) for pair in pairs)
-        keys = given["dir"], given["image"], tuple(given["text"].split(",")), given["tags"]
-        try:
-            source = sources.open_pairs(sources.spec_from_path(path), SourceOptions(*keys))
-        except MissingColumnError as error:
-            raise UserError(f"{error.fault}; name its columns, {path},image=COLUMN,text=COLUMN.") from error
+        keys = given["dir"], given["image"], tuple(given["text"].split(","))
+        source = sources.open_pairs(sources.spec_from_path(path), SourceOptions(*keys))
         if not len(source):
             raise UserError(f"source {path!r} has nothing in it; name another split or file.")
         options.model = inference.load(options.by, trust=options.trust) if options.by else None

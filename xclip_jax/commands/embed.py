@@ -3,13 +3,13 @@
     xclip-jax embed --checkpoint RUN --images '/data/photos/**/*.jpg' --out photos.parquet
     xclip-jax embed --checkpoint RUN --images '/data/cc12m/{00000..01242}.tar' --out cc12m.parquet
     xclip-jax embed --checkpoint RUN --images 'parquet:/data/shop/test?image=photo&text=title' --out shop.parquet
-    xclip-jax embed --checkpoint RUN --texts captions.txt --out captions.npz
+    xclip-jax embed --checkpoint RUN --texts captions.txt --out captions.parquet
 
 Rows are images and texts: "kind" (image or text), "id" (path, TAR#KEY, TABLE#ROW or FILE#LINE), "text" (the text, or
 an image's first caption: from its tar, from a .txt file of the same name, or from the table's column ?text=) and
 "embedding", float32, of unit length.
-The file's metadata, "xclip_jax" (an array of that name in .npz), is JSON: checkpoint, preprocessing, commit, versions.
-In .npz, ids and texts are lists in JSON; `xclip_jax.data.embeddings.read` reads both file formats.
+The file's metadata, "xclip_jax", is JSON: checkpoint, preprocessing, commit, versions. `xclip_jax.data.embeddings.read`
+reads the file.
 
 Unusable images are left out. With --texts, row i is line i, so unusable lines, such as empty ones, get an embedding of
 zeros. Both are counted, and listed in OUT.bad.jsonl.
@@ -35,7 +35,15 @@ from xclip_jax import model as inference
 from xclip_jax.commands.inputs import IMAGES, Images, Inputs, Lines, open_images
 from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
-from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message
+from xclip_jax.core.errors import (
+    BadSample,
+    Parser,
+    UserError,
+    check_choice,
+    check_count,
+    check_writable,
+    exit_with_message,
+)
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import strict_json, write_json
@@ -112,7 +120,7 @@ def embed(model: inference.Model, sources: Mapping[str, Inputs], out: str, *, th
     Args:
       model: embeds the items.
       sources: inputs by modality, "image" or "text".
-      out: file to write, .parquet or .npz.
+      out: Parquet file to write.
       threads: number of threads that read and decode; 0 for one per core.
 
     Raises:
@@ -171,7 +179,7 @@ def _embed(
         columns = {"kind": [modality] * len(kept), "embedding": part.rows[kept]}
         columns |= {"id": [names[row] for row in kept], "text": [part.texts[row] for row in kept]}
         with storage.whole_file(file) as temporary:  # an existing part is complete
-            embeddings.format_of(out).write(temporary, columns)
+            embeddings.write(temporary, columns)
         done = start + len(names)
         speed = (done - first) / (time.perf_counter() - began)
         left = format_duration((len(source) - done) / speed)
@@ -208,7 +216,7 @@ def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any
     about |= {"rows": rows, "bad": len(bad), "environment": environment.capture()}
     if len(bad) < total:
         with storage.whole_file(out) as temporary:
-            embeddings.format_of(out).join(files, temporary, about)
+            embeddings.join(files, temporary, about)
     (files[0].parent / "plan.json").unlink()  # first, since it marks the folder as resumable
     shutil.rmtree(files[0].parent, ignore_errors=True)
     if len(bad) == total:
@@ -223,9 +231,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or weights")
     parser.add_argument("--step", type=int, help="checkpoint's step; by default the newest")
     parser.add_argument("--images", help=IMAGES)
-    home = os.path.expanduser  # a shell leaves the ~ in --out=~/x.npz
+    home = os.path.expanduser  # a shell leaves the ~ in --out=~/x.parquet
     parser.add_argument("--texts", type=home, metavar="FILE", help="file with one text per line")
-    parser.add_argument("--out", type=home, required=True, help="local file to write, .parquet or .npz")
+    parser.add_argument("--out", type=home, required=True, help="local .parquet file to write")
     parser.add_argument("--batch", type=int, default=32, help="number of items to encode at once")
     add_trust(parser)
     options = parser.parse_args(argv)
@@ -234,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_count("--batch", options.batch, 1)
         if storage.is_remote(options.out):
             raise UserError(f"--out {options.out!r} is in a bucket; name a local file, and copy it there afterwards.")
-        embeddings.format_of(pathlib.Path(options.out))
+        check_choice("the ending of --out", pathlib.Path(options.out).suffix, (".parquet",))
         check_writable(f"--out {options.out!r}", pathlib.Path(options.out).parent)
         sources: dict[str, Inputs] = {"image": open_images(options.images)} if options.images else {}
         if options.texts:

@@ -1,4 +1,4 @@
-"""Classes of other packages by their names, "package.module:Class".
+"""Classes and functions of other packages by their names, "package.module:Class".
 
 Importing a module runs its code. Names from the command line or a recipe are the user's and are imported. Names from a
 file, such as the config of downloaded weights, may be somebody else's: their modules must belong to this package or be
@@ -55,11 +55,11 @@ def class_name(spec: str) -> str | None:
     return match.group() if match else None
 
 
-def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bool = False) -> type[T]:
-    """Import "package.module:Class", a subclass of `base` and, with `dataclass`, a dataclass; `what` is its role.
+def import_name(name: str, what: str) -> Any:
+    """Import the class or function "package.module:name"; `what` is its role.
 
     Raises:
-      UserError: a malformed name, a missing or unsuitable class, or a name in a file without consent.
+      UserError: a malformed name, a missing module or attribute, or a name in a file without consent.
     """
     match = _CLASS_NAME.fullmatch(name)
     if match is None:
@@ -72,11 +72,16 @@ def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bo
             f"if you trust these files, add --trust (in Python trust=True, or import {module_name} first)."
         )
     try:
-        value = getattr(importlib.import_module(module_name), attribute)
+        return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"{what} {name!r} cannot be imported ({error}); install its package or put its folder on PYTHONPATH."
         ) from error
+
+
+def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bool = False) -> type[T]:
+    """Import a subclass of `base` and, with `dataclass`, a dataclass; see `import_name`, also for errors."""
+    value = import_name(name, what)
     derived = isinstance(value, type) and issubclass(value, base)
     if not derived or (dataclass and not dataclasses.is_dataclass(value)):
         base_name = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"

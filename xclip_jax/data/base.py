@@ -35,7 +35,7 @@ class Source(abc.ABC):
     """Random access to image-text pairs, for several threads.
 
     A record has "image", encoded (bytes) or decoded (uint8 (h, w, 3)), "text", captions to draw from (list of strings,
-    at least one), "tags", keywords (list of strings, may be empty), and "id", a name.
+    at least one), "tags", the field of `data.caption_transform` (list of strings, may be empty), and "id", a name.
     """
 
     @abc.abstractmethod
@@ -59,6 +59,7 @@ class Source(abc.ABC):
         return {}
 
 
+@dataclasses.dataclass(eq=False)
 class LazySequence(Sequence):
     """A sequence of `n` items that `get` reads on access.
 
@@ -67,23 +68,16 @@ class LazySequence(Sequence):
       sizes: function that lists name and size in bytes of all items for fingerprints; None if unknown.
     """
 
-    def __init__(
-        self,
-        n: int,
-        get: Callable[[int], Any],
-        name: Callable[[int], str] = "record {}".format,
-        sizes: Callable[[], Iterable[tuple[str, int]]] | None = None,
-    ) -> None:
-        self._n = n
-        self._get = get
-        self.name = name
-        self.sizes: Any = sizes
+    n: int
+    get: Callable[[int], Any]
+    name: Callable[[int], str] = "record {}".format
+    sizes: Any = None
 
     def __len__(self) -> int:
-        return self._n
+        return self.n
 
     def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
-        return self._get(range(self._n)[index])
+        return self.get(range(self.n)[index])
 
 
 def display_name(items: Any, index: int) -> str:
@@ -134,23 +128,18 @@ class WrappedSource(Source):
         return self.source.describe(index)
 
 
-class MissingColumnError(UserError):
-    """A column named by the config is missing or ambiguous; `fault` is the message without the keys to set."""
-
-    def __init__(self, fault: str, keys: str) -> None:
-        super().__init__(f"{fault}; set {keys}.")
-        self.fault = fault
-
-
 def check_columns(source: str, names: Iterable[str], keys: Iterable[str]) -> None:
-    """Raise `MissingColumnError` unless each of `keys` occurs once among the column `names` of `source`."""
+    """Raise `UserError` unless each of `keys` occurs once among the column `names` of `source`."""
     names = list(names)
     for key in keys:
         count = names.count(key)
         if count != 1:
             columns = f"{count} columns" if count else "no column"
-            fault = f"{source} has {columns} {key!r}; its columns are {', '.join(map(repr, names))}"
-            raise MissingColumnError(fault, "data.image_column, data.text_columns and data.tags_key")
+            raise UserError(
+                f"{source} has {columns} {key!r}; its columns are {', '.join(map(repr, names))}; name its columns, by "
+                "data.image_column and data.text_columns, small:pairs=SOURCE,image=COLUMN,text=COLUMN, "
+                "SOURCE?label=COLUMN or retrieval/SOURCE?image=COLUMN&text=COLUMN."
+            )
 
 
 def split_columns(rest: str) -> tuple[str, dict[str, str]]:
@@ -179,7 +168,7 @@ class SourceOptions:
 
     @property
     def caption_columns(self) -> list[str]:
-        """Columns or features with captions and keywords; COLUMN/FIELD reads COLUMN."""
+        """Columns or features with captions and tags; COLUMN/FIELD reads COLUMN."""
         keys = [*self.text_columns, *filter(None, [self.tags_key])]
         return list(dict.fromkeys(key.partition("/")[0] for key in keys))
 
@@ -284,12 +273,6 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
         conversion = pyarrow.csv.ConvertOptions(check_utf8=False, column_types=strings, strings_can_be_null=False)
         place: Any = file if storage.is_remote(path) else path
         table = pyarrow.csv.read_csv(place, parse_options=parsing, convert_options=conversion)
-    images = [name for name in table.column_names if name.partition("#")[0].lower().endswith(IMAGE_SUFFIXES)]
-    if images and not set(columns) <= set(table.column_names):
-        raise UserError(
-            f"table {path!r} has the image {images[0]!r} in its first line; put a line of column names before it, such "
-            f"as {','.join(columns)}, with the table's separator."
-        )
     line_end = pyarrow.compute.MatchSubstringOptions("\n")
     for name, column in zip(table.column_names, table.columns, strict=True):  # unused ones also swallow rows
         if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_binary(column.type)):

@@ -1,33 +1,12 @@
 """Config group `data`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, at_least, between, choice, fraction_below_one, key, not_empty
 from xclip_jax.data import images, transforms
-from xclip_jax.data.length_groups import AUTO, LengthGroups
-from xclip_jax.data.preprocessing import Triple, mean_std
-
-
-def _accepted_by(parse: Callable[[Any], object]) -> Callable[[Any], bool]:
-    def accepts(value: Any) -> bool:
-        try:
-            parse(value)
-        except UserError:
-            return False
-        return True
-
-    return accepts
-
-
-_STATISTICS = Check(
-    f"{', '.join(map(repr, transforms.STATISTICS))}, or mean and deviation by channel, ((r, g, b), (r, g, b)), "
-    "deviations above 0",
-    _accepted_by(mean_std),
-)
-_GROUPS = Check("'auto', 'full' or rising TOKENS:SHARE pairs such as '24:0.6,40:0.9'", _accepted_by(LengthGroups.parse))
+from xclip_jax.data.length_groups import AUTO, FULL
+from xclip_jax.data.preprocessing import Triple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +33,20 @@ class DataConfig:
     tokenizer: str = key("clip", "clip, bytes or the path of a tokenizer file", not_empty(), resume="free", host="own")
     length_groups: str = key(
         AUTO,
-        "TOKENS:SHARE,...: cut up to this share of a device's texts, the shortest ones, to this length, which changes "
-        "no result; auto chooses by the data, full cuts none",
-        _GROUPS,
+        "auto cuts most texts of a device to shorter lengths, which it chooses by the data and which change no result; "
+        "full cuts none",
+        choice((AUTO, FULL)),
         resume="free",
     )
     image_column: str = key("image", "feature of a record or column of a table; unused for tars and folders")
     text_columns: Sequence[str] = key(
         ("text",), "captions, of which one is drawn each time; in tars text is the .txt file, else a field of .json"
     )
-    tags_key: str = key("", "keywords of a record; empty for none")
-    tags: int = key(0, "at most this many keywords, in random order, go into a caption", at_least(0))
-    tags_append_prob: float = key(0.5, "share of captions with keywords after them", between(0, 1))
-    tags_only_prob: float = key(0.0, "share of captions that consist of keywords only", between(0, 1))
+    caption_transform: str = key(
+        "",
+        "function that changes each drawn caption, and the field of a record that it also gets; empty for none",
+        Check("'package.module:function:FIELD' or empty", lambda value: not value or value.count(":") >= 2),
+    )
     crop_scale: tuple[float, float] = key(
         (0.5, 1.0), "smallest and largest area of a training crop over the image's", card="images"
     )
@@ -78,16 +58,14 @@ class DataConfig:
         0.0, "strength of random brightness, contrast and saturation", between(0, 1), card="images"
     )
     normalization: str | tuple[Triple, Triple] = key(
-        "imagenet", "name of mean and deviation of pixels, or both by channel, ((r, g, b), (r, g, b))", _STATISTICS
+        "imagenet",
+        "mean and deviation of pixels: clip, imagenet, half, or both by channel, ((r, g, b), (r, g, b))",
     )
-    background: str = key(
-        images.WHITE,
-        "white lays transparent images on white before resizing; drop_alpha reads the colours hidden under the "
-        "transparency like open_clip, and resizes evaluated images first",
-        choice(images.BACKGROUNDS),
-    )
-    exif_rotation: bool = key(
-        True, "rotate images by their EXIF tag wherever the model is used; open_clip and transformers do not"
+    decoding: str = key(
+        "xclip",
+        "wherever the model is used, xclip lays transparent images on white and rotates images by their EXIF tag; "
+        "open_clip, like transformers, does neither: it shows the colours hidden under the transparency",
+        choice(images.DECODINGS),
     )
     cache: bool = key(False, "keep decoded images in memory")
     threads: int = key(16, "batches that this process reads at once", at_least(1), resume="free", host="own")
@@ -98,10 +76,5 @@ class DataConfig:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             yield f"crop_scale is {self.crop_scale}; expected 0 < smallest <= largest <= 1"
-        if self.weights and len(self.weights) != len(self.sources):
-            yield f"weights has {len(self.weights)} values for {len(self.sources)} sources; give one for each, or none"
-        if any(weight <= 0 for weight in self.weights):
-            yield f"weights is {self.weights}; expected values above 0; leave out sources without a share"
-        if self.tags_append_prob + self.tags_only_prob > 1:
-            probs = f"tags_append_prob {self.tags_append_prob} and tags_only_prob {self.tags_only_prob}"
-            yield f"{probs} must not exceed 1 together"
+        if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
+            yield f"weights is {self.weights}; expected one value above 0 for each of the {len(self.sources)} sources"

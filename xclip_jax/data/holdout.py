@@ -9,19 +9,15 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from xclip_jax.core.console import show
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records
 from xclip_jax.data.base import Record, Source, WrappedSource
 from xclip_jax.data.config import DataConfig
-
-_MANY = 100_000  # the reading of more pairs is announced
 
 
 class Subset(WrappedSource):
@@ -77,9 +73,6 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
     """Read all records of the source `spec`, and return the held-out pairs; a share of 1 holds out all."""
     key = json.dumps([spec, share, config.image_column, config.text_columns, source.fingerprint()], default=str)
     if key not in _known:
-        if len(source) > _MANY:
-            # Not log0: the processes of a run may not have joined yet.
-            show(f"reading the {len(source):,} pairs of {spec} to choose pairs to hold out or evaluate", sys.stderr)
 
         def take(record: Record) -> tuple[int, tuple[list[str], str] | None]:
             digits = image_hash(record["image"])
@@ -125,11 +118,11 @@ def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataCo
         for spec, source in zip(specs, opened, strict=True)
     ]
     total = sum(map(len, opened))
-    none = sum(map(len, parts)) == total
-    if none or not all(map(len, parts)):
+    left = sum(map(len, parts))
+    if left == total or not all(map(len, parts)):
         raise UserError(
-            f"data.holdout={config.holdout:g} holds out {'none' if none else 'all pairs of a source'} of the {total} "
-            f"pairs of data.sources; {'raise' if none else 'lower'} it, set it to 0, or add pairs."
+            f"data.holdout={config.holdout:g} leaves {left} of the {total} pairs of data.sources for training; each "
+            "source needs some, and some must be held out. Change it, set it to 0, or add pairs."
         )
     return parts
 

@@ -11,7 +11,11 @@ from PIL import Image, ImageOps
 from xclip_jax.core.errors import BadSample
 
 WHITE, DROPPED = "white", "drop_alpha"
-BACKGROUNDS = (WHITE, DROPPED)
+# Arguments of `decode` by `data.decoding`.
+DECODINGS: dict[str, Any] = {
+    "xclip": {"background": WHITE, "rotate": True},
+    "open_clip": {"background": DROPPED, "rotate": False},
+}
 MAX_PIXELS = 1 << 26  # 200 MB decoded; larger images are decompression bombs, or useless at 224 pixels
 # Without EPS (an external program), ICO (decoded when opened) and Pillow's rare formats.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -112,7 +116,7 @@ def decode(
       data: the image.
       scaled_to: if set, a JPEG may be decoded to a half, a quarter or an eighth of its size, slightly less exactly, but
         to at least this many pixels a side.
-      background: one of `BACKGROUNDS`.
+      background: `WHITE` lays transparent images on white, `DROPPED` shows the colours under the transparency.
       rotate: whether to rotate and reflect the image by its EXIF tag.
 
     Raises:

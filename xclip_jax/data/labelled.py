@@ -52,15 +52,15 @@ def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[s
     path = path.expanduser()
     if path.is_file():
         return _read_table(name, path)
-    if not path.is_dir():
-        raise UserError(f"{name}: {str(path)!r} does not exist; pass a folder or a CSV file.")
-    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    folders = path.iterdir() if path.is_dir() else ()
+    names = sorted(entry.name for entry in folders if entry.is_dir() and not entry.name.startswith("."))
     images = [images_in(path / folder) for folder in names]
     empty = [folder for folder, inside in zip(names, images, strict=True) if not inside]
-    if not any(images):
-        raise UserError(f"{name}: folder {str(path)!r} contains no images in sub-folders; make one for each class.")
-    if empty:
-        raise UserError(f"{name}: {len(empty)} class folders of {str(path)!r} contain no images, {empty[0]!r} first.")
+    if empty or not names:
+        raise UserError(
+            f"{name}: {str(path)!r} does not exist, or is not a folder with images in one sub-folder per class: of "
+            f"{len(names)} sub-folders {len(empty)} contain no images, first {empty[:1]}."
+        )
     labels = np.repeat(np.arange(len(names)), [len(inside) for inside in images])
     # Folder names may contain any bytes, but class names must be UTF-8.
     names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
@@ -86,10 +86,8 @@ def images_in(folder: pathlib.Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) 
 
 def _leads_back(root: str, name: str) -> bool:
     """Whether a folder in `root` is a link to an ancestor; following it would list the same files twice."""
-    link = os.path.join(root, name)
-    real = os.path.realpath(link)
-    ancestors = map(os.path.realpath, [root, *pathlib.Path(root).parents])
-    return os.path.islink(link) and any(os.path.commonpath([real, place]) == real for place in ancestors)
+    link = pathlib.Path(root, name)
+    return link.is_symlink() and any(place.resolve().is_relative_to(link.resolve()) for place in link.parents)
 
 
 def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
@@ -104,18 +102,14 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
     images = [path.parent / os.path.expanduser(place) for place in places]
     words = [list(filter(None, map(str.strip, cell.split("|")))) for cell in cells]
     several = any("|" in cell for cell in cells)
-    missing = [image for image in images if not os.path.isfile(image)]
-    empty = [place for place, of_row in zip(places, words, strict=True) if not of_row and not several]
     distinct = {word for of_row in words for word in of_row}
-    fault = ""
-    if missing:
-        fault = f"{len(missing)} images do not exist, {str(missing[0])!r} first"
-    elif empty:
-        fault = f"{empty[0]!r} has no label; give it one, or delete the row"
-    elif not distinct:
-        fault = "no row has a label"
-    if fault:
-        raise UserError(f"{name}: {str(path)!r}: {fault}.")
+    missing = [image for image in images if not os.path.isfile(image)]
+    unlabelled = [place for place, of_row in zip(places, words, strict=True) if not of_row and not several]
+    if missing or unlabelled or not distinct:
+        raise UserError(
+            f"{name}: in {str(path)!r} {len(missing)} images do not exist, and {len(unlabelled)} of {len(images)} have "
+            f"no label; correct or delete such rows, first {[*map(str, missing), *unlabelled][:1]}."
+        )
     numbers = all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in distinct)
     names = sorted(distinct, key=lambda word: (int(word) if numbers else 0, word))
     index = {word: i for i, word in enumerate(names)}
@@ -226,10 +220,6 @@ def count_classes(spec: str, source: Labelled) -> int:
     return len(source.names) or 1
 
 
-class MismatchError(UserError):
-    """Labelled items that do not fit the model."""
-
-
 def check_sources(
     specs: Sequence[str], sources: Sequence[Labelled], classes: int, fields: Sequence[str] | None = None
 ) -> None:
@@ -241,19 +231,17 @@ def check_sources(
       fields: fields of the batches, with "image" or "text"; None for any.
 
     Raises:
-      MismatchError: another number of classes, or the other modality.
-      UserError: one class, several classes per image, or classes that differ between sources.
+      UserError: one class, several classes per image, another number of classes, the other modality, or classes that
+        differ between sources.
     """
     for spec, source in zip(specs, sources, strict=True):
         check_one_class(spec, source)
         fault = ""
         if fields is not None and source.key not in fields:
-            fault = f"{source.key}s and the model learns from {'image' if 'image' in fields else 'text'}s"
+            fault = f"{source.key}s, and objective.classify.tower reads {'image' if 'image' in fields else 'text'}s"
         elif count_classes(spec, source) != classes:
-            fault = f"{len(source.names)} classes, expected {classes}"
+            fault = f"{len(source.names)} classes, and objective.classify.classes is {classes} (1 for numbers)"
+        elif list(source.names) != list(sources[0].names):
+            fault = f"other classes than {specs[0]!r}, or another order"
         if fault:
-            raise MismatchError(f"source {spec!r} has {fault}")
-        if list(source.names) != list(sources[0].names):
-            raise UserError(
-                f"sources {specs[0]!r} and {spec!r} have different classes; they must be the same, in the same order."
-            )
+            raise UserError(f"source {spec!r} has {fault}; change it, or use another source.")

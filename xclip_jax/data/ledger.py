@@ -145,16 +145,13 @@ class BadSampleLog:
 
     def check(self) -> None:
         """Raise `TooManyBadSamples` if over `max_bad_fraction` of all samples, or of the last window, are bad."""
-        whole = (self.bad, self.counters["samples"] + self.bad)
-        for (bad, read), last, of_run in ((whole, "", ""), (self._last_window, "the last ", "in all ")):
+        for bad, read in ((self.bad, self.counters["samples"] + self.bad), self._last_window):
             if bad > self.max_bad_fraction * max(read, _MIN_SAMPLES):
                 counts = sorted(self.counters["bad"].items(), key=lambda item: -item[1])
                 reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts)
                 needed = math.ceil(100 * bad / max(read, _MIN_SAMPLES)) / 100
-                remedy = "Repair the data, or raise data.max_bad_fraction."
-                if not last:  # a resumed run has already read them
-                    remedy = f"Repair the data, and start a new run, or resume with data.max_bad_fraction={needed:g}."
                 raise TooManyBadSamples(
-                    f"{bad:,} of {last}{read:,} samples are bad, more than data.max_bad_fraction="
-                    f"{self.max_bad_fraction:g} allows ({of_run}{reasons}); see {self.path}. {remedy}"
+                    f"{bad:,} of the last {read:,} samples are bad, more than data.max_bad_fraction="
+                    f"{self.max_bad_fraction:g} allows (in all {reasons}); see {self.path}. Repair the data, and start "
+                    f"a new run, or resume with data.max_bad_fraction={needed:g}."
                 )

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import scipy
 
-from xclip_jax.core.errors import UserError
 from xclip_jax.parallel import sharding
 
 Sizes = tuple[tuple[int, int], ...]
@@ -39,17 +38,9 @@ class LengthGroups:
 
     @classmethod
     def parse(cls, spec: str) -> Self:
-        """Parse `data.length_groups`, such as "24:0.6,40:0.9"; "auto" and "full" have no cuts."""
-        if spec in (AUTO, FULL):
-            return cls()
-        try:
-            cuts = tuple((int(tokens), float(share)) for tokens, share in (cut.split(":") for cut in spec.split(",")))
-        except ValueError:
-            cuts = ()
-        rising = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(cuts))
-        if not (cuts and rising and cuts[0][0] >= 1 and cuts[0][1] > 0 and cuts[-1][1] <= 1):
-            raise UserError(f"{spec!r} is not {AUTO!r}, {FULL!r} or rising TOKENS:SHARE pairs, such as 24:0.6,40:0.9.")
-        return cls(cuts)
+        """Parse a result of `str`, such as "24:0.6,40:0.9" or "full"."""
+        pairs = [] if spec == FULL else [cut.split(":") for cut in spec.split(",")]
+        return cls(tuple((int(tokens), float(share)) for tokens, share in pairs))
 
     def __str__(self) -> str:
         return ",".join(f"{tokens}:{share:g}" for tokens, share in self.cuts) or FULL
@@ -63,14 +54,6 @@ class LengthGroups:
                 sizes.append((end - start, tokens))
                 start = end
         return tuple(sizes) if sizes[0][1] < context else ()
-
-    def mean(self, of_length: Callable[[int], float], context: int) -> float:
-        """Return the mean of `of_length` over texts, each as long as its group."""
-        total, start = 0.0, 0.0
-        for tokens, share in self.cuts:
-            total += (share - start) * of_length(min(tokens, context))
-            start = share
-        return total + (1 - start) * of_length(context)
 
 
 WHOLE = LengthGroups()
@@ -95,13 +78,17 @@ def choose(counts: np.ndarray, *, rows: int, draws: int, flops_of: Callable[[int
         fitting = rows - int(most)
         if fitting > 0:
             ends[tokens] = fitting
+
+    def flops(groups: LengthGroups) -> float:
+        return sum(n * flops_of(tokens) for n, tokens in groups.sizes(rows, context) or [(rows, context)])
+
     best = WHOLE
     for n in range(1, MAX_GROUPS):
         for lengths in itertools.combinations(ends, n):
             # In millionths, like in a config, and rounded up, since otherwise `sizes` would lose a row.
             cuts = tuple((tokens, -(-ends[tokens] * 10**6 // rows) / 10**6) for tokens in lengths)
             if all(a[1] < b[1] for a, b in itertools.pairwise(cuts)):
-                best = min(best, LengthGroups(cuts), key=lambda groups: groups.mean(flops_of, context))
+                best = min(best, LengthGroups(cuts), key=flops)
     return best
 
 

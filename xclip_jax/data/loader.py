@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import threading
 from collections.abc import Generator, Mapping, Sequence
@@ -52,9 +51,7 @@ class Transform:
             config, scale = self.config, self.config.crop_scale
             # So that even the smallest square crop is not enlarged.
             scaled_to = math.ceil(self.size / scale[0] ** 0.5) if config.resample == "area" else 0
-            image = images.decode(
-                record["image"], scaled_to=scaled_to, background=config.background, rotate=config.exif_rotation
-            )
+            image = images.decode(record["image"], scaled_to=scaled_to, **images.DECODINGS[config.decoding])
             out = row["image"][0]
             transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
         if "image_key" in row:
@@ -79,16 +76,13 @@ class Transform:
         return {field: shapes[field] for field in self.fields}
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
-        """Draw one of the captions, keywords, or both."""
+        """Draw one of the captions, and apply `data.caption_transform`."""
         text = record["text"][rng.integers(len(record["text"]))]
-        tags = [tag for tag in record["tags"] if tag != text]
-        draw = rng.random()
-        if not (tags and self.config.tags) or draw >= self.config.tags_append_prob + self.config.tags_only_prob:
-            return text
-        # NumPy pads strings to the longest, so their numbers are permuted.
-        order = rng.permutation(len(tags))
-        chosen = [tags[i] for i in order[: rng.integers(1, self.config.tags + 1)]]
-        return ", ".join(chosen if draw < self.config.tags_only_prob else [text, *chosen])
+        return self._change(text, record["tags"], rng) if self._change else text
+
+    @functools.cached_property
+    def _change(self) -> sources.CaptionTransform | None:
+        return sources.caption_transform(self.config)
 
 
 def _hash(content: bytes | np.ndarray) -> np.ndarray:
@@ -116,10 +110,6 @@ class SampleOrder:
         place = self.places[position]
         assert place is not None  # only Grain's filters give None
         return place
-
-    def __getitem__(self, position: int) -> Record:
-        number, index = self.locate(position)
-        return self.sources[number][index]
 
 
 class _SpreadDuplicates:
@@ -178,7 +168,7 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
     digests: list[dict[str, Any]] = []
     read = opened
     if config.cache:
-        read = [sources.Decoded(source, config.background, config.exif_rotation) for source in opened]
+        read = [sources.Decoded(source, config.decoding) for source in opened]
 
     def shuffled(parts: Sequence[Source], seed: int) -> grain.MapDataset:
         places = grain.MapDataset.range(sum(map(len, parts)))
@@ -215,13 +205,8 @@ def _fill(
             transform(record, rng, row)
             return bad
         except Exception as error:
-            description = place | source.describe(place["index"])
-            try:
-                reason = records.as_bad_sample(error)
-            except UserError as fatal:
-                sample = json.dumps(description, ensure_ascii=False)
-                raise UserError(f"{str(fatal).rstrip('.')}; in sample {sample}.") from fatal
-            bad.append({"reason": reason.reason, "detail": reason.detail} | description)
+            reason = records.as_bad_sample(error)
+            bad.append({"reason": reason.reason, "detail": reason.detail} | place | source.describe(place["index"]))
         place = place | {"index": int(rng.integers(len(source)))}
         (record,) = records.read_all([(source, place["index"])])
     raise UserError(

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import images
-from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES, STATISTICS, evaluation_image, evaluation_mask
+from xclip_jax.data.transforms import STATISTICS, evaluation_image, evaluation_mask
 
 Triple = tuple[float, float, float]
 
@@ -49,7 +49,7 @@ class Preprocessing:
       size: side of the result in pixels.
       mean, std: for each channel, for pixels between 0 and 1.
       resize_mode, resize_size, interpolation: config keys `eval.resize`, `.resize_size`, `.interpolation`.
-      background, exif_rotation: config keys of `data`.
+      background, exif_rotation: see `images.decode`; config key `data.decoding`.
     """
 
     size: int
@@ -62,16 +62,8 @@ class Preprocessing:
     exif_rotation: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("eval.resize", self.resize_mode, RESIZE_MODES)
-        check_choice("eval.interpolation", self.interpolation, INTERPOLATIONS)
-        check_choice("data.background", self.background, images.BACKGROUNDS)
-        fault = ""
-        if self.resize_size and self.resize_mode == "longest":
-            fault = "; with eval.resize='longest' it must be 0"
-        elif 0 < self.resize_size < self.size:
-            fault = f", less than the model's image size {self.size}; set it to 0 or at least {self.size}"
-        if fault:
-            raise UserError(f"eval.resize_size is {self.resize_size}{fault}.")
+        if 0 < self.resize_size < self.size:
+            raise UserError(f"eval.resize_size is {self.resize_size}; set it to 0, or to at least {self.size} pixels.")
 
     @classmethod
     def from_config(cls, config: Any) -> "Preprocessing":
@@ -81,15 +73,13 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":
-        """Return the preprocessing for groups "data" and "eval" of a nested dict; missing keys have their defaults.
-
-        A missing "exif_rotation" is true, since earlier versions rotated all images.
-        """
+        """Return the preprocessing for groups "data" and "eval" of a nested dict; missing keys have their defaults."""
         mean, std = mean_std(config["data"]["normalization"])
-        group: dict[str, Any] = {"exif_rotation": True, **config["data"], **config.get("eval", {})}
-        same = ("resize_size", "interpolation", "background", "exif_rotation")
-        fields = {"resize": "resize_mode"} | {key: key for key in same}
-        return cls(size, mean, std, **{field: group[key] for key, field in fields.items() if key in group})
+        group = config.get("eval", {})
+        fields = {"resize": "resize_mode", "resize_size": "resize_size", "interpolation": "interpolation"}
+        resizing = {field: group[key] for key, field in fields.items() if key in group}
+        decoding = images.DECODINGS[config["data"].get("decoding", "open_clip")]
+        return cls(size, mean, std, background=decoding["background"], exif_rotation=decoding["rotate"], **resizing)
 
     def to_config(self) -> dict[str, dict[str, Any]]:
         """Return the groups `data` and `eval` for `from_dict`, with known statistics by name."""
@@ -97,7 +87,7 @@ class Preprocessing:
         return {
             "data": {
                 "normalization": next((name for name, known in STATISTICS.items() if known == pair), pair),
-                "background": self.background, "exif_rotation": self.exif_rotation,
+                "decoding": "xclip" if self.background == images.WHITE else "open_clip",
             },
             "eval": {
                 "resize": self.resize_mode, "resize_size": self.resize_size, "interpolation": self.interpolation,
@@ -111,11 +101,9 @@ class Preprocessing:
     @property
     def resizing(self) -> str:
         """Resizing in words, including sizes other than the result's and ignored EXIF tags."""
-        side = {"shortest": "shorter side", "squash": "each side", "longest": "longer side"}[self.resize_mode]
-        crop = ", black borders" if self.resize_mode == "longest" else ", central crop"
-        if self.resize_mode == "squash" and self.resize_size in (0, self.size):
-            crop = ""
+        side = "each side" if self.resize_mode == "squash" else "shorter side"
         to = f" to {self.resize_size}" if self.resize_size not in (0, self.size) else ""
+        crop = ", central crop" if to or self.resize_mode == "shortest" else ""
         exif = "" if self.exif_rotation else ", not rotated by EXIF"
         return f"{side}{to} {self.interpolation}{crop}{exif}"
 

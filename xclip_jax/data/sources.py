@@ -10,14 +10,18 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+
 from xclip_jax.core.errors import BadSample, UserError, redact
-from xclip_jax.core.imports import LazyClassTable, import_class
+from xclip_jax.core.imports import LazyClassTable, import_class, import_name
 from xclip_jax.data import holdout, images, labelled
-from xclip_jax.data.base import MissingColumnError, Record, Source, SourceKind, SourceOptions, WrappedSource
+from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, WrappedSource
 from xclip_jax.data.config import DataConfig
+
+CaptionTransform = Callable[[str, Sequence[str], np.random.Generator], str]
 
 READERS = "xclip_jax.data.readers"
 SOURCES: Mapping[str, type[SourceKind]] = LazyClassTable(
@@ -87,20 +91,16 @@ def spec_from_path(text: str) -> str:
     path = os.path.expanduser(text)
     if is_spec(text):
         return text
-    if os.path.isdir(path) and glob.glob(os.path.join(glob.escape(path), "*.tar")):
-        return f"tar:{text}"
     if os.path.isdir(path):
-        return f"folder:{text}"
+        tars = glob.glob(os.path.join(glob.escape(path), "*.tar"))
+        return f"tar:{text}" if tars else f"folder:{text}"
     for name, kind in SOURCES.items():
         if redact(path).lower().endswith(kind.suffixes):
             return f"{name}:{text}"
-    fault = f"no file or folder {text!r}; check the path, or write KIND:REST, as in hf:ORG/NAME/train."
-    if os.path.exists(path):
-        fault = (
-            f"{text!r} is a file of no known kind; name its folder, or write csv:FILE for a table of image names and "
-            "captions, with a row for each caption."
-        )
-    raise UserError(fault)
+    raise UserError(
+        f"no file or folder {text!r} of a known kind; check the path, or write KIND:REST, such as csv:FILE for a table "
+        "of image names and captions."
+    )
 
 
 def parse(text: str) -> SourceSpec:
@@ -109,16 +109,11 @@ def parse(text: str) -> SourceSpec:
     Raises:
       UserError: an unknown kind, only a kind, or a module that cannot be imported.
     """
-    prefix, colon, rest = text.partition(":")
-    fault = f"unknown source {text!r}; write {_forms({**PAIRS, **LABELS})}"
+    prefix, _, rest = text.partition(":")
     cause = None
-    if colon and prefix in SOURCES:
+    if prefix in SOURCES:
         if rest and not text.startswith("hf://"):
             return SourceSpec(SOURCES[prefix], rest)
-        fault = f"source {text!r} is an address of files; write tar:{text} or parquet:{text}"
-        if not rest:
-            forms = [form for form in {**PAIRS, **LABELS} if form.startswith(text)]
-            fault = f"source {text!r} ends after its type; write {', '.join(forms)}"
     elif match := _IMPORTED.fullmatch(text):
         try:
             return SourceSpec(import_class(match["class"], SourceKind, "source"), match["rest"] or "")
@@ -127,7 +122,7 @@ def parse(text: str) -> SourceSpec:
             if "." in prefix or not isinstance(error.__cause__, ModuleNotFoundError):
                 raise
             cause = error
-    raise UserError(f"{fault}.") from cause
+    raise UserError(f"unknown source {text!r}; write {_forms({**PAIRS, **LABELS})}.") from cause
 
 
 def parse_all(specs: Sequence[str]) -> list[SourceSpec]:
@@ -175,15 +170,19 @@ def open_pairs(spec: str, options: SourceOptions | None = None) -> Source:
 
 def open_labelled(spec: str, options: SourceOptions | None = None) -> labelled.Labelled:
     """Open the labelled items named by `spec`, see `LABELS`; see `open_pairs` for errors."""
-    try:
-        return _open(spec, options, "open_labelled", "labelled items", LABELS)
-    except MissingColumnError as error:
-        raise UserError(f"{error.fault}; name its columns, SOURCE?image=COLUMN&label=COLUMN.") from error
+    return _open(spec, options, "open_labelled", "labelled items", LABELS)
 
 
 def source_options(config: DataConfig) -> SourceOptions:
     """Return the config keys used by sources."""
-    return SourceOptions(config.dir, config.image_column, tuple(config.text_columns), config.tags_key)
+    field = config.caption_transform.rpartition(":")[2]
+    return SourceOptions(config.dir, config.image_column, tuple(config.text_columns), field)
+
+
+def caption_transform(config: DataConfig) -> CaptionTransform | None:
+    """Return the function of `data.caption_transform`, if any, of (caption, the record's "tags", random generator)."""
+    name = config.caption_transform.rpartition(":")[0]
+    return import_name(name, "data.caption_transform") if name else None
 
 
 def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | None = None) -> list[Source]:
@@ -195,13 +194,15 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
       fields: fields of training batches, among "image", "text" and "label"; None without training.
 
     Raises:
-      labelled.MismatchError: labelled sources that do not fit `classes` or `fields`.
-      UserError: a source that cannot be opened or has nothing in it, or training batches larger than the data.
+      UserError: a source that cannot be opened, has nothing in it or does not fit `classes` or `fields`, or training
+        batches larger than the data.
     """
     parse_all(config.sources)
-    for key in ("spread_duplicate_captions", "holdout") if classes else ():
-        if getattr(config, key):
-            raise UserError(f"data.{key} is for pairs, and these sources have labelled items; leave it out.")
+    caption_transform(config)  # raises now rather than at the first batch
+    if classes and (config.spread_duplicate_captions or config.holdout):
+        raise UserError(
+            "data.spread_duplicate_captions and data.holdout are for pairs, not labelled items; remove them."
+        )
     options = source_options(config)
     open_one = open_labelled if classes else open_pairs
     opened: list[Source] = [open_one(spec, options) for spec in config.sources]
@@ -213,22 +214,14 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
         return opened
     if config.holdout:
         opened = holdout.training_part(config.sources, opened, config)
-    pairs = sum(map(len, opened))
-    if fields is not None and config.batch > pairs:
-        which = "left by data.holdout" if config.holdout else "of data.sources"
-        raise UserError(
-            f"data.batch={config.batch} exceeds the {pairs} pairs {which}: a batch would contain pairs several times, "
-            f"as negatives of themselves. Set data.batch to at most {pairs}, or add pairs."
-        )
-    if fields is None or not config.weights:
-        return opened
-    for spec, source, weight in zip(config.sources, opened, config.weights, strict=True):
-        pairs = len(source)
-        share = math.ceil(config.batch * weight / sum(config.weights))
-        if share > pairs:
+    shares = [("data.sources", config.batch, sum(map(len, opened)))]
+    for spec, source, weight in zip(config.sources, opened, config.weights, strict=False):  # weights may be empty
+        shares.append((spec, math.ceil(config.batch * weight / sum(config.weights)), len(source)))
+    for spec, rows, pairs in shares if fields is not None else ():
+        if rows > pairs:
             raise UserError(
-                f"data.weights gives {spec!r}, of {pairs} pairs, {share} of a batch of {config.batch}: pairs would be "
-                "negatives of themselves. Lower its weight or data.batch, or add pairs."
+                f"data.batch={config.batch} exceeds the {pairs} pairs of {spec!r} for training, of which a batch takes "
+                f"{rows}: pairs would be negatives of themselves. Lower data.batch or its data.weights, or add pairs."
             )
     return opened
 
@@ -239,9 +232,9 @@ class Decoded(WrappedSource):
     Undecodable images stay encoded, so that the record is bad only if its image is used.
     """
 
-    def __init__(self, source: Source, background: str = images.WHITE, rotate: bool = True) -> None:
+    def __init__(self, source: Source, decoding: str = DataConfig.decoding) -> None:
         super().__init__(source)
-        self._options: dict[str, Any] = {"background": background, "rotate": rotate}
+        self._options = images.DECODINGS[decoding]
         self._records: dict[int, Record] = {}
 
     def __getitem__(self, index: int) -> Record:

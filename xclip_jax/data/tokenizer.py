@@ -28,7 +28,6 @@ END_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")
 START_TOKENS = ("<|startoftext|>", "<s>", "[CLS]")
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>")
 _CONVENTIONS = "xclip_jax"  # first key of a file of `with_conventions`
-_CACHED_LETTERS = 512  # longer texts are not cached; the cache takes 100 MB at most
 _MOST_LETTERS = 1 << 16  # later letters of a text are ignored, since megabytes would take seconds
 _CLIP_MERGES = 48894
 _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
@@ -54,10 +53,6 @@ class Tokenizer:
     pad_id: int
     cleaning: str = ""
 
-    def __post_init__(self) -> None:
-        # Epochs of small data sets repeat captions often; cleaning costs more than the merges.
-        self._cached_ids = functools.lru_cache(maxsize=1 << 16)(self._ids)
-
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Return int32 (len(texts), length): start, text, end, padding. Longer texts are cut before their end token.
 
@@ -71,21 +66,16 @@ class Tokenizer:
                 f"texts {texts[:40]!r}, length {length}: pass a list of strings, and a length of at least 2."
             )
         out = np.full((len(texts), length), self.pad_id, np.int32)
+        start = [] if self.sot_id is None else [self.sot_id]
         most = max(_MOST_LETTERS, 256 * length)
         for row, text in zip(out, texts, strict=True):
-            text = text[:most]
-            ids = (self._cached_ids if len(text) <= _CACHED_LETTERS else self._ids)(text, length)
+            ids = [*(start + self._encode(text[:most]))[: length - 1], self.eot_id]
             row[: len(ids)] = ids
         return out
 
     def lengths(self, tokens: np.ndarray) -> np.ndarray:
         """Return the number of tokens of each row (n, length), up to its first end token; padding may equal it."""
         return (tokens == self.eot_id).argmax(axis=1) + 1
-
-    def _ids(self, text: str, length: int) -> np.ndarray:
-        """Return the ids of a text without padding, as an array, since a list takes several times the memory."""
-        start = [] if self.sot_id is None else [self.sot_id]
-        return np.array([*(start + self._encode(text))[: length - 1], self.eot_id], np.int32)
 
 
 def load(name: str) -> Tokenizer:
@@ -226,21 +216,19 @@ def _from_file(path: str, _modified: float) -> Tokenizer:
             size, cleaning = conventions["size"], conventions["cleaning"]
         cleaned = CLEANINGS[cleaning]
         model = tokenizers.Tokenizer.from_str(content)
+        vocabulary = model.get_vocab(with_added_tokens=True)
+        end = next(vocabulary[token] for token in end_tokens if token in vocabulary)
     except BaseException as error:  # the library raises any Exception, and Rust's PanicException
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON: {error}") from error
+        raise UserError(
+            f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON with an end token, one of "
+            f"{', '.join(end_tokens)} ({error!r})."
+        ) from error
     model.no_padding()
     model.no_truncation()
     # A caption that contains "</s>" must not end its row.
     model.encode_special_tokens = True
-
-    def find(tokens: Sequence[str]) -> int | None:
-        return next((i for i in map(model.token_to_id, tokens) if i is not None), None)
-
-    end = find(end_tokens)
-    if end is None:
-        raise UserError(f"tokenizer file {path!r} has no end token; add one of {', '.join(end_tokens)} to it.")
 
     def encode(text: str) -> list[int]:
         return model.encode(cleaned(join_surrogates(text)), add_special_tokens=False).ids
@@ -248,9 +236,9 @@ def _from_file(path: str, _modified: float) -> Tokenizer:
     return Tokenizer(
         path,
         encode,
-        vocab_size=size or max(model.get_vocab(with_added_tokens=True).values()) + 1,
-        sot_id=find(start_tokens),
+        vocab_size=size or max(vocabulary.values()) + 1,
+        sot_id=next((vocabulary[token] for token in start_tokens if token in vocabulary), None),
         eot_id=end,
-        pad_id=find(pad_tokens) or 0,
+        pad_id=next((vocabulary[token] for token in pad_tokens if token in vocabulary), 0),
         cleaning=cleaning,
     )

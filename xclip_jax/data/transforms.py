@@ -17,7 +17,7 @@ from xclip_jax.data.images import DROPPED, WHITE, decode, is_jpeg, open_image, t
 cv2.setNumThreads(0)  # the loader already uses threads
 
 RESAMPLE = ("area", "bicubic")  # for training crops
-RESIZE_MODES = ("shortest", "squash", "longest")  # for evaluation
+RESIZE_MODES = ("shortest", "squash")  # for evaluation
 INTERPOLATIONS = ("bicubic", "bilinear")
 _LONGEST = 16  # ratio of sides beyond which an image is cropped before resizing
 
@@ -37,17 +37,12 @@ def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", r
     if mode == "shortest" and (left or top):
         image = image.crop((left, top, w - left, h - top))
     w, h = image.size
-    if mode == "squash":
-        new = (side, side)
-    elif mode == "longest":  # thin lines keep a pixel
-        ratio = max(w, h) / side
-        new = (max(1, round(w / ratio)), max(1, round(h / ratio)))
-    else:
+    new = (side, side)
+    if mode == "shortest":
         new = (int(side * w / min(w, h)), int(side * h / min(w, h)))
     if new != (w, h):
         image = image.resize(new, Image.Resampling[resample.upper()])
-    # Pillow pads smaller images with black.
-    left, top = (round((x - size) / 2) if x >= size else -((size - x) // 2) for x in new)
+    left, top = (round((x - size) / 2) for x in new)
     return image.crop((left, top, left + size, top + size))
 
 
@@ -71,10 +66,9 @@ def evaluation_image(
       size: side of the result, pixels.
       resample: one of `INTERPOLATIONS`, antialiased.
       mode: "shortest" resizes the shorter side and keeps the central square, "squash" resizes each side to the same
-        length, "longest" resizes the longer side and pads with black.
+        length.
       resize_size: side after resizing, before the central `size` pixels are cropped; 0 for `size`.
-      background: one of `images.BACKGROUNDS`.
-      exif_rotation: whether to rotate and reflect the image by its EXIF tag.
+      background, exif_rotation: see `decode`.
     """
     if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
         image = Image.fromarray(decode(data, background=background, rotate=exif_rotation))
@@ -84,9 +78,8 @@ def evaluation_image(
 
 
 def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:
-    """Resize and crop class numbers uint8 (h, w) to the nearest pixel, see `evaluation_image`; 255 marks no class."""
-    # Pillow pads with 0, so classes are shifted by one; 255 becomes 0.
-    return np.asarray(_fit(Image.fromarray(mask + np.uint8(1)), size, "nearest", mode, resize_size)) - np.uint8(1)
+    """Resize and crop class numbers uint8 (h, w) to the nearest pixel, see `evaluation_image`."""
+    return np.asarray(_fit(Image.fromarray(mask), size, "nearest", mode, resize_size))
 
 
 def random_resized_crop(

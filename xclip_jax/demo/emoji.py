@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -315,6 +315,17 @@ def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:
     """Return the classes in order of id: each base concept with its texts and role."""
     return builder.info.metadata["concepts"]
+
+
+def add_keywords(caption: str, keywords: Sequence[str], rng: np.random.Generator) -> str:
+    """Append up to four random keywords to half of the captions, and replace 30 % of the captions by them."""
+    others = [word for word in keywords if word != caption]
+    draw = rng.random()
+    if not others or draw >= 0.8:
+        return caption
+    order = rng.permutation(len(others))
+    chosen = [others[i] for i in order[: rng.integers(1, 5)]]
+    return ", ".join(chosen if draw < 0.3 else [caption, *chosen])
 
 
 class DemoSplits(SourceKind):

@@ -22,7 +22,6 @@ from xclip_jax.core.errors import UserError, check_choice, describe, first_line
 from xclip_jax.core.fields import read_group
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import tokenizer
-from xclip_jax.data.images import WHITE
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
 from xclip_jax.interop.names import Flat
@@ -209,12 +208,10 @@ def _find_unsupported(config: Mapping[str, Any], params: Mapping[str, Any]) -> s
 def _left_out(config: Mapping[str, Any], heads: Sequence[str], to: str) -> list[str]:
     """Return notes on heads and preprocessing that the format `to` cannot store."""
     parts = [", ".join(heads)] if heads else []
-    if config["data"].get("background") == WHITE:
-        parts.append(f"data.background={WHITE!r}; lay transparent images on white before they are resized")
-    if config["data"].get("exif_rotation"):
+    if config["data"].get("decoding") == "xclip":
         parts.append(
-            "data.exif_rotation=True; rotate images by their EXIF tag before they are resized, as "
-            "PIL.ImageOps.exif_transpose does"
+            "data.decoding='xclip'; lay transparent images on white, and rotate images by their EXIF tag, as "
+            "PIL.ImageOps.exif_transpose does, before they are resized"
         )
     return [f"not stored, because {to!r} has no field for it: {part}" for part in parts]
 

@@ -183,8 +183,6 @@ def write(config: Mapping[str, Any], params: Flat) -> Export:
     vocab = vocabulary.CLIP_SIZE
     length = model["txt"]["context_length"]
     prepare = Preprocessing.from_dict(config, model["img"]["image_size"])
-    if prepare.resize_mode == "longest":
-        raise UserError("CLIPImageProcessor has no eval.resize='longest'; write to 'open_clip' or 'safetensors'.")
     acts = {ours: theirs for theirs, ours in reversed(_ACTS.items())}
 
     def tower(group: Mapping[str, Any], modality: str) -> dict[str, Any]:

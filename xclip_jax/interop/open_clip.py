@@ -95,8 +95,6 @@ def _preprocessing(content: Mapping[str, Any], size: int) -> Preprocessing:
     interpolation = content.get("interpolation") or "bicubic"
     check_choice("preprocess_cfg.resize_mode", mode, RESIZE_MODES)
     check_choice("preprocess_cfg.interpolation", interpolation, ("bicubic", "bilinear", "random"))
-    if mode == "longest":
-        check_choice("preprocess_cfg.fill_color", content.get("fill_color") or 0, (0,))
     # "random" is for training; open_clip evaluates it as "bicubic".
     interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
     return names.preprocessing(

@@ -172,8 +172,8 @@ def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
         names = run.read_classes() or ()
         text = f"{len(names):,} classes, the first of them {', '.join(map(_code, names[:_SHOWN_CLASSES]))}"
         text = text if names else "The data name no classes"
-    elif config.data.tags:
-        text += f", with up to {config.data.tags} keywords of {in_words(config.data.tags_key)}"
+    elif config.data.caption_transform:
+        text += f", and changed by {in_words(config.data.caption_transform)}"
     head = ("source", "items" if labelled else "pairs", "share", "hash of the files")
     return {"data": (head, rows), "about_data": text}
 

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from xclip_jax import optim
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.data.preprocessing import Preprocessing
@@ -159,12 +158,6 @@ def build(
         seed=config.seed,
         adapters=config.finetune.lora,
     )
-    groups = LengthGroups.parse(config.data.length_groups)
-    if groups.cuts and ("txt" not in model.towers or not model.txt.cuttable):
-        raise UserError(
-            f"data.length_groups={config.data.length_groups!r} cuts texts, but the text tower reads their padding, or "
-            "there is no text tower; set it to 'full'."
-        )
     boxed = jax.eval_shape(init)
     layout = sharding.make_layout(boxed, mesh, config.mesh.strategy, config.data.batch)
     return Experiment(
@@ -179,7 +172,6 @@ def build(
         abstract=state.abstract(boxed, layout),
         tx=tx,
         batch_noise=BatchNoise(config.data, preprocessing, objective, towers),
-        length_groups=groups,
     )
 
 

@@ -18,7 +18,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.environment import host_memory
 from xclip_jax.data import tokenizer
-from xclip_jax.data.length_groups import LengthGroups
+from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.models.heads import ClusterHead, Head
 from xclip_jax.models.tower import TextTower
 from xclip_jax.models.two_towers import TOWERS
@@ -81,7 +81,7 @@ def heads_share(config: Config) -> float | None:
     return parts["heads"] / sum(parts.values()) if parts else None
 
 
-def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | None = None) -> float | None:
+def step_flops(config: Config, groups: LengthGroups = WHOLE, rows: int = 1) -> float | None:
     """Return the model FLOPs of a training step on the whole batch; None if a tower reports none.
 
     They are three forward passes, plus one of a teacher; a frozen tower has no backward pass. Recomputation by
@@ -89,21 +89,18 @@ def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | N
 
     Args:
       config: the config of a run.
-      groups: length groups of its texts, by default the config's.
-      rows: texts per device and microbatch (`Experiment.text_rows`), to round groups to whole texts; None: no rounding.
+      groups: length groups of its texts.
+      rows: texts per device and microbatch (`Experiment.text_rows`), to round groups to whole texts.
     """
     parts = forward_flops(config)
     if parts is None:
         return None
     tower = config.model.tower("txt")
-    groups = groups or LengthGroups.parse(config.data.length_groups)
     if parts["txt"] and groups.cuts:
         cut = cut_flops(tower)
         if cut is None:
             return None
-        if rows is None:
-            parts["txt"] = groups.mean(cut, tower.context_length)
-        elif sizes := groups.sizes(rows, tower.context_length):
+        if sizes := groups.sizes(rows, tower.context_length):
             parts["txt"] = sum(n * cut(tokens) for n, tokens in sizes) / rows
     teacher = 0.0
     if make_objective(config.objective).teacher:  # which drops no patches

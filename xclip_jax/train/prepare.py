@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import labelled, length_groups, loader, records, sources
+from xclip_jax.core.errors import BadSample
+from xclip_jax.data import length_groups, loader, records, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.data.loader import SampleOrder
@@ -143,11 +143,7 @@ def open_data(experiment: Experiment, folder: RunWriter) -> tuple[list[Source], 
     """Open the training data; return its samples and fingerprints. A resumed run must read the same data."""
     config = experiment.config
     objective = experiment.objective
-    try:
-        opened = sources.open_sources(config.data, objective.classes, objective.fields)
-    except labelled.MismatchError as error:
-        remedy = "use another source, or change objective.classify.classes (1 for numbers) or .tower"
-        raise UserError(f"{error}; {remedy}.") from error
+    opened = sources.open_sources(config.data, objective.classes, objective.fields)
     fingerprints = [source.fingerprint() for source in opened]
     folder.check_sources(config, fingerprints)
     return opened, fingerprints
@@ -215,7 +211,7 @@ def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> L
     if "txt" not in experiment.model.towers or not tower.cuttable:
         return WHOLE
     rows, draws = experiment.text_rows
-    whole = cost.step_flops(config, WHOLE)
+    whole = cost.step_flops(config)
     flops_of = cost.cut_flops(tower)
 
     def saved(groups: LengthGroups) -> float:
@@ -231,7 +227,7 @@ def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> L
         return WHOLE
     mean = counts @ np.arange(context + 1) / counts.sum()
     log0(
-        f"captions have {mean:.0f} tokens on average: texts are encoded in groups (data.length_groups={groups}), which "
+        f"captions have {mean:.0f} tokens on average: texts are encoded in groups, TOKENS:SHARE {groups}, which "
         f"saves {saved(groups):.0%} of a step's FLOPs"
     )
     return groups

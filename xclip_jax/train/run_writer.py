@@ -236,7 +236,7 @@ class RunWriter(RunReader):
             old = last.get("versions", {}).get(name, version)
             if old != version:
                 log0(f"WARNING: the run goes on with {name} {version}; so far it was {old}, and numbers may differ")
-        # Length groups named in a config are for this start only.
+        # data.length_groups=full is for this start only.
         renew = saved.get("text_rows") != chosen["text_rows"] and config.data.length_groups == AUTO
         if changed or renew or {**last, "command": ""} != {**facts, "command": ""}:
             start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}

@@ -54,7 +54,7 @@ def test_a_set_of_pairs_names_its_columns(table_of_pairs, run):
 def test_a_set_of_pairs_has_the_same_columns_for_every_model(pairs, tmp_path):
     """Keywords and columns of the training pairs, as the demo has them, are not those of the set."""
     (tmp_path / "mine.csv").write_text(f"image,text,a\n{pairs / '000.png'},a picture,another\n")
-    data = DataConfig(image_column="drawing", text_columns=("title", "a"), tags_key="tags")
+    data = DataConfig(image_column="drawing", text_columns=("title", "a"), caption_transform="a:b:tags")
     for columns, captions in {"": ["a picture"], "?text=a": ["another"], "?image=image&text=a": ["another"]}.items():
         assert registry.load(f"retrieval/csv:{tmp_path}/mine.csv{columns}", SIZE, data=data).captions == [captions]
 
@@ -172,7 +172,7 @@ def test_a_path_of_own_pairs_needs_no_kind_before_it(pairs, tmp_path, monkeypatc
     with pytest.raises(UserError, match="no file or folder '/no/pairs'"):
         registry.check("retrieval//no/pairs")
     (tmp_path / "notes.xyz").write_text("no pairs")
-    with pytest.raises(UserError, match=r"'notes\.xyz' is a file of no known kind"):
+    with pytest.raises(UserError, match=r"no file or folder 'notes\.xyz' of a known kind"):
         registry.check("retrieval/notes.xyz")
 
 

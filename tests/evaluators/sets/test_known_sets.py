@@ -159,7 +159,7 @@ def test_a_csv_file(tmp_path):
     ("spec", "message"),
     [
         ("folder:{}/none", "does not exist"),
-        ("folder:{}/empty", "contains no images"),
+        ("folder:{}/empty", "contain no images"),
         ("csv:{}/wrong.csv", "columns path and label"),
         ("csv:{}/missing.csv", "1 images do not exist"),
         ("birdsnap", "not in TFDS; write birdsnap@PATH"),

@@ -19,7 +19,7 @@ import PIL.Image
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import images, sources
-from xclip_jax.data.base import LazySequence, MissingColumnError, choose
+from xclip_jax.data.base import LazySequence, choose
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import Paths, file_size
 from xclip_jax.data.preprocessing import Preprocessing
@@ -110,17 +110,13 @@ def read_rows(spec: str, data: DataConfig) -> Choices:
         raise UserError(f"{spec}: its keys are image=COLUMN, text=COLUMN and one group=COLUMN; remove all others.")
     options = dataclasses.replace(sources.source_options(data), text_columns=tuple(keys), tags_key=group)
     tables: list[Any] = []
-    fault = ""
-    try:
-        for key in columns.get("image", [DataConfig.image_column]):
-            image_options = dataclasses.replace(options, image_column=key)
-            tables.append(sources.open_pairs(sources.spec_from_path(name), image_options))
-    except MissingColumnError as error:
-        fault = error.fault
-    if tables and not isinstance(tables[0], ColumnSource):
-        fault = f"{name!r} has no columns, unlike csv:, parquet: and hf:"
-    if fault:
-        raise UserError(f"{spec}: {fault}; name its columns, {PREFIX}SOURCE{_COLUMNS}.")
+    for key in columns.get("image", [DataConfig.image_column]):
+        image_options = dataclasses.replace(options, image_column=key)
+        tables.append(sources.open_pairs(sources.spec_from_path(name), image_options))
+    if not isinstance(tables[0], ColumnSource):
+        raise UserError(
+            f"{spec}: {name!r} has no columns, unlike csv:, parquet: and hf:; write {PREFIX}SOURCE{_COLUMNS}."
+        )
     rows = [tables[0].texts(i) for i in range(len(tables[0]))]
     right = keys[: len(tables)]  # rows may differ in the number of wrong texts
     wrong = [(i, key) for i, row in enumerate(rows) for key, cell in zip(right, row, strict=False) if len(cell) != 1]

@@ -21,7 +21,7 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import holdout, sources
-from xclip_jax.data.base import MissingColumnError, display_name, field
+from xclip_jax.data.base import display_name, field
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.holdout import Subset
 from xclip_jax.data.preprocessing import Preprocessing
@@ -82,7 +82,9 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
         source_name, columns = name, {}
     image_column = columns.get("image", [DataConfig.image_column])[0]
     text_columns = tuple(columns.get("text", DataConfig.text_columns))
-    return source_name, dataclasses.replace(data, image_column=image_column, text_columns=text_columns, tags_key="")
+    return source_name, dataclasses.replace(
+        data, image_column=image_column, text_columns=text_columns, caption_transform=""
+    )
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
@@ -116,13 +118,10 @@ def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
         specs = (sources.spec_from_path(source_name),)
         share = 1.0
         name = specs[0] + name.removeprefix(source_name)
-    try:
-        with where:
-            opened = [sources.open_pairs(source_spec, sources.source_options(data)) for source_spec in specs]
-        named = zip(specs, opened, strict=True)
-        parts = [holdout.find(source_spec, source, share, data) for source_spec, source in named]
-    except MissingColumnError as error:
-        raise UserError(f"{spec}: {error.fault}; name its columns, {PREFIX}SOURCE{_COLUMNS}.") from error
+    with where:
+        opened = [sources.open_pairs(source_spec, sources.source_options(data)) for source_spec in specs]
+    named = zip(specs, opened, strict=True)
+    parts = [holdout.find(source_spec, source, share, data) for source_spec, source in named]
     total = sum(map(len, opened))
     bad = sum(part.bad for part in parts)
     if not any(part.captions for part in parts):
