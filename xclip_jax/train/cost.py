@@ -116,7 +116,7 @@ def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | N
         elif sizes := groups.sizes(rows, tower.context_length):
             parts["txt"] = sum(n * cut(tokens) for n, tokens in sizes) / rows
     teacher = 0.0
-    if make_objective(config.objective).teacher:  # which drops no patches
+    if make_objective(config.objective).teacher:  # which drops nothing
         teacher = (forward_flops(config, train=False) or parts)["img"] + parts["txt"] + parts["heads"]
     passes = dict.fromkeys(parts, 3)
     if config.finetune.lora.rank:  # adapted kernels have no gradient
