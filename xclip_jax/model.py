@@ -8,6 +8,7 @@ Results are NumPy arrays. Items are encoded on all devices in batches of a few f
 are resized, cropped and normalised by the model's config.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -169,7 +170,7 @@ class Model:
                 f"{known.vocab_size - 1}, with the end {known.eot_id} in each row, from model.tokenizer(texts, "
                 f"{self.length}). Use encode_text for strings."
             )
-        return self._embed(self._tokens, tokens.astype(np.int32))
+        return self._embed(functools.partial(self._encoder.tokens, self._variables), tokens.astype(np.int32))
 
     def zero_shot(
         self,
@@ -293,9 +294,6 @@ class Model:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"texts is {texts!r:.40}; pass a list of strings.")
         return self._encoder.texts(self._variables, texts, keys)
-
-    def _tokens(self, tokens: Rows, keys: Sequence[str]) -> Features:
-        return self._encoder.tokens(self._variables, tokens, keys)
 
     def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
         """Return embeddings of `items` from the features that `encode` computes."""

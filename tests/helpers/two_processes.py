@@ -18,7 +18,6 @@ from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader, sources
 from xclip_jax.parallel.mesh import replicated
 from xclip_jax.processes import runtime
-from xclip_jax.report.examples import attention
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.build import make_encoder
 from xclip_jax.train.checkpoint import Checkpointer
@@ -71,7 +70,6 @@ def main(folder, out, *others):
     features = encoder.images(s.variables(), images)
     texts = encoder.texts(s.variables(), [f"text number {i}" for i in range(3)])
     unreadable = np.isnan(encoder.images(s.variables(), Broken(2 * images))["embedding"]).all(axis=1)
-    maps = attention(p.model, s.variables(), images, (p.preprocessing.mean, p.preprocessing.std), p.mesh)
     found = {
         "losses": losses,
         "rows": rows,
@@ -80,7 +78,6 @@ def main(folder, out, *others):
         "image": features["embedding"],
         "clusters": features["cluster_logits"],
         "text": texts["embedding"],
-        "attention": maps.last,
         "unreadable": np.flatnonzero(unreadable),
         "counted": [*encoder.unreadable],
     }

@@ -14,7 +14,6 @@ from xclip_jax.losses import contrastive, noncontrastive
 from xclip_jax.parallel.mesh import AXES, batch_sharding, make_mesh, replicated
 from xclip_jax.parallel.sharding import FactoredLogits, MeshLayout, layout_scope
 
-CASES = [("clip", 1 / 0.07, None), ("clip", 100.0, None), ("siglip", 1.0, -10.0), ("siglip", 100.0, 0.5)]
 KEYS = np.array([[7, 1], [7, 2], [7, 1], [-3, 1], [7, 2], [7, 1], [0, 0]])  # groups of 3, 2, 1 and 1
 
 
@@ -26,20 +25,18 @@ def embeddings(b, e=8, seed=0, together=1.0):
     return tuple(z / np.linalg.norm(z, axis=1, keepdims=True) for z in (z_img, z_txt))
 
 
-def oracle(name, z_img, z_txt, scale, bias):
-    """Pair by pair in float64, from the definitions."""
-    b = len(z_img)
-    total = 0.0
+def oracle(name, keys, z_img, z_txt, scale, bias=0.0, smoothing=0.0):
+    """Pair by pair in float64: cross-entropy with targets spread over equal keys, or the sum of sigmoids."""
+    b, total = len(z_img), 0.0
+    same = np.eye(b) if keys is None else (keys[:, None] == keys).all(-1)
     for i in range(b):
         if name == "clip":
-            rows = [scale * z_img[i] @ z_txt[j] for j in range(b)]
-            columns = [scale * z_img[j] @ z_txt[i] for j in range(b)]
-            for scores in (rows, columns):
-                total += 0.5 * (np.logaddexp.reduce(scores) - scores[i])
+            target = (1 - smoothing) * same[i] / same[i].sum() + smoothing / b
+            for scores in (scale * z_txt @ z_img[i], scale * z_img @ z_txt[i]):
+                total += 0.5 * (np.logaddexp.reduce(scores) - target @ scores)
         else:
-            for j in range(b):
-                y = 1.0 if i == j else -1.0
-                total += np.logaddexp(0.0, -y * (scale * z_img[i] @ z_txt[j] + bias))
+            sign = np.where(same[i], 1, -1)
+            total += np.logaddexp(0.0, -sign * (scale * z_txt @ z_img[i] + bias)).sum()
     return total / b
 
 
@@ -48,31 +45,50 @@ def compiled(name, arity):
     return jax.jit(jax.value_and_grad(getattr(contrastive, name), argnums=tuple(range(arity)), has_aux=True))
 
 
-def value_and_grad(name, *args, sharding=None):
+def value_and_grad(name, *args):
     """Value, gradients by every argument, and metrics, under jit; bias None means that there is none."""
     args = [jnp.asarray(arg, jnp.float32) for arg in args if arg is not None]
-    if sharding is not None:
-        args[:2] = jax.device_put(args[:2], sharding)
-        assert len(args[0].sharding.device_set) == 8
     (loss, metrics), grads = compiled(name, len(args))(*args)
     return loss, grads, metrics
 
 
-@pytest.mark.parametrize(("name", "scale", "bias"), CASES)
-def test_equals_oracle(name, scale, bias):
-    z_img, z_txt = embeddings(5, 4)
-    args = [z_img, z_txt, scale] + ([bias] if name == "siglip" else [])
+@pytest.mark.parametrize(
+    ("name", "scalars", "smoothing", "keys", "devices"),
+    [
+        ("clip", [1 / 0.07], 0.0, None, 1),
+        ("clip", [100.0], 0.0, None, 7),
+        ("clip", [14.0], 0.1, None, 1),
+        ("clip", [14.0], 0.0, KEYS, 1),
+        ("clip", [100.0], 0.1, KEYS, 7),
+        ("siglip", [1.0, -10.0], 0.0, None, 7),
+        ("siglip", [100.0, 0.5], 0.0, None, 1),
+        ("siglip", [10.0, -10.0], 0.0, KEYS, 7),
+    ],
+)
+def test_equals_oracle(name, scalars, smoothing, keys, devices):
+    args = [*embeddings(7, 4, seed=3), *scalars]
 
-    def f(z_img, z_txt, scale, bias=None):
-        return oracle(name, z_img, z_txt, scale, bias)
+    def f(*args):
+        return oracle(name, keys, *args, *([0.0] if name == "clip" else []), smoothing)
 
-    loss, grads, metrics = value_and_grad(name, *args)
-    assert float(loss) == pytest.approx(f(*args), rel=1e-5)
-    assert float(metrics["loss"]) == float(loss)
-    assert_close(grads, central_differences(f, args), 2e-5)
+    arrays = [jnp.asarray(arg, jnp.float32) for arg in args]
+    keys_of_batch = None if keys is None else jnp.asarray(keys)
+    if devices > 1:
+        mesh = jax.make_mesh((7,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:7])
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        arrays[:2], keys_of_batch = jax.device_put((arrays[:2], keys_of_batch), rows)
+    loss = functools.partial(getattr(contrastive, name), **{"label_smoothing": smoothing} if smoothing else {})
+    every = tuple(range(1, len(args) + 1))
+    step = jax.jit(jax.value_and_grad(lambda keys, *args: loss(*args, keys=keys), every, has_aux=True))
+    (value, metrics), grads = step(keys_of_batch, *arrays)
+    assert float(value) == pytest.approx(f(*args), rel=1e-5) and float(metrics["loss"]) == float(value)
+    assert float(metrics["ln_b"]) == pytest.approx(np.log(7), rel=1e-6)
+    if name == "siglip" and keys is not None:
+        assert float(metrics["positives"]) == pytest.approx((3 * 3 + 2 * 2 + 1 + 1) / 7)
+    assert_close(list(grads), central_differences(f, args), 3e-5)
 
 
-@pytest.mark.parametrize(("name", "scale", "bias"), [CASES[0], ("siglip", 10.0, -10.0)])
+@pytest.mark.parametrize(("name", "scale", "bias"), [("clip", 1 / 0.07, None), ("siglip", 10.0, -10.0)])
 def test_equals_open_clip(name, scale, bias):
     torch = pytest.importorskip("torch")
     peers = pytest.importorskip("open_clip.loss")
@@ -85,18 +101,6 @@ def test_equals_open_clip(name, scale, bias):
     # A logit of 100 is rounded to 4e-6 in fp32, theirs and ours.
     assert float(loss) == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     assert_close(grads, [t.grad.numpy() for t in tensors], 2e-5)
-
-
-@pytest.mark.parametrize(("name", "bias"), [("clip", None), ("siglip", -10.0)])
-def test_one_device_equals_eight(name, bias):
-    args = [*embeddings(64, 32, seed=2), 1 / 0.07, bias]
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    one = value_and_grad(name, *args)
-    eight = value_and_grad(name, *args, sharding=NamedSharding(mesh, PartitionSpec("data")))
-    assert float(eight[0]) == pytest.approx(float(one[0]), rel=1e-5)
-    assert_close(eight[1], one[1], 1e-5)
-    for key in one[2]:
-        assert float(eight[2][key]) == pytest.approx(float(one[2][key]), rel=1e-5), key
 
 
 def test_accuracies_are_of_the_right_direction():
@@ -117,62 +121,13 @@ def test_extreme_scale_is_finite(name, bias):
     assert float(loss) > 1e3
 
 
-@pytest.mark.parametrize(
-    ("shapes", "scale"), [(((4, 8), (5, 8)), 1.0), (((4, 8), (4, 9)), 1.0), (((8,), (8,)), 1.0), (((4, 8),) * 2, [1.0])]
-)
-def test_wrong_shapes_raise(shapes, scale):
-    z_img, z_txt = (jnp.ones(shape) for shape in shapes)
+@pytest.mark.parametrize("args", [((4, 8), (5, 8), ()), ((8,), (8,), ()), ((4, 8), (4, 8), (1,))])
+def test_wrong_shapes_raise(args):
+    arrays = [jnp.ones(shape) for shape in args]
     with pytest.raises(AssertionError):
-        contrastive.clip(z_img, z_txt, jnp.asarray(scale))
+        contrastive.clip(*arrays)
     with pytest.raises(AssertionError):
-        contrastive.siglip(z_img, z_txt, jnp.asarray(scale), 0.0)
-
-
-def positives_oracle(name, keys, z_img, z_txt, scale, bias, smoothing):
-    """Pair by pair in float64: cross-entropy with targets spread over equal keys, or the sum of sigmoids."""
-    b, total = len(z_img), 0.0
-    same = np.eye(b) if keys is None else (keys[:, None] == keys).all(-1)
-    for i in range(b):
-        if name == "clip":
-            target = (1 - smoothing) * same[i] / same[i].sum() + smoothing / b
-            for scores in (scale * z_txt @ z_img[i], scale * z_img @ z_txt[i]):
-                total += 0.5 * (np.logaddexp.reduce(scores) - target @ scores)
-        else:
-            sign = np.where(same[i], 1, -1)
-            total += np.logaddexp(0.0, -sign * (scale * z_txt @ z_img[i] + bias)).sum()
-    return total / b
-
-
-@pytest.mark.parametrize(
-    ("name", "scale", "bias", "smoothing", "keys", "devices"),
-    [
-        ("clip", 14.0, 0.0, 0.0, KEYS, 1),
-        ("clip", 100.0, 0.0, 0.1, KEYS, 7),
-        ("clip", 14.0, 0.0, 0.1, None, 1),
-        ("siglip", 10.0, -10.0, 0.0, KEYS, 7),
-    ],
-)
-def test_spread_targets_and_pairs_with_equal_keys(name, scale, bias, smoothing, keys, devices):
-    args = [*embeddings(7, 4, seed=3), scale] + ([bias] if name == "siglip" else [])
-
-    def f(z_img, z_txt, scale, bias=0.0):
-        return positives_oracle(name, keys, z_img, z_txt, scale, bias, smoothing)
-
-    options = {"label_smoothing": smoothing} if smoothing else {}
-    arrays = [jnp.asarray(arg, jnp.float32) for arg in args]
-    keys_of_batch = None if keys is None else jnp.asarray(keys)
-    if devices > 1:
-        mesh = jax.make_mesh((7,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:7])
-        rows = NamedSharding(mesh, PartitionSpec("data"))
-        arrays[:2], keys_of_batch = jax.device_put((arrays[:2], keys_of_batch), rows)
-    loss = functools.partial(getattr(contrastive, name), **options)
-    every = tuple(range(1, len(args) + 1))
-    step = jax.jit(jax.value_and_grad(lambda keys, *args: loss(*args, keys=keys), every, has_aux=True))
-    (value, metrics), grads = step(keys_of_batch, *arrays)
-    assert float(value) == pytest.approx(f(*args), rel=1e-5) and float(metrics["loss"]) == float(value)
-    if name == "siglip":
-        assert float(metrics["positives"]) == pytest.approx((3 * 3 + 2 * 2 + 1 + 1) / 7)
-    assert_close(list(grads), central_differences(f, args), 3e-5)
+        contrastive.siglip(*arrays, 0.0)
 
 
 # --- robust losses
@@ -301,7 +256,7 @@ def test_chunks_pass_on_a_number_that_is_none():
 
 
 def test_a_chunk_divides_the_batch():
-    with pytest.raises(ValueError, match="chunk=5 must divide the batch of 16"):
+    with pytest.raises(AssertionError, match=r"16.*5"):
         contrastive.clip(*map(jnp.float32, embeddings(16)), 14.0, chunk=5)
 
 

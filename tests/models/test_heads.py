@@ -10,7 +10,7 @@ import pytest
 from scipy.special import erf
 
 from tests.helpers.util import jit, random_variables
-from xclip_jax.models.heads import Classifier, ClusterHead, Projection, l2_normalize
+from xclip_jax.models.heads import Classifier, ClusterHead, Projection
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh
 from xclip_jax.parallel.sharding import MeshLayout, layout_scope, shardings
 
@@ -144,11 +144,3 @@ def test_zero_row_stays_zero_with_a_finite_gradient():
     # A row of zeros adds nothing to the kernel's gradient.
     rest = jax.grad(lambda v: jnp.sum(jnp.arange(4) * projection.apply(v, h[::2])))(variables)
     chex.assert_trees_all_close(gradients[0], rest, rtol=1e-5)
-
-
-def test_l2_normalize_works_in_fp32():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 50)), jnp.bfloat16)
-    z = l2_normalize(x)
-    assert z.dtype == jnp.float32
-    x = np.asarray(x, np.float64)
-    np.testing.assert_allclose(z, x / np.linalg.norm(x, axis=-1, keepdims=True), atol=1e-6)

@@ -275,8 +275,7 @@ def _compare_in_chunks(
     """Return the results of `reduce` stacked over the chunks, and the metrics but the loss."""
     z_img, z_txt, scale, bias = (jnp.asarray(x, jnp.float32) for x in (z_img, z_txt, scale, bias))
     b = len(z_img)
-    if b % chunk:
-        raise ValueError(f"chunk={chunk} must divide the batch of {b}")
+    chex.assert_is_divisible(b, chunk)
     index = jnp.arange(b)
     matching = scale * jnp.sum(z_img * z_txt, axis=1) + bias
 

@@ -94,15 +94,6 @@ class ImageTower(Tower):
         """Return features of each patch before pooling: normalised pixels (b, h, w, 3) -> (b, grid, grid, d)."""
         raise UserError(f"{type(self).__name__} has no patch features; give it `grid` and `patch_features`.")
 
-    @property
-    def attention(self) -> str:
-        """Description of the maps of `attention_maps`; "" for a tower without maps."""
-        return ""
-
-    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
-        """Return the last attention over patches, fp32 (b, rows, columns) that sum to 1, if `attention` is not ""."""
-        raise NotImplementedError
-
 
 class TextTower(Tower):
     """Base of text towers."""

@@ -109,11 +109,6 @@ class TwoTowers(nn.Module):
     towers: tuple[str, ...] = TOWERS  # towers of the model
     dtype: DTypeLike = jnp.float32  # parameters, norms, softmax and logits stay fp32
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Keys of the result of `project` for both modalities."""
-        return tuple(head.output for head in self.heads.values())
-
     def setup(self) -> None:
         self.tower_img = self.img.module(self.dtype).clone(parent=self, name="img")
         self.tower_txt = self.txt.module(self.vocab, self.eot_id, self.dtype).clone(parent=self, name="txt")

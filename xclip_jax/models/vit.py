@@ -19,11 +19,6 @@ from xclip_jax.models.transformer import Transformer, TransformerConfig
 
 Array = jax.Array
 POOLS = ("cls", "mean", "map")
-_ATTENTION_MEANINGS = {
-    "cls": "how much the class token attends to each patch in the last block, mean over heads",
-    "mean": "how much all patches attend to each patch in the last block, mean over heads",
-    "map": "how much the query of the pooling head attends to each patch, mean over heads",
-}
 
 
 class AttentionPool(nn.Module):
@@ -116,33 +111,6 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         tower: Any = VisionTransformer(self, dtype, pooled=False)
         return tower.apply({"params": params}, image)
 
-    @property
-    def attention(self) -> str:
-        return _ATTENTION_MEANINGS[self.pool]
-
-    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
-        tower = self.unrolled()
-        _, state = tower.module(dtype).apply(
-            {"params": tower.convert(params)[0]},
-            image,
-            capture_intermediates=lambda module, _: module.name in ("qkv", "query", "kv"),
-            mutable=["intermediates"],
-        )
-        captured = state["intermediates"]
-        if self.pool == "map":
-            query = einops.rearrange(captured["pool_map"]["query"]["__call__"][0], "b n heads kv -> b heads n kv")
-            key, _ = captured["pool_map"]["kv"]["__call__"][0]
-            weights = _attention_weights(query, key)[:, 0]
-        else:
-            query, key, _ = captured["transformer"][f"block_{self.depth - 1}"]["attention"]["qkv"]["__call__"][0]
-            weights = _attention_weights(query, key)
-            if self.pool == "mean":
-                weights = weights.mean(axis=1)
-            else:  # the class token, without its attention to itself
-                weights = weights[:, 0, 1:]
-                weights = weights / weights.sum(axis=1, keepdims=True)
-        return weights.reshape(-1, self.grid, self.grid)
-
     def describe(self) -> str:
         return f"ViT of width {self.width}, depth {self.depth}, patch {self.patch}, {self.image_size} px"
 
@@ -195,10 +163,3 @@ class VisionTransformer(nn.Module):
         if config.pool == "map":
             return AttentionPool(config, self.dtype, name="pool_map")(x)
         return x.mean(axis=1, dtype=jnp.float32).astype(self.dtype)  # one token for "cls"
-
-
-def _attention_weights(query: Array, key: Array) -> Array:
-    """Return attention averaged over heads, (b, heads, n, kv), (b, heads, m, kv) -> fp32 (b, n, m)."""
-    query = query.astype(jnp.float32) * query.shape[-1] ** -0.5
-    key = key.astype(jnp.float32)
-    return jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", query, key)).mean(axis=1)

@@ -3,23 +3,20 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
-from xclip_jax.data.transforms import normalize
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import Matches, RetrievalSet
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, encode_pairs
-from xclip_jax.models.two_towers import TwoTowers, Variables
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
-from xclip_jax.parallel.mesh import replicated
 from xclip_jax.report.choose_examples import readable, select
 
 POOL = 1000  # images of a set
@@ -300,29 +297,3 @@ def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Feat
         images, nearest = (np.argsort(-x[:, k], kind="stable")[:TOP].tolist() for x in (p, q))
         most.append(Cluster(int(k), int(pictures[k]), int(texts[k]), images, [words[i] for i in nearest]))
     return Clusters(p.shape[1], used, gallery, most)
-
-
-def attention(
-    model: TwoTowers,
-    variables: Variables,
-    gallery: Sequence[np.ndarray],
-    statistics: tuple[tuple[float, ...], ...],
-    mesh: jax.sharding.Mesh,
-    *,
-    n: int = NUM_IMAGES,
-    seed: int = 0,
-) -> Maps | None:
-    """Return attention maps of `n` images drawn by the seed, or None if the tower does not provide maps.
-
-    `gallery` contains uint8 images (size, size, 3), and `statistics` the mean and standard deviation of pixels.
-    """
-    if not model.img.attention:
-        return None
-    indices = np.random.default_rng(seed).permutation(len(gallery))[:n]
-    images = np.stack([gallery[i] for i in indices])
-
-    def maps(params: Any, images: jax.Array) -> jax.Array:
-        return model.img.attention_maps(params, normalize(images, *statistics), model.dtype)
-
-    last = jax.jit(maps, out_shardings=replicated(mesh))(variables["params"]["img"], images)
-    return Maps(indices.tolist(), np.asarray(last), model.img.attention)

@@ -27,7 +27,7 @@ from xclip_jax.models.two_towers import Variables
 from xclip_jax.report import collect, picture
 from xclip_jax.report.charts import decimals, number
 from xclip_jax.report.collect import ABOVE, LEVEL, Record, Run, judge, verdicts
-from xclip_jax.report.examples import Examples, attention, collect_examples
+from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.report.sections import sections
 from xclip_jax.train import prepare
 from xclip_jax.train.build import Experiment, profile_of_run
@@ -200,17 +200,12 @@ def predict(
     data_dir: str = "",
     seed: int = 0,
 ) -> Examples:
-    """Return a model's examples with attention maps; all processes must call this.
+    """Return a model's examples; all processes must call this.
 
     `config` and `profile` decide held-out pairs, templates and class names; see `collect_examples`.
     """
     options = {"data": config.data, "data_dir": data_dir, "seed": seed, "profile": profile}
-    examples = collect_examples(encoder, variables, specs, **options)
-    images = examples.gallery.images
-    if images:
-        statistics = (experiment.preprocessing.mean, experiment.preprocessing.std)
-        examples.maps = attention(experiment.model, variables, images, statistics, experiment.mesh, seed=seed)
-    return examples
+    return collect_examples(encoder, variables, specs, **options)
 
 
 class ReportWriter(Callback):
