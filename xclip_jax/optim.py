@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -95,7 +96,7 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
+def layer_scales(params: Any, decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
     """Return factors of each parameter's updates: BEiT's layer decay (arXiv 2106.08254).
 
     Layer i of a tower with n layers (`Tower.num_layers`) has the factor decay^(n - 1 - i); stacked layers have an array
@@ -112,10 +113,6 @@ def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Towe
         return (decay ** layers.astype(np.float32)).reshape(-1, *[1] * (x.ndim - 1))
 
     return jax.tree_util.tree_map_with_path(scale, params)
-
-
-def _scaled(updates: Any, decay: float, towers: Mapping[str, Tower]) -> Any:
-    return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(updates, decay, towers))
 
 
 def stop_frozen(params: Mapping[str, Any], frozen: Collection[str]) -> dict[str, Any]:
@@ -171,7 +168,8 @@ def make_optimizer(
     tx = _muon(config, rate, towers) if config.name == "muon" else _adamw(config, rate)
     if config.layer_decay != 1:
         # Weight decay is part of the update and scales with the layer's learning rate, like PyTorch's.
-        tx = optax.chain(tx, optax.stateless(lambda updates, _: _scaled(updates, config.layer_decay, towers)))
+        scales = functools.partial(layer_scales, decay=config.layer_decay, towers=towers)
+        tx = optax.chain(tx, optax.stateless(lambda x, _: jax.tree.map(operator.mul, x, scales(x))))
     if config.grad_clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), tx)
     return freeze(tx, frozen) if frozen else tx

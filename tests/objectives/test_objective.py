@@ -60,27 +60,6 @@ def test_parameters_and_metrics_are_those_of_the_first_edition(variant):
             assert float(values[key]) == pytest.approx(value, rel=2e-3, abs=2e-4), (i, key)
 
 
-# --- configs
-
-
-@pytest.mark.parametrize(
-    ("given", "terms"),
-    [
-        ({"name": "siglip"}, {"siglip": 1.0}),
-        ({"name": "nclip", "nclip": {"tau": 0.5}}, {"nclip": 1.0}),
-        ({"name": "xclip"}, {"clip": 0.5, "nclip": 0.5}),
-        ({"name": "classify", "classify": {"classes": 3}}, {"classify": 1.0}),
-        ({"name": "mine", "terms": {"clip": 0.5, "siglip": 0.5}}, {"clip": 0.5, "siglip": 0.5}),
-    ],
-)
-def test_a_named_objective_has_its_terms(given, terms):
-    objective = schema.resolve(schema.complete({"steps": 1, "optim": {"warmup": 0}, "objective": given})).objective
-    assert dict(objective.terms) == terms and objective.name == given["name"]
-    for group in ("nclip", "classify"):
-        for key, value in given.get(group, {}).items():
-            assert getattr(getattr(objective, group), key) == value
-
-
 # --- what other modules ask
 
 
@@ -178,6 +157,7 @@ def metrics_of_a_step(p):
     [
         ({"name": "clip"}, "CLIP", "1 CLIP"),
         ({"name": "siglip"}, "SigLIP", "1 SigLIP"),
+        ({"name": "classify", "classify": {"classes": 3}}, "fine-tuning", "1 fine-tuning"),
         ({"name": "xclip"}, "xCLIP", "0.5 CLIP + 0.5 nCLIP"),
         ({"name": "mine", "terms": {"clip": 1.0, "siglip": 0.5}}, "mine", "1 CLIP + 0.5 SigLIP"),
         ({"name": "mine", "terms": {"tokens": 2.0}, "plugins": {"tokens": {"type": SUPERCLIP}}}, "mine", "2 tokens"),

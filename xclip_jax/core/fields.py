@@ -114,7 +114,7 @@ def key(default: Any, doc: str, *checks: Check, **facts: Unpack[Facts]) -> Any:
 
 
 def derived(default: Any) -> Any:
-    """Declare a field of a config dataclass that is not a key: another group sets it."""
+    """Declare a field of a config dataclass whose value comes from another group: not a key."""
     return dataclasses.field(default=default, metadata={"derived": True})
 
 
@@ -287,7 +287,7 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def _declared(config_type: Any) -> list[dataclasses.Field[Any]]:
-    """Return the fields of a config dataclass that are keys or groups."""
+    """Return the keys and groups of a config dataclass."""
     return [field for field in dataclasses.fields(config_type) if not field.metadata.get("derived")]
 
 

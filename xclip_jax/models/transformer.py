@@ -138,8 +138,8 @@ class Transformer(nn.Module):
     last unrolled block computes only the tokens `at`.
 
     Stochastic depth (arXiv 1603.09382) with uniform `noise` (b, depth, 2) leaves out branches in a training pass, with
-    a probability rising from 0 in the first block to `drop_path` in the last; the kept branches are scaled up. Like
-    the noise of patch dropout it is an input with one row per sample.
+    a probability rising from 0 in the first block to `drop_path` in the last; the kept branches are scaled up. The
+    noise is an input with one row per sample, so that microbatches leave out the same branches.
     """
 
     config: TransformerConfig

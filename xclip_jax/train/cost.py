@@ -60,7 +60,7 @@ UNCOUNTED = "FLOPs are unknown: a custom tower does not report them"
 def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | None:
     """Return the FLOPs of one pair's forward pass, {"img", "txt", "heads", "loss"}; None if a tower reports none.
 
-    In training they include patch dropout and the comparison of the batch's pairs.
+    In training they include the comparison of the batch's pairs.
     """
     model = config.model
     objective = make_objective(config.objective)
