@@ -46,8 +46,9 @@ def config_of(objective: str, batch: int, small: bool) -> Any:
     config.model.img.remat = config.model.txt.remat = "dots"
     config.model.cluster_head.update(clusters=CLUSTERS)
     if small:
-        config.model.img.update(image_size=24, depth=1, scan=False)
-        config.model.txt.update(depth=1, scan=False)
+        config.model.img.update(image_size=24, depth=1)
+        config.model.txt.update(depth=1)
+        config.model.scan = False
         config.model.cluster_head.update(clusters=64, hidden=32)
     return config
 

@@ -81,9 +81,9 @@ def config_of(objective: str, kind: str) -> Any:
     config.update(run="runs/none", steps=1000)
     config.optim.warmup = 0
     config.data.batch = BATCH
-    config.model.update(dtype="float32", embed=EMBED)
-    config.model.img.update(TOWERS["img"], image_size=IMAGE_SIZE, patch=PATCH, scan=False)
-    config.model.txt.update(TOWERS["txt"], context_length=CONTEXT[kind], scan=False)
+    config.model.update(dtype="float32", embed=EMBED, scan=False)
+    config.model.img.update(TOWERS["img"], image_size=IMAGE_SIZE, patch=PATCH)
+    config.model.txt.update(TOWERS["txt"], context_length=CONTEXT[kind])
     config.model.cluster_head.update(clusters=CLUSTERS, hidden=HIDDEN)
     return config
 

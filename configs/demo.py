@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.dtype = "float32"
     config.model.img.image_size = args.size
     config.model.txt.context_length = 16
-    config.model.img.scan = config.model.txt.scan = False
+    config.model.scan = False
     config.model.cluster_head.update(clusters=1024, hidden=1024)
 
     # The optimizer, its rate and half of the steps as warm-up are the best on validation: docs/demo.md.

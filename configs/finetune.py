@@ -43,13 +43,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.sources, config.data.dir = (f"{args.data}/{args.train}",), args.dir
     config.eval.sets = (f"finetuned/{args.data}/{args.test}",)
     if sources.parse(args.data).kind.labelled_items == "text":
-        config.objective.classify.update(tower="txt", head_std=0.02)
+        config.objective.classify.update(tower="txt")
         config.data.batch = args.batch or 32
         config.optim.lr, config.optim.schedule = 2e-5, "linear"
         config.optim.lr_end = 0.0
         config.optim.weight_decay, config.optim.b2, config.optim.grad_clip_norm = 0.01, 0.999, 1.0
     else:
-        config.objective.classify.update(tower="img", smoothing=0.1, mixup=0.8, cutmix=1.0, head_std=2e-5)
+        config.objective.classify.update(tower="img", smoothing=0.1, mixup=0.8, cutmix=1.0)
         config.data.batch = args.batch or 1024
         config.data.crop_scale, config.data.resample = (0.08, 1.0), "bicubic"
         config.data.flip_prob, config.data.color_jitter = 0.5, 0.4

@@ -258,8 +258,8 @@ def _set_model(config: ml_collections.ConfigDict, saved: schema.Config | None, m
     head = model.cluster_head
     plain = machine.is_cpu or _is_small(config)
     model.dtype = "float32" if machine.is_cpu else "bfloat16"
+    model.scan = not plain
     for tower in (model.img, model.txt):
-        tower.scan = not plain
         tower.remat = "none" if plain else "dots"
     if saved is not None and cost.cluster_heads(saved):
         head.update(dataclasses.asdict(saved.model.cluster_head))

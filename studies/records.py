@@ -30,24 +30,26 @@ SHORT_NAMES = {
     "studies.icons.sets:IconSets/": "icons/",
     "studies.icons.sources:IconSplits:": "icons:",
 }
-# Former config keys. All runs had their default, or the value that the objective has without the key.
+# Former config keys. All runs had their default, or the value that the objective has without the key; runs on icons
+# have the stem "hmlp", which only the code of their commit knows.
 REMOVED = (
     "checkpoint.keep_every", "data.background", "data.buffer", "data.caption_noise", "data.exif_rotation",
     "data.read_timeout", "data.subset", "data.tags", "data.tags_append_prob", "data.tags_key", "data.tags_only_prob",
-    "data.workers", "ema.on", "ema.schedule", "eval.before", "log.collapse_warmup_steps", "log.expected_epochs",
-    "log.project", "log.stall_warning", "loss.impl", "model.bias_init", "model.cluster_head.last_norm", "model.img.act",
-    "model.img.eps", "model.img.patch_bias", "model.img.pre_norm", "model.project_bias", "model.project_img",
-    "model.scale_init", "model.txt.act", "model.txt.eps", "objective.clip.distill", "objective.clip.distill_ramp",
-    "objective.clip.distill_tau", "objective.clip.reverse", "objective.nclip.balance",
-    "objective.nclip.center_momentum", "objective.nclip.target_tau", "optim.lr_start", "optim.max_grad_norm_ratio",
-    "optim.max_skipped_steps", "optim.mu_dtype", "optim.rewind",
+    "data.workers", "ema.on", "ema.schedule", "eval.before", "finetune.lora.kernels", "finetune.lora.targets",
+    "log.collapse_warmup_steps", "log.expected_epochs", "log.project", "log.stall_warning", "loss.impl",
+    "model.bias_init", "model.cluster_head.last_norm", "model.img.act", "model.img.eps", "model.img.patch_bias",
+    "model.img.patch_dropout", "model.img.pre_norm", "model.img.stem", "model.project_bias", "model.project_img",
+    "model.scale_init", "model.txt.act", "model.txt.eps", "model.txt.scan", "objective.classify.head_std",
+    "objective.clip.distill", "objective.clip.distill_ramp", "objective.clip.distill_tau", "objective.clip.reverse",
+    "objective.nclip.balance", "objective.nclip.center_momentum", "objective.nclip.target_tau", "optim.lr_start",
+    "optim.max_grad_norm_ratio", "optim.max_skipped_steps", "optim.mu_dtype", "optim.rewind",
 )  # fmt: skip
 # Instead of `data.tags`, which only the icons had.
 _ICON_CAPTIONS = "studies.icons.sources:add_category:category"
 # Former names of config keys.
 RENAMED = {
     "data.image_key": "data.image_column", "data.text_keys": "data.text_columns", "eval.final_sets": "eval.sets_at_end",
-    "finetune.lora.kernels": "finetune.lora.targets", "init.frozen": "init.freeze", "log.to": "log.trackers",
+    "init.frozen": "init.freeze", "log.to": "log.trackers", "model.img.scan": "model.scan",
     "objective.clip.q": "objective.clip.gce_q",
 }  # fmt: skip
 _FIELDS = ("arm", "seed", "config", "commit", "environment", "results")

@@ -56,7 +56,7 @@ def run(tmp_path_factory):
     """What a run of xCLIP with stacked blocks leaves, but for the training; to be read only."""
     from tests.helpers import tiny
 
-    return tiny.untrained(tmp_path_factory.mktemp("runs") / "run", model__img__scan=True, model__txt__scan=True)
+    return tiny.untrained(tmp_path_factory.mktemp("runs") / "run", model__scan=True)
 
 
 @pytest.fixture(scope="session")

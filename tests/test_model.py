@@ -17,9 +17,7 @@ from PIL import Image
 import xclip_jax
 from tests.helpers import tiny
 from tests.helpers.util import jit, random_variables
-from xclip_jax import interop
 from xclip_jax import model as inference
-from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
@@ -99,59 +97,40 @@ def test_embeddings_are_those_of_the_towers(objective):
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["clip", "nclip", "xclip"])
-def test_raw_embeddings_have_the_direction_of_the_others(objective):
-    """Normalised embeddings are the same before and after raw ones; distributions sum to 1."""
-    _, _, model = random_model(objective)
-    before = model.encode_text(TEXTS)
-    raw = model.encode_text(TEXTS, normalize=False)
-    np.testing.assert_array_equal(model.encode_text(TEXTS), before)
-    np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), before, atol=1e-6)
-    assert raw.dtype == np.float32 and np.abs(np.linalg.norm(raw, axis=1) - 1).min() > 0.01
-    if objective == "nclip":
-        np.testing.assert_allclose(raw.sum(axis=1), 1, atol=1e-6)
-
-
 def test_as_a_module_of_nnx_it_is_the_same_model_and_trains():
     """Outputs and gradients are Linen's; steps change the module, and not the model that it was made from."""
-    towers, variables, model = random_model("xclip")
+    towers, variables, model = random_model("clip")
     rng = np.random.default_rng(0)
     pixels = rng.normal(size=(4, tiny.SIZE, tiny.SIZE, 3)).astype(np.float32)
     tokens = tokenizer.load("bytes")(TEXTS[:4], tiny.LENGTH)
     module, before = model.nnx(), model.encode_text(TEXTS)
-    expected = jit(towers.apply)(variables, pixels, tokens)
-    out = nnx.jit(lambda module: module(pixels, tokens))(module)
-    assert set(out) == set(expected)
-    for key, value in expected.items():
-        np.testing.assert_allclose(out[key], value, atol=1e-5, err_msg=key)
-    np.testing.assert_allclose(module.encode_image(pixels), expected["h_img"], atol=1e-5)
 
     def loss(out):
-        return -jnp.diag(jax.nn.log_softmax(out["scale"] * out["z_img"] @ out["z_txt"].T)).mean()
+        return -jnp.diag(jax.nn.log_softmax(out["scale"] * out["z_img"] @ out["z_txt"].T)).mean(), out
 
     @nnx.jit
     def step(module, optimizer):
-        value, grads = nnx.value_and_grad(lambda module: loss(module(pixels, tokens)))(module)
+        found, grads = nnx.value_and_grad(lambda module: loss(module(pixels, tokens)), has_aux=True)(module)
         optimizer.update(module, grads)
-        return value, grads
+        return *found, grads
+
+    @functools.partial(jit)
+    def linen(params):
+        return jax.value_and_grad(
+            lambda params: loss(towers.apply({**variables, "params": params}, pixels, tokens)), has_aux=True
+        )(params)
 
     optimizer = nnx.Optimizer(module, optax.sgd(0.05), wrt=nnx.Param)
-    losses = [step(module, optimizer) for _ in range(4)]
-    kernel = jax.grad(lambda params: loss(towers.apply({**variables, "params": params}, pixels, tokens)))(
-        variables["params"]
-    )["proj_txt"]["linear"]["kernel"]
-    np.testing.assert_allclose(losses[0][1]["proj_txt"]["linear"]["kernel"][...], kernel, atol=1e-5)
-    assert losses[-1][0] < losses[0][0]
+    losses = [step(module, optimizer) for _ in range(2)]
+    (_, expected), gradient = linen(variables["params"])
+    assert set(losses[0][1]) == set(expected)
+    for key, value in expected.items():
+        np.testing.assert_allclose(losses[0][1][key], value, atol=1e-5, err_msg=key)
+    found = losses[0][2]["proj_txt"]["linear"]["kernel"][...]
+    np.testing.assert_allclose(found, gradient["proj_txt"]["linear"]["kernel"], atol=1e-5)
+    assert losses[1][0] < losses[0][0]
+    assert module.encode_image(pixels).shape == (4, 32)
     np.testing.assert_array_equal(model.encode_text(TEXTS), before)
-
-
-class Series(dict):
-    """Rows by label in an order of their own, as pandas has them."""
-
-    iloc = None
-
-    def __iter__(self):
-        return iter(self.values())
 
 
 def test_images_in_every_form_are_the_same(model, tmp_path, monkeypatch):
@@ -161,9 +140,8 @@ def test_images_in_every_form_are_the_same(model, tmp_path, monkeypatch):
         (tmp_path / f"{i}.png").write_bytes(encoded(picture))
     expected = model.encode_image(images)
     paths = [tmp_path / f"{i}.png" for i in range(3)]
-    labelled = Series(zip((2, 1, 0), paths, strict=True))
     in_home = [f"~/{path.name}" for path in paths]
-    for form in (paths, labelled, in_home, [encoded(p) for p in images], list(map(Image.open, paths))):
+    for form in (paths, iter(paths), in_home, [encoded(p) for p in images], list(map(Image.open, paths))):
         np.testing.assert_array_equal(model.encode_image(form), expected)
     same = np.stack([np.resize(p, (21, 21, 3)) for p in images])
     np.testing.assert_array_equal(model.encode_image(same), model.encode_image(list(same)))
@@ -185,43 +163,9 @@ def test_weights_of_open_clip_give_its_embeddings(tmp_path):
     preprocess = open_clip.image_transform(32, is_train=False)
     with torch.inference_mode():
         z_img = theirs.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
-        pixels = torch.stack([preprocess(image) for image in images])
-        tokens = open_clip.SimpleTokenizer(context_length=12)(TEXTS)
-        z_txt = theirs.encode_text(tokens, normalize=True)
-        raw_img, raw_txt = theirs.encode_image(pixels).numpy(), theirs.encode_text(tokens).numpy()
+        z_txt = theirs.encode_text(open_clip.SimpleTokenizer(context_length=12)(TEXTS), normalize=True)
     np.testing.assert_allclose(ours.encode_image(images), z_img.numpy(), atol=1e-5)
     np.testing.assert_allclose(ours.encode_text(TEXTS), z_txt.numpy(), atol=1e-5)
-    assert np.abs(np.linalg.norm(raw_img, axis=1) - 1).min() > 0.01
-    for raw, expected in (
-        (ours.encode_image(images, normalize=False), raw_img),
-        (ours.encode_pixels(pixels.permute(0, 2, 3, 1).contiguous().numpy(), normalize=False), raw_img),
-        (ours.encode_text(TEXTS, normalize=False), raw_txt),
-        (ours.encode_tokens(tokens.numpy(), normalize=False), raw_txt),
-    ):
-        np.testing.assert_allclose(raw, expected, atol=1e-5 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("objective", ["xclip", "nclip"])
-def test_exported_weights_are_the_same_model(objective, tmp_path):
-    _, variables, model = random_model(objective)
-    interop.write(variables, schema.to_dict(model.config), tmp_path, "safetensors")
-    again = xclip_jax.load(tmp_path, batch=8)
-    assert again.fingerprint() == model.fingerprint()
-    np.testing.assert_array_equal(again.encode_text(TEXTS), model.encode_text(TEXTS))
-    np.testing.assert_array_equal(again.clusters(pictures()).ids, model.clusters(pictures()).ids)
-
-
-def test_preprocessing_is_open_clips():
-    """Resized and cropped as open_clip's transform does it, for odd sizes, grey and transparent pictures."""
-    import open_clip
-
-    _, _, model = random_model("clip")
-    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
-    theirs = open_clip.image_transform(tiny.SIZE, is_train=False, **plain)
-    for picture in (Image.fromarray(pictures()[3]), Image.fromarray(pictures()[1]).convert("L"),
-                    Image.fromarray(pictures()[2]).convert("RGBA")):  # fmt: skip
-        found = model.prepare(picture).astype(np.float32)
-        np.testing.assert_array_equal(found, np.round(255 * theirs(picture).numpy()).transpose(1, 2, 0))
 
 
 def test_nothing_is_compiled_after_each_size_was_seen_once(model):
@@ -251,56 +195,34 @@ def test_batches_do_not_change_an_embedding(model):
     np.testing.assert_allclose(model.encode_text(texts)[30:], model.encode_text(texts[30:]), atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["clip", "xclip", "nclip"])
-def test_zero_shot_is_its_definition_and_the_evaluators(objective):
-    """Against SciPy on what the heads write: cosines with the mean of a class's prompts, or cross-entropies with it."""
+@pytest.mark.parametrize("objective", ["xclip", "nclip"])
+def test_zero_shot_by_every_score_is_its_definition(objective):
+    """Against SciPy on outputs of the heads; a class is the mean of its prompts."""
     _, variables, model = random_model(objective)
     names, templates = ["fox", "{hen}", "owl"], ["a {}.", "the {}, a {}."]
     images = [model.prepare(p) for p in pictures(9)]
     prompts = [[t.replace("{}", n) for t in templates] for n in names]
-    key = "cluster_logits" if objective == "nclip" else "embedding"
-    img = model._encoder.images(model._variables, images)[key]
-    txt = np.stack([model._encoder.texts(model._variables, of_class)[key] for of_class in prompts])
-    if objective == "nclip":
-        p, q = scipy.special.softmax(img / TAU, axis=1), scipy.special.softmax(txt / TAU, axis=2).mean(axis=1)
-        scores, scale = 0.5 * (p @ np.log(q).T + np.log(p) @ q.T), 1.0
-    else:
-        classes = txt.mean(axis=1)
-        scores = img @ (classes / np.linalg.norm(classes, axis=1, keepdims=True)).T
-        scale = np.exp(variables["params"]["log_scale"])
-    found = model.zero_shot(pictures(9), names, templates)
-    np.testing.assert_allclose(found.scores, scores, rtol=1e-5, atol=1e-6)
-    assert found.labels == [names[i] for i in scores.argmax(axis=1)]
-    np.testing.assert_allclose(found.probabilities, scipy.special.softmax(scale * scores, axis=1), rtol=1e-4)
-    evaluated = ZeroShot(model._encoder, ZeroShotSet("x", images, np.zeros(9, int), prompts)).scores(model._variables)
-    np.testing.assert_allclose(found.scores, evaluated["cross_entropy" if objective == "nclip" else ""], atol=1e-6)
-    assert model.zero_shot([], names).probabilities.shape == (0, 3)
-
-
-@pytest.mark.parametrize(
-    ("objective", "scores"), [("xclip", ["cosine", "cross_entropy", "both"]), ("nclip", ["cosine"])]
-)
-def test_zero_shot_by_another_score(objective, scores):
-    """Against SciPy: of clusters the cosine and the cross-entropy, and both the projection and the clusters."""
-    _, _, model = random_model(objective)
-    names, images = ["fox", "hen", "owl"], pictures(9)
-    img = model._encoder.images(model._variables, [model.prepare(p) for p in images])
-    txt = model._encoder.texts(model._variables, names)
-    p, q = (scipy.special.softmax(x["cluster_logits"] / TAU, axis=1) for x in (img, txt))
-    expected = {
-        "cosine": 1 - scipy.spatial.distance.cdist(p, q, "cosine"),
-        "cross_entropy": 0.5 * (p @ np.log(q).T + np.log(p) @ q.T),
-    }
+    img = model._encoder.images(model._variables, images)
+    txt = [model._encoder.texts(model._variables, of_class) for of_class in prompts]
+    p = scipy.special.softmax(img["cluster_logits"] / TAU, axis=1)
+    q = np.stack([scipy.special.softmax(x["cluster_logits"] / TAU, axis=1).mean(axis=0) for x in txt])
+    entropy = 0.5 * (p @ np.log(q).T + np.log(p) @ q.T)
+    expected = {"": entropy, "cosine": 1 - scipy.spatial.distance.cdist(p, q, "cosine"), "cross_entropy": entropy}
     if objective == "xclip":
-        parts = img["embedding"] @ txt["embedding"].T, expected["cross_entropy"]
-        expected["both"] = sum(part / part.std() for part in parts)
-    for name in scores:
-        assert model.zero_shot([], names, by=name).scores.shape == (0, 3)
-        assert model.zero_shot(images[:1], names[:1], by=name).probabilities == 1  # no deviation to divide by
-        found = model.zero_shot(images, names, ["{}"], by=name)
-        np.testing.assert_allclose(found.scores, expected[name], rtol=1e-4, atol=1e-5)
-        assert found.labels == [names[i] for i in expected[name].argmax(axis=1)]
-        np.testing.assert_allclose(found.probabilities, scipy.special.softmax(expected[name], axis=1), rtol=1e-4)
+        classes = np.stack([x["embedding"].mean(axis=0) for x in txt])
+        expected[""] = img["embedding"] @ (classes / np.linalg.norm(classes, axis=1, keepdims=True)).T
+        expected["both"] = expected[""] / expected[""].std() + entropy / entropy.std()
+    scale = np.exp(variables["params"]["log_scale"]) if objective == "xclip" else 1.0
+    for by, scores in expected.items():
+        found = model.zero_shot(pictures(9), names, templates, by=by)
+        np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-5)
+        assert found.labels == [names[i] for i in scores.argmax(axis=1)]
+        logits = scores if by else scale * scores
+        np.testing.assert_allclose(found.probabilities, scipy.special.softmax(logits, axis=1), rtol=1e-4)
+        assert model.zero_shot([], names, by=by).probabilities.shape == (0, 3)
+        assert model.zero_shot(pictures(1), names[:1], by=by).probabilities == 1  # no deviation to divide by
+    evaluated = ZeroShot(model._encoder, ZeroShotSet("x", images, np.zeros(9, int), prompts)).scores(model._variables)
+    np.testing.assert_allclose(evaluated["cross_entropy"], entropy, rtol=1e-4, atol=1e-5)
 
 
 def test_clusters_are_the_largest_of_the_distribution(model):
@@ -324,29 +246,22 @@ def test_nothing_in_nothing_out(model):
 def test_bad_input_is_named(model, run, tmp_path):
     (tmp_path / "good.png").write_bytes(encoded(pictures()[0]))
     (tmp_path / "bad.jpg").write_bytes(b"<html>")
-    (tmp_path / "empty.jpg").write_bytes(b"")
     pixels = np.zeros((1, tiny.SIZE, tiny.SIZE, 3))
     for call, message in (
         (lambda: model.encode_image([tmp_path / "good.png", tmp_path / "bad.jpg"]), r"image 1, '.*bad.jpg': not an im"),
         (lambda: model.encode_image([str(tmp_path / "none.jpg")]), r"none.jpg': file does not exist"),
-        (lambda: model.encode_image([tmp_path / "empty.jpg"]), r"empty.jpg': not an image: 0 bytes"),
-        (lambda: model.encode_image([encoded(pictures()[0])[:200]]), "image 0: image"),
         (lambda: model.encode_image([pixels[0]]), r"image is not uint8 \(h, w, 3\): an array of float64"),
         (lambda: model.encode_image([3]), "image 0: not an image: type int"),
         (lambda: model.encode_image("a.jpg"), "images is a single image; pass a list"),
         (lambda: model.encode_pixels(pixels), "pixels are float64"),
         (lambda: model.encode_pixels(pixels[0].astype(np.float32)), "takes normalised float32"),
         (lambda: model.encode_tokens(np.zeros((1, 3), np.int32)), r"int32 of shape \(1, 3\); expected .*\(b, 12\)"),
-        (lambda: model.encode_tokens(np.zeros(12, np.int64)), r"int64 of shape \(12,\); expected"),
-        (lambda: model.encode_tokens(np.zeros((1, 1, 12), np.int64)), r"int64 of shape \(1, 1, 12\); expected"),
         (lambda: model.encode_tokens(np.ones((1, 12))), "tokens are float64 of shape"),
-        (lambda: model.encode_tokens(np.ones((1, 12), bool)), "tokens are bool of shape"),
         (lambda: model.encode_tokens([[1] * 9 + [259, 0, 0]]), "from 0 to 258"),
         (lambda: model.encode_tokens([[1] * 12, [5, -3] + [0] * 10]), "from 0 to 258"),
         (lambda: model.encode_tokens(np.full((1, 12), 2**63 + 1, np.uint64)), "from 0 to 258"),
         (lambda: model.encode_tokens([[1] * 9 + [2, 0, 0], [1] * 12]), "with the end 2 in each row"),
         (lambda: model.encode_text("a fox"), "pass a list of strings"),
-        (lambda: model.encode_text(["a", 3]), r"texts is \['a', 3\]; pass"),
         (lambda: model.zero_shot([], []), "lists of at least one string"),
         (lambda: model.zero_shot([], ["fox"], ["a fox"]), r"templates are \['a fox'\]"),
         (lambda: model.zero_shot([], "fox"), "lists of at least one string"),
@@ -365,34 +280,28 @@ def test_bad_input_is_named(model, run, tmp_path):
 def test_an_error_of_an_image_has_a_short_traceback(model, tmp_path):
     with pytest.raises(UserError) as error:
         model.encode_image([tmp_path / "none.jpg"])
-    text = "".join(traceback.format_exception(error.value))
-    assert text.count("Traceback") == 1
-    assert text.endswith("none.jpg': file does not exist.\n")
+    assert "".join(traceback.format_exception(error.value)).count("Traceback") == 1
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int64", "uint64", ">i4"])
-def test_tokens_of_every_integer_type_are_the_same(model, dtype):
-    tokens = model.tokenizer(TEXTS, model.length)
-    few = np.minimum(tokens, 200).astype(np.int32)  # within uint8
-    np.testing.assert_array_equal(model.encode_tokens(few.astype(dtype)), model.encode_tokens(few))
+def test_tokens_of_every_integer_type_are_the_same(model):
+    few = np.minimum(model.tokenizer(TEXTS, model.length), 200).astype(np.int32)  # within uint8
+    expected = model.encode_tokens(few)
+    for dtype in ("uint8", "int64", "uint64", ">i4"):
+        np.testing.assert_array_equal(model.encode_tokens(few.astype(dtype)), expected)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch": 0}, "batch is 0; expected an integer of at least 1"),
-        ({"batch": -8}, "batch is -8; expected"),
-        ({"batch": 2.5}, "batch is 2.5; expected an integer"),
-        ({"threads": -1}, "threads is -1; expected an integer of at least 0"),
-    ],
-)
-def test_counts_are_checked_before_anything_is_read(tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        xclip_jax.load(tmp_path / "none", **changes)
+@pytest.mark.parametrize("batch", [0, 2.5])
+def test_a_batch_is_checked_before_anything_is_read(tmp_path, batch):
+    with pytest.raises(UserError, match=f"batch is {batch}; expected an integer"):
+        xclip_jax.load(tmp_path / "none", batch=batch)
 
 
-def test_loading_a_run_logs_nothing_and_leaves_logging_alone(run):
-    code = f"""import logging, xclip_jax
+def test_the_package_imports_no_jax_and_loading_a_run_leaves_logging_alone(run):
+    code = f"""import sys, xclip_jax
+assert "jax" not in sys.modules; xclip_jax.load; assert "jax" in sys.modules
+import xclip_jax.commands.train
+assert not {{"torch", "tensorflow", "datasets", "huggingface_hub", "scipy.stats"}} & set(sys.modules)
+import logging
 from absl import logging as absl_logging
 xclip_jax.load({str(run)!r})
 logging.getLogger("orbax").warning("other library")
@@ -400,10 +309,3 @@ absl_logging.warning("own message")"""
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if "WARNING" in line or "message" in line or "library" in line]
     assert lines == ["WARNING:orbax:other library", "WARNING:absl:own message"]
-
-
-def test_the_package_alone_imports_no_jax():
-    code = "import sys, xclip_jax; assert 'jax' not in sys.modules; xclip_jax.load; assert 'jax' in sys.modules"
-    code += "; import xclip_jax.commands.train"
-    code += "; assert not {'torch', 'tensorflow', 'datasets', 'huggingface_hub', 'scipy.stats'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

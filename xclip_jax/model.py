@@ -8,8 +8,6 @@ Results are NumPy arrays. Items are encoded on all devices in batches of a few f
 are resized, cropped and normalised by the model's config.
 """
 
-import copy
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +25,8 @@ from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
 from xclip_jax.interop import hub
-from xclip_jax.models.heads import Head, Projection
 from xclip_jax.models.two_towers import TwoTowers, Variables
-from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
+from xclip_jax.objectives.similarity import cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import make_mesh, replicated
 from xclip_jax.train import weights
 from xclip_jax.train.build import Experiment
@@ -69,8 +66,6 @@ class Model:
 
     Embeddings come from the model's default similarity, see `Objective.similarities`: projections (b, e), or
     distributions over clusters (b, k), scaled to unit length, so that their products are the cosines in evaluations.
-    With `normalize=False` they are not scaled: projections like open_clip's `encode_image` by default, or distributions
-    whose rows sum to 1.
 
     Attributes:
       config: config of the run or the weights.
@@ -79,11 +74,10 @@ class Model:
       size: side of an image, pixels.
       length: tokens per text, including start and end.
       batch: number of items encoded at once.
+      similarities: the model's similarities, its default first; empty for a pure classifier.
     """
 
-    def __init__(
-        self, experiment: Experiment, variables: Variables, card: Mapping[str, Any], *, batch: int, threads: int = 0
-    ) -> None:
+    def __init__(self, experiment: Experiment, variables: Variables, card: Mapping[str, Any], *, batch: int) -> None:
         self.config = experiment.config
         self.preprocessing = experiment.preprocessing
         self.tokenizer = experiment.tokenizer
@@ -94,73 +88,81 @@ class Model:
             "preprocessing": self.preprocessing.describe(), "tokenizer": self.config.data.tokenizer,
         }  # fmt: skip
         self._experiment = experiment
-        self._threads = threads
-        self._similarities = experiment.objective.similarities
-        self._mesh = make_mesh(_MESH)
-        self._towers = {name: getattr(experiment.model, name) for name in experiment.model.towers}
+        self.similarities = experiment.objective.similarities
+        mesh = make_mesh(_MESH)
         self._model, variables = _unrolled(experiment.model, variables)
-        self._variables = jax.device_put(variables, replicated(self._mesh))
-        self._encoder = self._make_encoder(self._model, batch)
+        self._variables = jax.device_put(variables, replicated(mesh))
+        batches = [batch, *(size for size in _SMALLER if size < batch)]
+        self._encoder = Encoder(
+            self._model, self.tokenizer, self.preprocessing, mesh, self.similarities, batches=batches
+        )
         self.batch = self._encoder.batch
 
-    def _make_encoder(self, model: TwoTowers, batch: int) -> Encoder:
-        batches = [batch, *(size for size in _SMALLER if size < batch)]
-        return Encoder(model, self.tokenizer, self.preprocessing, self._mesh, self._similarities, batches=batches)
-
-    @functools.cached_property
-    def _raw(self) -> "Model":
-        """The same model with unnormalised projections; its programs are compiled on use."""
-        raw = copy.copy(self)
-        heads = dict(self._model.heads)
-        for name, head in heads.items():
-            if isinstance(head, Head) and isinstance(head.module, Projection):
-                heads[name] = dataclasses.replace(head, module=head.module.clone(normalize=False))
-        raw._encoder = self._make_encoder(self._model.clone(heads=heads), self.batch)
-        return raw
-
-    def encode_image(self, images: Sequence[ImageLike] | np.ndarray, *, normalize: bool = True) -> np.ndarray:
+    def encode_image(self, images: Sequence[ImageLike] | np.ndarray) -> np.ndarray:
         """Return embeddings of images, fp32 (b, e).
 
         Args:
           images: paths (also in buckets), Pillow images, contents of image files (bytes) or uint8 RGB arrays (h, w, 3),
             of any size; or one uint8 array (b, h, w, 3).
-          normalize: whether rows are scaled to unit length, see `Model`.
 
         Raises:
           UserError: a missing or undecodable image, named in the message.
+
+        Example:
+          >>> model.encode_image(["fox.png", "hen.png"]).shape
+          (2, 16)
         """
-        return self._embed(Model._images, images, normalize)
+        return self._embed(self._images, images)
 
     def encode_prepared(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return embeddings of images from `prepare`; the sequence is read once, roughly in order."""
-        return self._embed(Model._prepared, images)
+        """Return embeddings of images from `prepare`; the sequence is read once, roughly in order.
 
-    def encode_pixels(self, pixels: np.ndarray, *, normalize: bool = True) -> np.ndarray:
-        """Return embeddings (b, e) of fp32 pixels (b, size, size, 3), normalised by the model's mean and deviation."""
+        Example:
+          >>> model.encode_prepared([model.prepare("fox.png")]).shape
+          (1, 16)
+        """
+        return self._embed(self._prepared, images)
+
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Return embeddings (b, e) of fp32 pixels (b, size, size, 3), normalised by the model's mean and deviation.
+
+        Example:
+          >>> model.encode_pixels(np.zeros((3, model.size, model.size, 3), np.float32)).shape
+          (3, 16)
+        """
         pixels = np.asarray(pixels)
         if pixels.dtype != np.float32 or pixels.shape[1:] != (self.size, self.size, 3):
             raise UserError(
                 f"pixels are {pixels.dtype} of shape {pixels.shape}; this model takes normalised float32 "
                 f"(b, {self.size}, {self.size}, 3); use encode_image for other inputs."
             )
-        return self._embed(Model._prepared, pixels, normalize)
+        return self._embed(self._prepared, pixels)
 
-    def encode_text(self, texts: Sequence[str], *, normalize: bool = True) -> np.ndarray:
-        """Return embeddings (b, e) of texts, which are cut to the model's length."""
-        return self._embed(Model._texts, texts, normalize)
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Return embeddings (b, e) of texts, which are cut to the model's length.
 
-    def encode_tokens(self, tokens: np.ndarray, *, normalize: bool = True) -> np.ndarray:
+        Example:
+          >>> z_txt = model.encode_text(["a fox", "a hen"])
+          >>> similarities = model.encode_image(["fox.png"]) @ z_txt.T  # cosines (1, 2)
+        """
+        return self._embed(self._texts, texts)
+
+    def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """Return embeddings (b, e) of token ids (b, length) from `model.tokenizer(texts, model.length)`.
 
         Raises:
           UserError: not integers of this shape, an id outside the vocabulary, or a row without the end token, at which
             the tower pools.
+
+        Example:
+          >>> model.encode_tokens(model.tokenizer(["a fox"], model.length)).shape
+          (1, 16)
         """
         tokens = np.asarray(tokens)
         known = self.tokenizer
         fits = tokens.dtype.kind in "iu" and tokens.ndim == 2 and tokens.shape[1] == self.length
         fits = fits and not ((tokens < 0) | (tokens >= known.vocab_size)).any()
-        if fits and getattr(self._towers.get("txt"), "pool", "") == "eot":
+        if fits and getattr(self._model.txt, "pool", "") == "eot":
             fits = (tokens == known.eot_id).any(axis=1).all()
         if not fits:
             raise UserError(
@@ -168,7 +170,7 @@ class Model:
                 f"{known.vocab_size - 1}, with the end {known.eot_id} in each row, from model.tokenizer(texts, "
                 f"{self.length}). Use encode_text for strings."
             )
-        return self._embed(Model._tokens, tokens.astype(np.int32), normalize)
+        return self._embed(functools.partial(self._encoder.tokens, self._variables), tokens.astype(np.int32))
 
     def zero_shot(
         self,
@@ -194,6 +196,11 @@ class Model:
 
         Raises:
           UserError: see `encode_image`; no class, a template without {}, an unknown score.
+
+        Example:
+          >>> found = model.zero_shot(["fox.png", "hen.png"], ["fox", "hen", "owl"])
+          >>> len(found.labels), found.probabilities.shape
+          (2, (2, 3))
         """
         strings = isinstance(class_names, str) or isinstance(templates, str)
         if strings or not class_names or not templates or not all("{}" in template for template in templates):
@@ -203,7 +210,7 @@ class Model:
             )
         # str.format would fail on braces in a name.
         prompts = [template.replace("{}", name) for name in class_names for template in templates]
-        used = self._similarities if by else self._similarities[:1]
+        used = self.similarities if by else self.similarities[:1]
         img = self._images(images, features(used))
         txt = self._texts(prompts, features(used))
         by_score = class_scores(used, img, txt, [len(templates)] * len(class_names))
@@ -216,14 +223,9 @@ class Model:
         return ZeroShotResult(labels, softmax(logits), scores)
 
     @property
-    def similarities(self) -> tuple[Similarity, ...]:
-        """The model's similarities, its default first; empty for a pure classifier."""
-        return tuple(self._similarities)
-
-    @property
     def has_clusters(self) -> bool:
         """Whether the model has distributions over clusters, for `clusters`."""
-        return cluster_similarity(self._similarities) is not None
+        return cluster_similarity(self.similarities) is not None
 
     def clusters(
         self,
@@ -236,9 +238,13 @@ class Model:
 
         Raises:
           UserError: a model without cluster heads; both images and texts, or neither; see `encode_image`.
+
+        Example:
+          >>> model.clusters(["fox.png"], top=3).ids.shape
+          (1, 3)
         """
         check_count("top", top, 1)
-        similarity = cluster_similarity(self._similarities)
+        similarity = cluster_similarity(self.similarities)
         if similarity is None or (images is None) == (texts is None):
             raise UserError("clusters takes either images or texts=[...], and a model trained by nclip or xclip.")
         keys = (similarity.feature,)
@@ -249,13 +255,17 @@ class Model:
         return Clusters(ids, np.take_along_axis(p, ids, axis=1))
 
     def prepare(self, image: ImageLike) -> np.ndarray:
-        """Resize and crop an image, see `encode_image`, to uint8 (size, size, 3); raise `BadSample` if unreadable."""
+        """Resize and crop an image, see `encode_image`, to uint8 (size, size, 3); raise `BadSample` if unreadable.
+
+        Example:
+          >>> model.prepare("fox.png").shape
+          (16, 16, 3)
+        """
         if isinstance(image, str | os.PathLike):
             try:
                 image = storage.read(os.path.expanduser(image), MAX_BYTES["image"])
             except OSError as error:
-                missing = isinstance(error, FileNotFoundError)
-                raise (BadSample("file does not exist") if missing else storage.unreadable(error)) from error
+                raise storage.unreadable(error, "file does not exist") from error
         if not isinstance(image, bytes | np.ndarray | Image.Image):
             raise BadSample("not an image", f"type {type(image).__name__}")
         return self.preprocessing(image)
@@ -263,7 +273,7 @@ class Model:
     def _images(self, images: Sequence[ImageLike] | np.ndarray, keys: Sequence[str]) -> Features:
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UserError("images is a single image; pass a list.")
-        if hasattr(images, "iloc") or not hasattr(images, "__getitem__"):  # a pandas Series is indexed by labels
+        if not isinstance(images, Sequence | np.ndarray):  # such as a pandas Series, which is indexed by labels
             images = list(images)
 
         def make(i: int) -> np.ndarray:
@@ -274,7 +284,7 @@ class Model:
                 name = f", {os.fspath(image)!r}" if isinstance(image, str | os.PathLike) else ""
                 raise UserError(f"image {i}{name}: {error}.") from None
 
-        with ThreadPrefetcher(make, len(images), threads=self._threads, window=2 * self.batch) as prepared:
+        with ThreadPrefetcher(make, len(images), window=2 * self.batch) as prepared:
             return self._prepared(prepared, keys)
 
     def _prepared(self, images: Rows, keys: Sequence[str]) -> Features:
@@ -285,17 +295,10 @@ class Model:
             raise UserError(f"texts is {texts!r:.40}; pass a list of strings.")
         return self._encoder.texts(self._variables, texts, keys)
 
-    def _tokens(self, tokens: Rows, keys: Sequence[str]) -> Features:
-        return self._encoder.tokens(self._variables, tokens, keys)
-
-    def _embed(
-        self, encode: Callable[["Model", Any, Sequence[str]], Features], items: Any, normalize: bool = True
-    ) -> np.ndarray:
+    def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
         """Return embeddings of `items` from the features that `encode` computes."""
-        keys = features(self._similarities[:1])
-        (output,) = encode(self if normalize else self._raw, items, keys).values()
-        similarity = self._similarities[0]
-        return similarity.embedding(output) if normalize else similarity.rows(output)
+        (output,) = encode(items, features(self.similarities[:1])).values()
+        return self.similarities[0].embedding(output)
 
     def nnx(self) -> Any:
         """Return towers and heads as a Flax NNX module, through Flax's bridge, for your own training code.
@@ -304,6 +307,12 @@ class Model:
         and "scale"; `module.encode_image(pixels)` and `module.encode_text(tokens)` return features (b, d). Inputs are
         fp32 pixels (b, size, size, 3), see `encode_pixels`, and int32 tokens (b, length). Steps of an `nnx.Optimizer`
         change the module's weights but not this model's.
+
+        Example:
+          >>> module = model.nnx()
+          >>> pixels = np.zeros((1, model.size, model.size, 3), np.float32)
+          >>> module(pixels, model.tokenizer(["a fox"], model.length))["z_img"].shape
+          (1, 16)
         """
         from flax import nnx  # takes a second to import
 
@@ -318,13 +327,16 @@ class Model:
         return sum(leaf.size for leaf in jax.tree.leaves(self._variables["params"]))
 
     def fingerprint(self) -> str:
-        """Return a checksum of weights, tokenizer and preprocessing, see `train.weights.fingerprint`."""
+        """Return a checksum of weights, tokenizer and preprocessing, see `train.weights.fingerprint`.
+
+        Example:
+          >>> model.fingerprint() == xclip_jax.load(path).fingerprint()
+          True
+        """
         return weights.fingerprint(self._experiment, self._variables)
 
 
-def load(
-    path: str | os.PathLike, *, step: int | None = None, batch: int = 32, threads: int = 0, trust: bool = False
-) -> Model:
+def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, trust: bool = False) -> Model:
     """Load a model on all devices of this machine; on a CPU it computes in float32.
 
     Args:
@@ -332,12 +344,11 @@ def load(
       step: step of a run's checkpoint; the newest by default.
       batch: number of items encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU,
         accelerators work better with more.
-      threads: number of threads that read and decode images; 0 for one per core.
       trust: whether to import, and so to run, modules of other packages named in the config.
 
     Raises:
-      UserError: `path` is neither a run nor weights; `batch` below 1 or `threads` below 0; without `trust`, a config
-        with a class from a package that the caller has not imported.
+      UserError: `path` is neither a run nor weights; `batch` below 1; without `trust`, a config with a class from a
+        package that the caller has not imported.
 
     Example:
       >>> import xclip_jax
@@ -348,12 +359,11 @@ def load(
       (2, 128)
     """
     check_count("batch", batch, 1)  # before weights are read, which may take a while
-    check_count("threads", threads, 0)
     place = hub.locate(os.fspath(path))
     with imports.trusting(trust):
         loaded = weights.load(place, step)
     card = {"checkpoint": place.name, "step": loaded.step} | ({"commit": place.commit} if place.commit else {})
-    return Model(loaded.experiment, loaded.variables, card, batch=batch, threads=threads)
+    return Model(loaded.experiment, loaded.variables, card, batch=batch)
 
 
 def _unrolled(model: TwoTowers, variables: Variables) -> tuple[TwoTowers, Variables]:

@@ -1,7 +1,8 @@
-"""The optimizer, AdamW or another one from optax, with masked weight decay and layer decay, and its schedules."""
+"""The optimizer, AdamW or Muon from optax, with masked weight decay and layer decay, and its schedules."""
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -10,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, above, at_least, at_most, between, choice, fraction_below_one, key
 from xclip_jax.models.lora import ADAPTERS
 from xclip_jax.models.tower import Tower
 
 Schedule = Callable[[Any], Any]
-NAMES = ("adamw", "lion", "adafactor", "muon", "lamb")
+NAMES = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 ON_BAD_STEPS = ("stop", "rewind")
 
@@ -39,14 +39,9 @@ class OptimConfig:
     weight_decay: float = key(
         0.5, "decoupled weight decay of kernels and embeddings", between(0, 1000), card="optimizer"
     )
-    b1: float = key(0.9, "decay of the first moment; 0: adafactor keeps none", fraction_below_one(), card="optimizer")
-    b2: float = key(
-        0.98,
-        "decay of the second moment (lion: of the momentum; adafactor: unused)",
-        fraction_below_one(),
-        card="optimizer",
-    )
-    eps: float = key(1e-8, "added to the second moment's root, except in adafactor", at_least(1e-15))
+    b1: float = key(0.9, "decay of the first moment", fraction_below_one(), card="optimizer")
+    b2: float = key(0.98, "decay of the second moment", fraction_below_one(), card="optimizer")
+    eps: float = key(1e-8, "added to the second moment's root", at_least(1e-15))
     layer_decay: float = key(1.0, "updates of a layer over updates of the layer above; 1 for none", _SHARE)
     grad_clip_norm: float = key(0.0, "bound on the gradient's norm; 0 for none", at_least(0), card="optimizer")
     microbatches: int = key(1, "parts of the batch, encoded one after another", at_least(1), resume="free")
@@ -101,7 +96,7 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
+def layer_scales(params: Any, decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
     """Return factors of each parameter's updates: BEiT's layer decay (arXiv 2106.08254).
 
     Layer i of a tower with n layers (`Tower.num_layers`) has the factor decay^(n - 1 - i); stacked layers have an array
@@ -120,111 +115,13 @@ def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Towe
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
-def _scale_updates(scales: Callable[[Any], Any]) -> optax.GradientTransformation:
-    """Multiply updates by `scales` of their tree."""
-    return optax.stateless(
-        lambda updates, _: jax.tree.map(lambda x, scale: x if scale is True else x * scale, updates, scales(updates))
-    )
+def stop_frozen(params: Mapping[str, Any], frozen: Collection[str]) -> dict[str, Any]:
+    """Return `params` without gradients of the towers `frozen`."""
+    return {name: jax.lax.stop_gradient(tree) if name in frozen else tree for name, tree in params.items()}
 
 
-def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:
-    """Return whether each parameter is trained, see `frozen_layers`; stacked layers have broadcastable arrays."""
-    layers = frozen_layers(frozen, towers)
-
-    def trains(path: tuple[Any, ...], x: Any) -> Any:
-        name, *rest = (key.key for key in path)
-        if name not in layers:
-            return True
-        at = np.asarray(towers[name].layer_of(tuple(rest)))
-        free = ~np.isin(at, list(layers[name]))
-        if free.all() or not free.any():
-            return bool(free.all())
-        return free.reshape(-1, *[1] * (x.ndim - 1))
-
-    return jax.tree_util.tree_map_with_path(trains, params)
-
-
-def frozen_layers(frozen: Collection[str], towers: Mapping[str, Tower]) -> dict[str, set[int]]:
-    """Return the numbers of the frozen layers by tower, see `Tower.layer_of`; the first and last are not blocks.
-
-    Args:
-      frozen: towers, their inputs ("img.embed") or ranges of blocks ("img.blocks.0-8", both ends included).
-      towers: the model's towers, "img" and "txt".
-
-    Raises:
-      UserError: the tower does not have a block.
-    """
-    layers: dict[str, set[int]] = {}
-    for part in frozen:
-        name, _, place = part.partition(".")
-        last = towers[name].num_layers - 1
-        numbers = range(last + 1) if not place else range(1)
-        if place.startswith("blocks."):
-            first, _, end = place.removeprefix("blocks.").partition("-")
-            numbers = range(int(first) + 1, int(end or first) + 2)
-            if numbers.stop > last or not numbers:
-                have = f"blocks of {name} are 0 to {last - 2}" if last > 1 else f"{name} has no blocks"
-                raise UserError(f"init.freeze has {part!r}; {have}.")
-        if place and last < 1:  # a custom tower with a single layer
-            raise UserError(f"init.freeze has {part!r}; {name} has no blocks, name the whole tower: {name!r}.")
-        layers.setdefault(name, set()).update(numbers)
-    return layers
-
-
-def stop_frozen(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:
-    """Return `params` without gradients of the frozen ones, see `trained`."""
-
-    def stop(x: jax.Array, free: Any) -> jax.Array:
-        if isinstance(free, np.ndarray):
-            return jnp.where(free, x, jax.lax.stop_gradient(x))
-        return x if free else jax.lax.stop_gradient(x)
-
-    return jax.tree.map(stop, params, trained(params, frozen, towers))
-
-
-Make = Callable[[OptimConfig, Schedule, Mapping[str, Tower]], optax.GradientTransformation]
-
-
-def _decoupled(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101, the default), Lion (arXiv 2302.06675) or LAMB (arXiv 1904.00962).
-
-    LAMB's trust ratio is one number for stacked blocks.
-    """
-    options: dict[str, Any] = {
-        "b1": config.b1,
-        "b2": config.b2,
-        "weight_decay": config.weight_decay,
-        "mask": decay_mask,
-    }
-    if config.name == "lion":
-        return optax.lion(rate, **options)
-    return (optax.lamb if config.name == "lamb" else optax.adamw)(rate, eps=config.eps, **options)
-
-
-def _adafactor(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """Adafactor, arXiv 1804.04235, after arXiv 2106.04560: second moments as sums of rows and columns.
-
-    Steps are absolute. Unlike `optax.adafactor`, clipping treats stacked blocks separately.
-    """
-    return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(_clip_rms, updates)),
-        optax.scale_by_learning_rate(rate, flip_sign=False),
-        *([optax.ema(config.b1, debias=False)] if config.b1 else []),
-        optax.add_decayed_weights(lambda step: rate(step) * config.weight_decay, mask=decay_mask),
-        optax.scale(-1),
-    )
-
-
-def _clip_rms(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-    """Limit the root mean square of an update to 1; stacked blocks are limited separately."""
-    axes = tuple(range(_is_stacked(path), x.ndim))
-    return x / jnp.maximum(1, jnp.sqrt(jnp.mean(x**2, axis=axes, keepdims=True)))
-
-
-def _is_stacked(path: tuple[Any, ...]) -> bool:
-    """Return whether the first axis of the parameter at `path` counts blocks."""
-    return any(key.key == "blocks" for key in path)
+def _adamw(config: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
 
 
 def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
@@ -242,8 +139,9 @@ def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
         names = [key.key for key in path]
         return "muon" if names[-1] == "kernel" and names[0] in towers and "transformer" in names else "adamw"
 
-    transforms: dict[Any, optax.GradientTransformation] = {"muon": muon, "adamw": _decoupled(config, rate, towers)}
-    return optax.partition(transforms, functools.partial(jax.tree_util.tree_map_with_path, label))
+    return optax.partition(
+        {"muon": muon, "adamw": _adamw(config, rate)}, functools.partial(jax.tree_util.tree_map_with_path, label)
+    )
 
 
 def _muon_dimensions(kernels: Any) -> Any:
@@ -251,14 +149,11 @@ def _muon_dimensions(kernels: Any) -> Any:
 
     def dimensions(path: tuple[Any, ...], x: Any) -> Any:
         names = [key.key for key in path]
-        axes = tuple(range(_is_stacked(path), x.ndim))
+        axes = tuple(range("blocks" in names, x.ndim))
         inputs, outputs = (axes[:1], axes[2:]) if "qkv" in names else (axes[:-1], axes[-1:])
         return optax.contrib.MuonDimensionNumbers(inputs, outputs)
 
     return jax.tree_util.tree_map_with_path(dimensions, kernels)
-
-
-_OPTIMIZERS: dict[str, Make] = {"adafactor": _adafactor, "muon": _muon}
 
 
 def make_optimizer(
@@ -266,30 +161,28 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Make the optimizer `config.name` with `schedule`, gradient clipping and layer decay.
 
-    Weight decay is decoupled: the learning rate times `weight_decay` times the parameter, and with lamb also times the
-    update's trust ratio. The schedule covers `steps`, the whole run. Frozen parameters (see `trained`) have no updates,
-    weight decay or moments.
+    Weight decay is decoupled: the learning rate times `weight_decay` times the parameter. The schedule covers `steps`,
+    the whole run. The towers `frozen` have no updates, weight decay or moments.
     """
-    tx = _OPTIMIZERS.get(config.name, _decoupled)(config, schedule(config, steps), towers)
+    rate = schedule(config, steps)
+    tx = _muon(config, rate, towers) if config.name == "muon" else _adamw(config, rate)
     if config.layer_decay != 1:
         # Weight decay is part of the update and scales with the layer's learning rate, like PyTorch's.
-        tx = optax.chain(tx, _scale_updates(lambda updates: layer_scales(updates, config.layer_decay, towers)))
+        scales = functools.partial(layer_scales, decay=config.layer_decay, towers=towers)
+        tx = optax.chain(tx, optax.stateless(lambda x, _: jax.tree.map(operator.mul, x, scales(x))))
     if config.grad_clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), tx)
-    return freeze(tx, frozen, towers) if frozen else tx
+    return freeze(tx, frozen) if frozen else tx
 
 
-def freeze(
-    tx: optax.GradientTransformation, frozen: Collection[str], towers: Mapping[str, Tower]
-) -> optax.GradientTransformation:
-    """Return `tx` without updates, weight decay and moments of frozen parameters, see `trained`."""
-    # Stacked layers share their moments, but the frozen ones get no update.
-    tx = optax.chain(tx, _scale_updates(lambda updates: trained(updates, frozen, towers)))
+def freeze(tx: optax.GradientTransformation, frozen: Collection[str]) -> optax.GradientTransformation:
+    """Return `tx` without updates, weight decay and moments of the towers `frozen`."""
 
-    def label(params: Any) -> Any:
-        return jax.tree.map(lambda free: "train" if np.any(free) else "frozen", trained(params, frozen, towers))
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        return "frozen" if path[0].key in frozen else "train"
 
-    return optax.partition({"train": tx, "frozen": optax.set_to_zero()}, label)
+    labels = functools.partial(jax.tree_util.tree_map_with_path, label)
+    return optax.partition({"train": tx, "frozen": optax.set_to_zero()}, labels)
 
 
 def ema_momentum(step: Any, steps: int, start: float) -> Any:

@@ -27,9 +27,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.model.dtype = "float32"  # on a CPU
     config.model.img.image_size = args.size
-    config.model.img.stem = "hmlp"  # one linear map of 12 x 12 pixels learns less from so few pictures
     config.model.txt.context_length = 16
-    config.model.img.scan = config.model.txt.scan = False
+    config.model.scan = False
     config.model.cluster_head = {"clusters": 1024, "hidden": 1024, "layers": 1}
 
     config.optim.lr, warmup_share = TUNED[args.objective]

@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.dtype = "float32"  # on a CPU
     config.model.img.image_size = 60  # the shorter side of the photographs
     config.model.txt.context_length = 16
-    config.model.img.scan = config.model.txt.scan = False
+    config.model.scan = False
     config.model.cluster_head = CLUSTER_HEAD
 
     config.optim.name = "muon"

@@ -40,7 +40,7 @@ def run(tmp_path_factory):
     trainer.run(tiny.config(
         "xclip", run=root / "run", steps=STEPS, data__sources=(f"folder:{pairs}",), data__tokenizer="clip",
         checkpoint__every=1, ema__momentum=0.5, eval__ema=True, eval__sets_at_end=(suite,),
-        model__img__scan=True,
+        model__scan=True,
     ))  # fmt: skip
     evaluate.evaluate(str(root / "run"), suite)
     return root / "run"
@@ -157,7 +157,7 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
 
 def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
     export.export(str(run), str(tmp_path / "hf"))
-    c = tiny.config("clip", data__tokenizer="clip", model__txt__scan=True, seed=3, init__weights=str(tmp_path / "hf"))
+    c = tiny.config("clip", data__tokenizer="clip", model__scan=True, seed=3, init__weights=str(tmp_path / "hf"))
     p = build.build(c)
     begun = weights.init_from_weights(weights.read_initial(p.config, p.abstract)[0], state.create(p.init, p.abstract))
     assert f"starting from {tmp_path / 'hf'}, step 0" in capsys.readouterr().out

@@ -25,7 +25,7 @@ def config(objective="xclip", **changes):
 @pytest.fixture(scope="module")
 def found():
     pytest.importorskip("libtpu")
-    return plan.plan(config(model__img__scan=True), "v5e:2x4")
+    return plan.plan(config(model__scan=True), "v5e:2x4")
 
 
 def test_a_plan_for_a_topology_that_is_not_there(found):

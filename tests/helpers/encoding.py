@@ -38,7 +38,8 @@ def small_model(embed=8, clusters=K):
 
 def build_encoder(model, devices=8, batch=16, sizes=(-1, 1, 1), **options):
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:devices])
-    known = similarities("z_img" in model.outputs, "s_img" in model.outputs)
+    outputs = {head.output for head in model.heads.values()}
+    known = similarities("z_img" in outputs, "s_img" in outputs)
     return Encoder(model, tokenize, PREPARE, mesh, **{"similarities": known, "batches": (batch,)} | options)
 
 

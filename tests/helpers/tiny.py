@@ -23,10 +23,10 @@ def config(objective="xclip", steps=10, run="runs/tiny", **changes):
     """A config of towers of one or two narrow layers; `changes` are dotted keys with __ for the dot."""
     c = recipes.base(objective, "Ti/12")
     c.run, c.steps = str(run), steps
-    narrow = {"width": 32, "depth": 1, "heads": 2, "scan": False}
+    narrow = {"width": 32, "depth": 1, "heads": 2}
     c.model.img = c.model.img.to_dict() | narrow | {"image_size": SIZE, "patch": 8}
     c.model.txt = c.model.txt.to_dict() | narrow | {"context_length": LENGTH}
-    c.model.embed = 16
+    c.model.embed, c.model.scan = 16, False
     c.model.cluster_head = {"clusters": 24, "hidden": 32, "layers": 1}
     c.model.dtype = "float32"
     c.optim.warmup, c.optim.lr, c.optim.eps = 1, 1e-3, 1e-6

@@ -38,7 +38,7 @@ def main(folder, out, *others, devices=None):
         runtime.join(False, others[0], int(others[1]), int(others[2]))
     # The kernels of the hidden layer are whole on each device, and large enough for each process to read a part.
     head = {"clusters": 64, "hidden": 1024, "layers": 1}
-    changes = {"model__img__patch_dropout": 0.5, "model__cluster_head": head}
+    changes = {"model__img__drop_path": 0.5, "model__img__depth": 2, "model__cluster_head": head}
     config = tiny.config("xclip", data__batch=BATCH, data__sources=(f"folder:{folder}",), **changes)
     p = build.build(config, devices)
     order = loader.sample_order(sources.open_sources(p.config.data), p.config.data, config.seed)

@@ -72,7 +72,7 @@ def test_without_smoothing_the_program_is_the_same():
 
 @pytest.mark.parametrize("target", ["detach", "ema"])
 def test_shuffled_targets_equal_oracle(target):
-    s_img, s_txt, extra = case(target, "none")
+    s_img, s_txt, extra = case(target)
     term = Nclip(target=target, tau=0.7, sharpness=0.9, smoothness=1.8, shuffle_targets=True)
     order = term.draw(jax.random.key(3), {"text": np.zeros((len(s_img), 4))}, 16)["target_order"]
     assert sorted(order) == list(range(len(s_img))) and not (order == np.arange(len(s_img))).any()

@@ -102,7 +102,7 @@ def test_sizes_are_taken_over_from_weights(pretrained, tmp_path):
     assert (c.model.img.width, c.model.img.patch, c.model.txt.context_length, c.data.tokenizer) == (32, 8, 24, "bytes")
     columns = load_config("finetune:data=hf:lab/set?label=fine,examples=9,classes=3")
     assert columns.run == "runs/finetune-lab-set" and columns.data.sources == ("hf:lab/set?label=fine/train",)
-    assert c.model.img.scan and c.objective.classify.classes == 1000  # how towers are computed stays the config's
+    assert c.model.scan and c.objective.classify.classes == 1000  # how towers are computed stays the config's
     assert c.steps == 1_281_167 * 100 // 1024
     part = load_config("finetune:data=tfds:imagenet2012,train=train[:1%],examples=12811,classes=1000")
     assert part.steps == 12_811 * 100 // 1024

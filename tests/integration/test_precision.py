@@ -82,15 +82,14 @@ def test_norms_are_in_float32() -> None:
     check_sensitive(norm.apply, variables, x)
 
 
-@pytest.mark.parametrize("balance", ["none", "sinkhorn"])
-def test_the_loss_of_clusters_is_in_float32(balance: str) -> None:
-    check_sensitive(partial(noncontrastive.nclip, balance=balance), bf16(16, 8), bf16(16, 8))
+def test_the_loss_of_clusters_is_in_float32() -> None:
+    check_sensitive(noncontrastive.nclip, bf16(16, 8), bf16(16, 8))
 
 
 def test_parameters_and_all_that_is_sensitive_in_a_model_are_in_float32() -> None:
-    """With norms in the stem, attention that pools, and a norm of the clusters' logits."""
+    """With attention that pools, and a norm of the clusters' logits."""
     model = util.two_towers(
-        img={"image_size": 16, "patch": 8, "width": 8, "depth": 1, "heads": 2, "stem": "hmlp", "pool": "map"},
+        img={"image_size": 16, "patch": 8, "width": 8, "depth": 1, "heads": 2, "pool": "map"},
         txt={"context_length": 6, "width": 8, "depth": 1, "heads": 2},
         embed=4,
         cluster_head={"clusters": 6, "hidden": 8},

@@ -99,7 +99,7 @@ def test_own_form_is_bit_exact_and_brings_its_tokenizer(tmp_path, monkeypatch):
     words = {"<|startoftext|>": 0, "<|endoftext|>": 1, "cat": 2}
     model = tokenizer.tokenizers.Tokenizer(tokenizer.tokenizers.models.WordLevel(words, unk_token="cat"))
     model.save(str(tmp_path / "words.json"))
-    parts = {"model__img__scan": True, "model__img__depth": 3, "model__img__pool": "map"}
+    parts = {"model__scan": True, "model__img__depth": 3, "model__img__pool": "map"}
     config, variables = our_model("xclip", data__tokenizer=str(tmp_path / "words.json"), **parts)
     assert variables["batch_stats"]
     assert interop.write(variables, config, "~/own") == []
@@ -114,7 +114,7 @@ def test_own_form_is_bit_exact_and_brings_its_tokenizer(tmp_path, monkeypatch):
 
 def test_notes_on_what_a_format_cannot_hold(tmp_path):
     options = {"data__decoding": "open_clip"}
-    config, variables = our_model("xclip", model__img__scan=True, **options)
+    config, variables = our_model("xclip", model__scan=True, **options)
     notes = interop.write(variables, config, str(tmp_path / "hf"), "hf")
     assert [note.rpartition(": ")[2] for note in notes] == ["clusters_img, clusters_txt"]
     config, variables = our_model("siglip")
@@ -143,7 +143,6 @@ def test_heads_of_another_package_are_left_out_by_name(tmp_path):
         ("nclip", {}, "hf", "objective 'nclip' trains no shared embedding space.*'safetensors'"),
         ("xclip", {"objective__terms": {"clip": 0.0, "nclip": 1.0}}, "open_clip", "objective 'xclip' trains no shared"),
         ("clip", {"model__img__pool": "mean"}, "open_clip", r"model\.img\.pool is 'mean'"),
-        ("clip", {"model__img__stem": "hmlp"}, "hf", r"model\.img\.stem is 'hmlp'"),
         ("siglip", {"model__txt__style": "siglip"}, "hf", r"model\.txt\.style is 'siglip'"),
         ("clip", {"model__img__style": "openai"}, "open_clip", "one kind of GELU for both towers"),
         ("clip", {"data__tokenizer": "bytes"}, "open_clip", "tokenizer is 'bytes', which 'open_clip' .*'safetensors'"),

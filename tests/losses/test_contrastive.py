@@ -1,7 +1,6 @@
-"""CLIP's and SigLIP's losses against a float64 oracle, open_clip, closed forms, chunks and eight devices."""
+"""CLIP's and SigLIP's losses against a float64 oracle, open_clip, chunks and eight devices."""
 
 import functools
-import math
 
 import chex
 import jax
@@ -15,9 +14,7 @@ from xclip_jax.losses import contrastive, noncontrastive
 from xclip_jax.parallel.mesh import AXES, batch_sharding, make_mesh, replicated
 from xclip_jax.parallel.sharding import FactoredLogits, MeshLayout, layout_scope
 
-SCALES = [1.0, 1 / 0.07, 100.0]
-BIASES = [-10.0, 0.5]
-CASES = [("clip", scale, None) for scale in SCALES] + [("siglip", s, bias) for s in SCALES for bias in BIASES]
+KEYS = np.array([[7, 1], [7, 2], [7, 1], [-3, 1], [7, 2], [7, 1], [0, 0]])  # groups of 3, 2, 1 and 1
 
 
 def embeddings(b, e=8, seed=0, together=1.0):
@@ -28,20 +25,18 @@ def embeddings(b, e=8, seed=0, together=1.0):
     return tuple(z / np.linalg.norm(z, axis=1, keepdims=True) for z in (z_img, z_txt))
 
 
-def oracle(name, z_img, z_txt, scale, bias):
-    """Pair by pair in float64, from the definitions."""
-    b = len(z_img)
-    total = 0.0
+def oracle(name, keys, z_img, z_txt, scale, bias=0.0, smoothing=0.0):
+    """Pair by pair in float64: cross-entropy with targets spread over equal keys, or the sum of sigmoids."""
+    b, total = len(z_img), 0.0
+    same = np.eye(b) if keys is None else (keys[:, None] == keys).all(-1)
     for i in range(b):
         if name == "clip":
-            rows = [scale * z_img[i] @ z_txt[j] for j in range(b)]
-            columns = [scale * z_img[j] @ z_txt[i] for j in range(b)]
-            for scores in (rows, columns):
-                total += 0.5 * (np.logaddexp.reduce(scores) - scores[i])
+            target = (1 - smoothing) * same[i] / same[i].sum() + smoothing / b
+            for scores in (scale * z_txt @ z_img[i], scale * z_img @ z_txt[i]):
+                total += 0.5 * (np.logaddexp.reduce(scores) - target @ scores)
         else:
-            for j in range(b):
-                y = 1.0 if i == j else -1.0
-                total += np.logaddexp(0.0, -y * (scale * z_img[i] @ z_txt[j] + bias))
+            sign = np.where(same[i], 1, -1)
+            total += np.logaddexp(0.0, -sign * (scale * z_txt @ z_img[i] + bias)).sum()
     return total / b
 
 
@@ -50,31 +45,50 @@ def compiled(name, arity):
     return jax.jit(jax.value_and_grad(getattr(contrastive, name), argnums=tuple(range(arity)), has_aux=True))
 
 
-def value_and_grad(name, *args, sharding=None):
+def value_and_grad(name, *args):
     """Value, gradients by every argument, and metrics, under jit; bias None means that there is none."""
     args = [jnp.asarray(arg, jnp.float32) for arg in args if arg is not None]
-    if sharding is not None:
-        args[:2] = jax.device_put(args[:2], sharding)
-        assert len(args[0].sharding.device_set) == 8
     (loss, metrics), grads = compiled(name, len(args))(*args)
     return loss, grads, metrics
 
 
-@pytest.mark.parametrize(("name", "scale", "bias"), CASES)
-def test_equals_oracle(name, scale, bias):
-    z_img, z_txt = embeddings(5, 4)
-    args = [z_img, z_txt, scale] + ([bias] if name == "siglip" else [])
+@pytest.mark.parametrize(
+    ("name", "scalars", "smoothing", "keys", "devices"),
+    [
+        ("clip", [1 / 0.07], 0.0, None, 1),
+        ("clip", [100.0], 0.0, None, 7),
+        ("clip", [14.0], 0.1, None, 1),
+        ("clip", [14.0], 0.0, KEYS, 1),
+        ("clip", [100.0], 0.1, KEYS, 7),
+        ("siglip", [1.0, -10.0], 0.0, None, 7),
+        ("siglip", [100.0, 0.5], 0.0, None, 1),
+        ("siglip", [10.0, -10.0], 0.0, KEYS, 7),
+    ],
+)
+def test_equals_oracle(name, scalars, smoothing, keys, devices):
+    args = [*embeddings(7, 4, seed=3), *scalars]
 
-    def f(z_img, z_txt, scale, bias=None):
-        return oracle(name, z_img, z_txt, scale, bias)
+    def f(*args):
+        return oracle(name, keys, *args, *([0.0] if name == "clip" else []), smoothing)
 
-    loss, grads, metrics = value_and_grad(name, *args)
-    assert float(loss) == pytest.approx(f(*args), rel=1e-5)
-    assert float(metrics["loss"]) == float(loss)
-    assert_close(grads, central_differences(f, args), 2e-5)
+    arrays = [jnp.asarray(arg, jnp.float32) for arg in args]
+    keys_of_batch = None if keys is None else jnp.asarray(keys)
+    if devices > 1:
+        mesh = jax.make_mesh((7,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:7])
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        arrays[:2], keys_of_batch = jax.device_put((arrays[:2], keys_of_batch), rows)
+    loss = functools.partial(getattr(contrastive, name), **{"label_smoothing": smoothing} if smoothing else {})
+    every = tuple(range(1, len(args) + 1))
+    step = jax.jit(jax.value_and_grad(lambda keys, *args: loss(*args, keys=keys), every, has_aux=True))
+    (value, metrics), grads = step(keys_of_batch, *arrays)
+    assert float(value) == pytest.approx(f(*args), rel=1e-5) and float(metrics["loss"]) == float(value)
+    assert float(metrics["ln_b"]) == pytest.approx(np.log(7), rel=1e-6)
+    if name == "siglip" and keys is not None:
+        assert float(metrics["positives"]) == pytest.approx((3 * 3 + 2 * 2 + 1 + 1) / 7)
+    assert_close(list(grads), central_differences(f, args), 3e-5)
 
 
-@pytest.mark.parametrize(("name", "scale", "bias"), CASES)
+@pytest.mark.parametrize(("name", "scale", "bias"), [("clip", 1 / 0.07, None), ("siglip", 10.0, -10.0)])
 def test_equals_open_clip(name, scale, bias):
     torch = pytest.importorskip("torch")
     peers = pytest.importorskip("open_clip.loss")
@@ -89,27 +103,6 @@ def test_equals_open_clip(name, scale, bias):
     assert_close(grads, [t.grad.numpy() for t in tensors], 2e-5)
 
 
-@pytest.mark.parametrize(("name", "bias"), [("clip", None), ("siglip", -10.0)])
-def test_one_device_equals_eight(name, bias):
-    args = [*embeddings(64, 32, seed=2), 1 / 0.07, bias]
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    one = value_and_grad(name, *args)
-    eight = value_and_grad(name, *args, sharding=NamedSharding(mesh, PartitionSpec("data")))
-    assert float(eight[0]) == pytest.approx(float(one[0]), rel=1e-5)
-    assert_close(eight[1], one[1], 1e-5)
-    for key in one[2]:
-        assert float(eight[2][key]) == pytest.approx(float(one[2][key]), rel=1e-5), key
-
-
-def test_softmax_of_identical_pairs_is_a_blind_guess():
-    z = np.tile(embeddings(1)[0], (6, 1))
-    loss, grads, metrics = value_and_grad("clip", z, z, 50.0)
-    assert float(loss) == pytest.approx(np.log(6), rel=1e-5)
-    assert float(metrics["ln_b"]) == pytest.approx(np.log(6), rel=1e-6)
-    assert float(metrics["acc_img"]) == pytest.approx(1 / 6)
-    assert float(grads[2]) == pytest.approx(0, abs=1e-6)
-
-
 def test_accuracies_are_of_the_right_direction():
     z_img = np.eye(3)
     z_txt = np.eye(3)[[0, 0, 0]]
@@ -119,7 +112,7 @@ def test_accuracies_are_of_the_right_direction():
     assert float(metrics["acc_txt"]) == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize(("name", "bias"), [("clip", None), ("siglip", -1e4), ("siglip", 1e4)])
+@pytest.mark.parametrize(("name", "bias"), [("clip", None), ("siglip", 1e4)])
 def test_extreme_scale_is_finite(name, bias):
     z_img, z_txt = embeddings(8, together=0.0)
     loss, grads, _ = value_and_grad(name, z_img, z_txt, 1e6, bias)
@@ -128,66 +121,13 @@ def test_extreme_scale_is_finite(name, bias):
     assert float(loss) > 1e3
 
 
-@pytest.mark.parametrize(
-    ("shapes", "scale"), [(((4, 8), (5, 8)), 1.0), (((4, 8), (4, 9)), 1.0), (((8,), (8,)), 1.0), (((4, 8),) * 2, [1.0])]
-)
-def test_wrong_shapes_raise(shapes, scale):
-    z_img, z_txt = (jnp.ones(shape) for shape in shapes)
+@pytest.mark.parametrize("args", [((4, 8), (5, 8), ()), ((8,), (8,), ()), ((4, 8), (4, 8), (1,))])
+def test_wrong_shapes_raise(args):
+    arrays = [jnp.ones(shape) for shape in args]
     with pytest.raises(AssertionError):
-        contrastive.clip(z_img, z_txt, jnp.asarray(scale))
+        contrastive.clip(*arrays)
     with pytest.raises(AssertionError):
-        contrastive.siglip(z_img, z_txt, jnp.asarray(scale), 0.0)
-
-
-KEYS = np.array([[7, 1], [7, 2], [7, 1], [-3, 1], [7, 2], [7, 1], [0, 0]])  # groups of 3, 2, 1 and 1
-
-
-def positives_oracle(name, z_img, z_txt, scale, bias, smoothing):
-    """Pair by pair in float64: cross-entropy with targets spread over equal keys, or the sum of sigmoids."""
-    b, total = len(z_img), 0.0
-    same = (KEYS[:, None] == KEYS).all(-1)
-    for i in range(b):
-        if name == "clip":
-            target = (1 - smoothing) * same[i] / same[i].sum() + smoothing / b
-            for scores in (scale * z_txt @ z_img[i], scale * z_img @ z_txt[i]):
-                total += 0.5 * (np.logaddexp.reduce(scores) - target @ scores)
-        else:
-            sign = np.where(same[i], 1, -1)
-            total += np.logaddexp(0.0, -sign * (scale * z_txt @ z_img[i] + bias)).sum()
-    return total / b
-
-
-@pytest.mark.parametrize(
-    ("name", "scale", "bias", "smoothing"),
-    [
-        ("clip", 14.0, 0.0, 0.0),
-        ("clip", 100.0, 0.0, 0.1),
-        ("siglip", 10.0, -10.0, 0.0),
-        ("siglip", 30.0, 5.0, 0),
-    ],
-)
-@pytest.mark.parametrize("devices", [1, 7])
-def test_pairs_with_equal_keys_are_positives(name, scale, bias, smoothing, devices):
-    args = [*embeddings(7, 4, seed=3), scale] + ([bias] if name == "siglip" else [])
-
-    def f(z_img, z_txt, scale, bias=0.0):
-        return positives_oracle(name, z_img, z_txt, scale, bias, smoothing)
-
-    options = {"label_smoothing": smoothing} if smoothing else {}
-    arrays, keys = [jnp.asarray(arg, jnp.float32) for arg in args], jnp.asarray(KEYS)
-    expected, gradients = f(*args), central_differences(f, args)
-    if devices > 1:
-        mesh = jax.make_mesh((7,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:7])
-        rows = NamedSharding(mesh, PartitionSpec("data"))
-        arrays[:2], keys = jax.device_put(arrays[:2], rows), jax.device_put(keys, rows)
-    loss = functools.partial(getattr(contrastive, name), **options)
-    every = tuple(range(len(args)))
-    step = jax.jit(jax.value_and_grad(lambda keys, *args: loss(*args, keys=keys), [i + 1 for i in every], has_aux=True))
-    (value, metrics), grads = step(keys, *arrays)
-    assert float(value) == pytest.approx(expected, rel=1e-5) and float(metrics["loss"]) == float(value)
-    if name == "siglip":
-        assert float(metrics["positives"]) == pytest.approx((3 * 3 + 2 * 2 + 1 + 1) / 7)
-    assert_close(list(grads), gradients, 3e-5)
+        contrastive.siglip(*arrays, 0.0)
 
 
 # --- robust losses
@@ -204,40 +144,32 @@ def generalised(q):
 
 
 ROBUST = [
-    ({"q": 0.7}, generalised(0.7)),
-    ({"q": 1e-6}, generalised(1e-6)),
-    ({"q": 1.0}, lambda p: np.abs(p - np.eye(len(p))).sum(axis=1) / 2),  # half of the mean absolute error
+    (0.7, generalised(0.7), 14.0),
+    (0.7, generalised(0.7), 100.0),
+    (1e-6, generalised(1e-6), 14.0),
+    (1.0, lambda p: np.abs(p - np.eye(len(p))).sum(axis=1) / 2, 1.0),  # half of the mean absolute error
 ]
 
 
-@pytest.mark.parametrize("scale", [1.0, 14.0, 100.0])
-@pytest.mark.parametrize(("options", "of_rows"), ROBUST)
-def test_robust_losses_equal_their_definitions(options, of_rows, scale):
-    args = embeddings(8, 4, seed=5, together=0.5), scale
+@pytest.mark.parametrize(("q", "of_rows", "scale"), ROBUST)
+def test_robust_losses_equal_their_definitions(q, of_rows, scale):
+    args = *embeddings(8, 4, seed=5, together=0.5), scale
     rows = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
 
     def f(z_img, z_txt, scale):
         logits = scale * z_img @ z_txt.T
         return np.mean([of_rows(softmax64(logits)), of_rows(softmax64(logits.T))])
 
-    expected, gradients = f(*args[0], scale), central_differences(f, (*args[0], scale))
-    loss = jax.jit(jax.value_and_grad(functools.partial(contrastive.clip, **options), (0, 1, 2), has_aux=True))
-    for place in (lambda z: z, lambda z: jax.device_put(z, rows)):
-        z = [place(jnp.asarray(x, jnp.float32)) for x in args[0]]
+    loss = jax.jit(jax.value_and_grad(functools.partial(contrastive.clip, q=q), (0, 1, 2), has_aux=True))
+    for place in [lambda z: z] + [lambda z: jax.device_put(z, rows)] * (scale == 100):
+        z = [place(jnp.asarray(x, jnp.float32)) for x in args[:2]]
         (value, metrics), grads = loss(*z, scale)
-        assert float(value) == pytest.approx(expected, rel=1e-5) and float(metrics["loss"]) == float(value)
-        assert_close(grads, gradients, 2e-4)  # at a scale of 100 each logit has an error of 6e-6
+        assert float(value) == pytest.approx(f(*args), rel=1e-5) and float(metrics["loss"]) == float(value)
+        assert_close(grads, central_differences(f, args), 2e-4)  # at a scale of 100 each logit has an error of 6e-6
+        assert float(metrics["blind"]) == pytest.approx((1 - 8**-q) / q, rel=1e-5)
 
 
-def test_generalised_cross_entropy_has_a_bound_and_a_limit():
-    z_img, z_txt = map(jnp.float32, embeddings(6, together=-3.0))
-    worst = float(contrastive.clip(z_img, z_txt, 100.0, q=0.5)[0])
-    assert 1.9 < worst <= 2.0 < 20 < float(contrastive.clip(z_img, z_txt, 100.0)[0])
-    near = contrastive.clip(z_img, z_txt, 1.0, q=1e-3)[0]
-    assert float(near) == pytest.approx(float(contrastive.clip(z_img, z_txt, 1.0)[0]), rel=3e-3)
-
-
-@pytest.mark.parametrize("q", [1e-8, 1e-6, 1e-4, 1e-2, 0.7, 1.0])
+@pytest.mark.parametrize("q", [1e-8, 1e-2, 1.0])
 def test_generalised_cross_entropy_has_all_its_digits(q):
     """In float32, near 0 and where p^q is far below the rounding of 1, value and derivative."""
     x = np.geomspace(1e-7, 80, 60).astype(np.float32)
@@ -247,26 +179,15 @@ def test_generalised_cross_entropy_has_all_its_digits(q):
     np.testing.assert_allclose(slope, np.exp(-q * exact), rtol=1e-5)  # of the product q x at 80
 
 
-@pytest.mark.parametrize(("options", "_"), ROBUST)
-def test_the_robust_loss_of_a_blind_guess(options, _):
-    z = jnp.asarray(np.tile(embeddings(1)[0], (6, 1)), jnp.float32)
-    loss, metrics = contrastive.clip(z, z, 50.0, **options)
-    q = options["q"]
-    expected = (1 - 6**-q) / q
-    assert float(loss) == pytest.approx(expected, rel=1e-5) == float(metrics["blind"])
-    assert float(contrastive.robust(math.log(6), q)) == pytest.approx(expected, rel=1e-6)
-
-
 # --- chunks of texts
 
+DATA, ALL = (8, 1, 1), (2, 2, 2)
 FORMS = [
-    ("clip", {}, (14.0,)),
-    ("clip", {}, (100.0,)),
-    ("clip", {"label_smoothing": 0.1}, (14.0,)),
-    ("clip", {"q": 0.7}, (14.0,)),
-    ("clip", {"q": 0.4}, (100.0,)),
-    ("siglip", {}, (10.0, -10.0)),
-    ("siglip", {}, (100.0, 5.0)),
+    ("clip", {}, (100.0,), (1, ALL)),
+    ("clip", {"label_smoothing": 0.1, "keys": True}, (14.0,), (16, DATA)),
+    ("clip", {"q": 0.7}, (14.0,), (24, ())),
+    ("siglip", {}, (10.0, -10.0), (24, ())),
+    ("siglip", {"keys": True}, (100.0, 5.0), (16, ALL)),
 ]
 
 
@@ -294,17 +215,14 @@ def assert_same(found, expected):
     chex.assert_trees_all_close(grads, grads_1, rtol=1e-5, atol=2e-6 * largest)
 
 
-@pytest.mark.parametrize("keyed", [False, True])
-@pytest.mark.parametrize(("name", "options", "scalars"), FORMS)
-def test_chunks_on_any_mesh_equal_the_whole(name, options, scalars, keyed):
+@pytest.mark.parametrize(("name", "options", "scalars", "chunks"), FORMS)
+def test_chunks_on_any_mesh_equal_the_whole(name, options, scalars, chunks):
     z_img, z_txt = embeddings(96, 12, together=0.0)
     z_txt[[70, 15]], z_img[[3, 15, 70, 80]] = z_txt[[3, 80]], z_txt[[3, 80, 3, 80]]  # ties
     args = tuple(jnp.asarray(x, jnp.float32) for x in (z_img, z_txt, *scalars))
-    if keyed:
+    if "keys" in options:
         options = options | {"keys": jnp.asarray(np.random.default_rng(1).integers(0, 60, (96, 2)) // [1, 60])}
-    expected = in_chunks(name, args, 0, **options)
-    for chunk, sizes in ((24, ()), (16, (8, 1, 1)), (1, (2, 2, 2))):
-        assert_same(in_chunks(name, args, chunk, sizes, **options), expected)
+    assert_same(in_chunks(name, args, *chunks, **options), in_chunks(name, args, 0, **options))
 
 
 @pytest.mark.parametrize(("name", "e", "scalars"), [("clip", 5, (100.0,)), ("siglip", 48, (100.0, -50.0))])
@@ -338,7 +256,7 @@ def test_chunks_pass_on_a_number_that_is_none():
 
 
 def test_a_chunk_divides_the_batch():
-    with pytest.raises(ValueError, match="chunk=5 must divide the batch of 16"):
+    with pytest.raises(AssertionError, match=r"16.*5"):
         contrastive.clip(*map(jnp.float32, embeddings(16)), 14.0, chunk=5)
 
 

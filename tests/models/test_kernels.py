@@ -29,7 +29,7 @@ from xclip_jax.train.state import create
 pytestmark = pytest.mark.long
 
 # Channels of a head, rows, tokens that count, causal.
-CASES = [(64, 200, 197, False), (64, 77, 77, True), (64, 16, 13, True), (128, 24, 21, False), (128, 37, 37, False)]
+CASES = [(64, 16, 13, False), (64, 13, 13, True), (128, 24, 21, True)]
 
 
 def arrays(kv, n, dtype=np.float64, b=4, d=256):
@@ -65,18 +65,17 @@ def exact(qkv, bias, tokens, causal):
 def test_values_and_gradients_are_those_of_attend(kv, n, tokens, causal):
     inputs = [jnp.asarray(x, jnp.float32) for x in arrays(kv, n)]
     weight = jnp.asarray(np.random.default_rng(1).normal(size=(4, tokens, 256)), jnp.float32)
-    values, grads = [], []
-    for form in (fused, defined):
-        values.append(form(*inputs, tokens, causal))
-        grads.append(jax.grad(lambda *x, form=form: (form(*x, tokens, causal) * weight).sum(), (0, 1))(*inputs))
-    np.testing.assert_allclose(values[0], values[1], atol=4e-6)
-    np.testing.assert_allclose(values[0], exact(*arrays(kv, n), tokens, causal), atol=4e-6)
+    np.testing.assert_allclose(fused(*inputs, tokens, causal), exact(*arrays(kv, n), tokens, causal), atol=4e-6)
+    grads = [
+        jax.grad(lambda *x, form=form: (form(*x, tokens, causal) * weight).sum(), (0, 1))(*inputs)
+        for form in (fused, defined)
+    ]
     for ours, theirs in zip(*grads, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6 * float(jnp.abs(theirs).max()) + 1e-5)
     assert not np.any(grads[0][0][:, tokens:]), "padding has no gradient"
 
 
-@pytest.mark.parametrize(("kv", "n", "tokens", "causal"), CASES)
+@pytest.mark.parametrize(("kv", "n", "tokens", "causal"), CASES[1:])
 def test_bf16_is_as_near_to_float64_as_attend(kv, n, tokens, causal):
     inputs = [jnp.asarray(x, jnp.bfloat16) for x in arrays(kv, n)]
     whole = exact(*(np.asarray(x, np.float64) for x in inputs), tokens, causal)
@@ -112,15 +111,7 @@ def everywhere(monkeypatch):
     return on
 
 
-@pytest.mark.parametrize(
-    ("strategy", "scan", "remat"),
-    [
-        ("dp", False, "none"),
-        ("fsdp_tp", True, "full"),
-        pytest.param("dp", True, "dots", marks=pytest.mark.slow),
-        pytest.param("fsdp_tp", False, "dots", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("strategy", "scan", "remat"), [("dp", False, "dots"), ("fsdp_tp", True, "full")])
 def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat):
     config = TransformerConfig(width=256, depth=2, heads=4, scan=scan, remat=remat)
     tower = Transformer(config, dtype=jnp.float32)
@@ -144,9 +135,15 @@ def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(jnp.abs(theirs).max()))
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize(
-    ("kv", "n", "tokens", "causal"), [(64, 200, 197, False), (64, 77, 77, True), (128, 584, 577, False)]
+    ("topology", "kv", "n", "tokens", "causal"),
+    [
+        ("v4:2x2x1", 64, 200, 197, False),
+        ("v5e:2x2", 128, 584, 577, False),
+        ("v5p:2x2x1", 64, 77, 77, True),
+        ("v6e:2x2", 64, 200, 197, False),
+        ("tpu7x:2x2x1", 64, 77, 77, True),
+    ],
 )
 def test_it_compiles_for_each_generation(topology, kv, n, tokens, causal):
     pytest.importorskip("libtpu")
@@ -169,8 +166,7 @@ def test_it_compiles_for_each_generation(topology, kv, n, tokens, causal):
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("n", [12, 13])
+@pytest.mark.parametrize(("n", "causal"), [(12, True), (13, False)])
 def test_cudnns_values_and_gradients_are_those_of_attend(n, causal):
     rng = np.random.default_rng(0)
     *qkv, weight = jnp.asarray(rng.normal(size=(4, 2, 3, n, 8)), jnp.float32)
@@ -218,15 +214,8 @@ def test_undefined_rows_reach_neither_the_result_nor_a_gradient(monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
 
 
-CUDNN_STEPS = [
-    pytest.param({"mesh__strategy": "zero1"}, marks=pytest.mark.slow),
-    {"mesh__strategy": "fsdp_tp", "mesh__fsdp": 2, "mesh__model": 2},
-    pytest.param({"optim__microbatches": 2}, marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize("changes", CUDNN_STEPS, ids=["zero1", "fsdp_tp", "microbatches"])
-def test_a_whole_step_with_cudnn_is_the_same(changes, monkeypatch):
+def test_a_whole_step_with_cudnn_is_the_same(monkeypatch):
+    changes = {"mesh__strategy": "fsdp_tp", "mesh__fsdp": 2, "mesh__model": 2, "model__scan": True}
     calls = []
 
     def by_xla(query, key, value, *, causal):
@@ -238,13 +227,12 @@ def test_a_whole_step_with_cudnn_is_the_same(changes, monkeypatch):
     results = []
     for accepted in (True, False):
         monkeypatch.setattr(kernels, "cudnn_accepts", lambda *_, accepted=accepted: accepted)
-        experiment = build.build(tiny.config("clip", model__img__scan=True, model__txt__scan=True, **changes))
+        experiment = build.build(tiny.config("clip", **changes))
         state = create(experiment.init, experiment.abstract)
         batch = {key: jnp.asarray(x) for key, x in tiny.batch().items()}
         results.append(experiment.compiled(state, batch)[1])
     assert {causal for _, causal in calls} == {False, True}
-    heads = 2 // changes.get("mesh__model", 1)
-    assert {shape[1] for shape, _ in calls} == {heads}
+    assert {shape[1] for shape, _ in calls} == {1}  # of two heads on a device
     for name, value in results[1].items():
         np.testing.assert_allclose(results[0][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
@@ -258,8 +246,7 @@ def lowered(objective, **changes):
     return cost.trace(build.build(config)).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("strategy", ["dp", "zero1"])
-@pytest.mark.parametrize("objective", ["clip", "xclip"])
+@pytest.mark.parametrize(("objective", "strategy"), [("clip", "dp"), ("xclip", "zero1")])
 def test_a_step_for_cuda_has_cudnns_attention_and_no_scores(objective, strategy, monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91900)
     monkeypatch.setattr(kernels, "cudnn_accepts", lambda *_: True)

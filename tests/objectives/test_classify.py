@@ -66,7 +66,7 @@ def test_half_of_the_batches_are_cut():
 def layer_tree(scanned):
     """Shapes of a model of blocks with adapters, and its towers."""
     c = tiny.config("clip", model__img__depth=3, model__txt__depth=2, init__weights="x", finetune__lora__rank=2)
-    c.model.img["scan"] = scanned
+    c.model.scan = scanned
     p = build.build(c, jax.devices()[:1])
     return p.abstract.params, {"img": p.model.img, "txt": p.model.txt}
 
@@ -88,27 +88,6 @@ def test_layer_decay_is_beits(scanned):
                 assert np.ravel(leaf).tolist() == [0.125, 0.25, 0.5] and np.ndim(leaf) == x.ndim
         else:
             assert [set(jax.tree.leaves(blocks[f"block_{i}"])) for i in range(3)] == [{0.125}, {0.25}, {0.5}]
-
-
-def test_layer_decay_equals_timms():
-    timm = pytest.importorskip("timm")
-    from timm.optim import param_groups_layer_decay
-
-    model = timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=4)
-    names = {id(x): name for name, x in model.named_parameters()}
-    theirs = {
-        names[id(x)]: group["lr_scale"]
-        for group in param_groups_layer_decay(model, layer_decay=0.5)
-        for x in group["params"]
-    }
-    params, towers = layer_tree(False)
-    mine = optim.layer_scales(params, 0.5, towers)["img"]
-    # All but the last norm, which timm counts to the last block, and BEiT to the head.
-    assert theirs["head.weight"] == 1
-    assert theirs["patch_embed.proj.weight"] == jax.tree.leaves(mine["patches"])[0]
-    assert theirs["cls_token"] == mine["cls"] and theirs["pos_embed"] == mine["positions"]
-    for i in range(3):
-        assert {theirs[f"blocks.{i}.attn.qkv.weight"]} == set(jax.tree.leaves(mine["transformer"][f"block_{i}"]))
 
 
 def test_layer_decay_scales_the_update_with_its_weight_decay():
@@ -136,7 +115,15 @@ TEXTS = {"objective__classify__tower": "txt", "objective__classify__classes": 2}
 
 
 def make(devices=8, **changes):
-    return build.build(tiny.config("classify", objective__classify__head_std=0.3, **changes), jax.devices()[:devices])
+    return build.build(tiny.config("classify", **changes), jax.devices()[:devices])
+
+
+def started(p):
+    """The initial state, with a classifier 15,000 times as large, so that its logits differ."""
+    s = state.create(p.init, p.abstract)
+    linear = s.params["classifier"]["linear"]
+    classifier = {"linear": linear | {"kernel": 15_000 * linear["kernel"]}}
+    return s.replace(params=s.params | {"classifier": classifier})
 
 
 def batch(p, seed=0):
@@ -150,7 +137,7 @@ def gradients(p):
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
     )
     step = dataclasses.replace(p, tx=catch).step
-    s = state.create(p.init, p.abstract)
+    s = started(p)
     s = s.replace(opt_state=catch.init(s.params))
     s, metrics = jax.jit(step)(s, loader.to_global(batch(p), p.mesh))
     return jax.device_get(metrics), jax.device_get(s.opt_state)
@@ -174,8 +161,7 @@ def test_the_model_has_one_tower_and_a_classifier():
 
 
 def test_each_random_input_of_a_step_has_a_key_of_its_own(monkeypatch):
-    images = IMAGES | {"model__img__depth": 2, "model__img__patch_dropout": 0.5}
-    p = make(1, **images, data__flip_prob=0.5, data__color_jitter=0.2)
+    p = make(1, **IMAGES | {"model__img__depth": 2}, data__flip_prob=0.5, data__color_jitter=0.2)
     used = []
 
     def record(original, key, *arguments, **options):
@@ -187,11 +173,8 @@ def test_each_random_input_of_a_step_has_a_key_of_its_own(monkeypatch):
     inputs = BatchNoise(p.config.data, p.preprocessing, p.objective, {"img": p.model.img}).sample(
         jax.random.key(0), batch(p)
     )
-    assert {"flip", "color", "share", "noise"} <= inputs.keys() and inputs["noise"]["img"].keys() == {
-        "patches",
-        "paths",
-    }
-    assert len(used) >= 8 and len(set(used)) == len(used)
+    assert {"flip", "color", "share", "noise"} <= inputs.keys() and inputs["noise"]["img"].keys() == {"paths"}
+    assert len(used) >= 7 and len(set(used)) == len(used)
 
 
 def test_mixed_images_and_labels_belong_together():
@@ -201,7 +184,7 @@ def test_mixed_images_and_labels_belong_together():
     """
     plain = {"data__flip_prob": 0.0, "data__color_jitter": 0.0, "model__img__drop_path": 0.0}
     p = make(8, **IMAGES | plain, optim__microbatches=2)
-    s, b = state.create(p.init, p.abstract), batch(p)
+    s, b = started(p), batch(p)
     metrics = jax.jit(lambda *args: p.step(*args)[1])(s, loader.to_global(b, p.mesh))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s.seed), s.step), 1)
     drawn = transforms.sample_mix(key, tiny.BATCH, tiny.SIZE, 0.8, 1.0)
@@ -236,8 +219,7 @@ def test_one_class_is_a_regression():
     assert float(loss) == pytest.approx((0.25 + 4 + 9) / 3)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_cross_entropy_with_soft_targets_is_torchs(smoothing):
+def test_cross_entropy_with_soft_targets_is_torchs(smoothing=0.1):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(9, 5)).astype(np.float32), rng.integers(0, 5, 9)

@@ -10,10 +10,10 @@ import pytest
 
 from tests.helpers import tiny
 from tests.objectives.test_term import SUPERCLIP, superclip
-from xclip_jax.config import recipes, schema
+from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
-from xclip_jax.objectives import RECIPES, TERMS, Curve, make_objective, read_objective
+from xclip_jax.objectives import Curve, make_objective, read_objective
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
 from xclip_jax.train import build, state
@@ -60,33 +60,6 @@ def test_parameters_and_metrics_are_those_of_the_first_edition(variant):
             assert float(values[key]) == pytest.approx(value, rel=2e-3, abs=2e-4), (i, key)
 
 
-# --- configs
-
-
-@pytest.mark.parametrize(
-    ("given", "terms"),
-    [
-        ({"name": "siglip"}, {"siglip": 1.0}),
-        ({"name": "nclip", "nclip": {"tau": 0.5}}, {"nclip": 1.0}),
-        ({"name": "xclip"}, {"clip": 0.5, "nclip": 0.5}),
-        ({"name": "classify", "classify": {"classes": 3}}, {"classify": 1.0}),
-        ({"name": "mine", "terms": {"clip": 0.5, "siglip": 0.5}}, {"clip": 0.5, "siglip": 0.5}),
-    ],
-)
-def test_a_named_objective_has_its_terms(given, terms):
-    objective = schema.resolve(schema.complete({"steps": 1, "optim": {"warmup": 0}, "objective": given})).objective
-    assert dict(objective.terms) == terms and objective.name == given["name"]
-    for group in ("nclip", "classify"):
-        for key, value in given.get(group, {}).items():
-            assert getattr(getattr(objective, group), key) == value
-
-
-def test_recipes_are_known_terms():
-    for name, terms in RECIPES.items():
-        assert terms.keys() <= TERMS.keys()
-        assert dict(recipes.base(name, "Ti/12").objective.terms.to_dict()) == terms
-
-
 # --- what other modules ask
 
 
@@ -116,7 +89,7 @@ def test_terms_describe_themselves(name, similarities, fields):
     flat, recipe = schema.flatten(schema.to_dict(resolved)), objective.recipe(resolved.model)
     assert {f"objective.terms.{term}" for term in objective.terms} <= recipe.keys()
     assert all(flat[key] == value for key, value in recipe.items())
-    assert objective.outputs(resolved.model) == set(p.model.outputs)
+    assert objective.outputs(resolved.model) == {head.output for head in p.model.heads.values()}
 
 
 def test_the_models_own_similarity_is_that_of_embeddings_whatever_the_terms_are_called():
@@ -151,6 +124,7 @@ def test_a_term_of_weight_0_neither_speaks_for_the_model_nor_warns(idle, own, al
         both |= {f"nclip/mutual_information_{m}": 0.0, f"nclip/clusters_{m}": 9.0}
         both |= {f"nclip/{key}_{m}": 3.1 for key in ("marginal_entropy", "entropy")}
     assert [text.partition(":")[0] for text in objective.alarms(both)] == alarms
+    assert objective.progress(both) == ["clip 5.545 (ln b 5.55)", "nclip 1.500 (0.00 nats, 9 clusters)"]
 
 
 def test_terms_that_overwrite_each_other_are_refused():
@@ -178,29 +152,12 @@ def metrics_of_a_step(p):
     return jax.eval_shape(p.step, p.abstract, {key: batch[key] for key in p.objective.fields})[1].keys()
 
 
-def test_progress_and_alarms_are_the_terms():
-    objective = make_objective(schema.resolve(tiny.config("xclip")).objective)
-    flat = {
-        f"nclip/{key}_{m}": 0.0 for key in ("mutual_information", "marginal_entropy", "entropy") for m in ("img", "txt")
-    }
-    flat |= {"nclip/marginal_entropy_img": 3.1, "nclip/marginal_entropy_txt": 3.1, "nclip/entropy_img": 3.1}
-    flat |= {"nclip/clusters_img": 9.0, "nclip/clusters_txt": 8.0, "nclip/entropy_txt": 3.1, "nclip/agreement": 0.1}
-    flat |= {
-        "nclip/ln_k": np.log(24.0),
-        "nclip/ln_b": np.log(32.0),
-        "nclip/loss": 1.5,
-        "clip/loss": 3.0,
-        "clip/ln_b": 3.47,
-    }
-    assert objective.progress(flat) == ["clip 3.000 (ln b 3.47)", "nclip 1.500 (0.00 nats, 8 clusters)"]
-    assert [text.split(":")[0] for text in objective.alarms(flat)] == ["flat"]
-
-
 @pytest.mark.parametrize(
     ("objective", "title", "formula"),
     [
         ({"name": "clip"}, "CLIP", "1 CLIP"),
         ({"name": "siglip"}, "SigLIP", "1 SigLIP"),
+        ({"name": "classify", "classify": {"classes": 3}}, "fine-tuning", "1 fine-tuning"),
         ({"name": "xclip"}, "xCLIP", "0.5 CLIP + 0.5 nCLIP"),
         ({"name": "mine", "terms": {"clip": 1.0, "siglip": 0.5}}, "mine", "1 CLIP + 0.5 SigLIP"),
         ({"name": "mine", "terms": {"tokens": 2.0}, "plugins": {"tokens": {"type": SUPERCLIP}}}, "mine", "2 tokens"),

@@ -100,15 +100,9 @@ def test_the_documented_outputs_are_those_of_the_model():
     assert set(re.findall(r"`(\w+)`", names)) == written
 
 
-@pytest.fixture(scope="module")
-def on_one_device():
-    return train(build.build(superclip(), jax.devices()[:1]), 1)[1][0]
-
-
-@pytest.mark.parametrize("strategy", [pytest.param("dp", marks=pytest.mark.slow), "fsdp"])
-def test_a_term_of_another_package_on_eight_devices(strategy, on_one_device):
-    many, expected = build.build(superclip(mesh__strategy=strategy, mesh__data=4, mesh__fsdp=2)), on_one_device
-    _, (metrics,) = train(many, 1)
+def test_a_term_of_another_package_on_eight_devices():
+    _, (expected,) = train(build.build(superclip(), jax.devices()[:1]), 1)
+    _, (metrics,) = train(build.build(superclip(mesh__strategy="fsdp", mesh__data=4, mesh__fsdp=2)), 1)
     for key in ("loss", "tokens/loss", "grad_norm"):
         assert metrics[key] == pytest.approx(expected[key], rel=1e-4), key
 
@@ -136,22 +130,16 @@ def test_wrong_plugins_are_named(plugin, message):
         schema.resolve(config)
 
 
-def test_a_plugin_without_a_type_has_the_name_of_a_term():
-    config = superclip()
-    config.objective.name, config.objective.terms = "mine", {"clip": 1.0, "words": 0.5}
-    config.objective.plugins = {"words": {}}
-    with pytest.raises(UserError, match="unknown objective term 'words'"):
-        schema.resolve(config)
-
-
 def test_a_term_under_two_names_shares_its_heads():
     config = tiny.config("clip")
     config.objective.name = "both"
     config.objective.terms = {"clip": 0.5, "siglip": 0.25}
     p = build.build(config)
     assert set(p.model.heads) == {"proj_img", "proj_txt", "log_scale", "bias"}
-    _, (metrics,) = train(p, 1)
-    assert metrics["loss"] == pytest.approx(0.5 * metrics["clip/loss"] + 0.25 * metrics["siglip/loss"], rel=1e-6)
+    z = np.eye(4, dtype=np.float32)
+    _, metrics, _ = p.objective({"z_img": z, "z_txt": z, "scale": np.float32(2), "bias": np.float32(-1)}, None, {}, {})
+    expected = 0.5 * float(metrics["clip/loss"]) + 0.25 * float(metrics["siglip/loss"])
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
 
 
 # --- checks and reports

@@ -111,7 +111,7 @@ def test_remat_computes_again_on_tpus():
     for remat in ("none", "full"):
         config = config_file.load_config("pretrain:objective=clip,preset=Ti/12,batch=256")
         for tower in (config.model.img, config.model.txt):
-            tower.scan, tower.remat, tower.depth = True, remat, 2
+            tower.remat, tower.depth = remat, 2
         config.data.length_groups = "full"
         _, compiled, trouble = cost.compile_config(config, chips)
         assert not trouble

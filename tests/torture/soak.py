@@ -61,11 +61,11 @@ _PATIENCE = 600.0  # seconds
 
 
 def config(run: str, pairs: str, classes: str) -> ml_collections.ConfigDict:
-    """xCLIP with everything stateful: BatchNorm, a moving average, patch dropout."""
+    """xCLIP with everything stateful: BatchNorm, a moving average, stochastic depth."""
     from tests.helpers import tiny
 
     c = tiny.config("xclip", STEPS, run, data__sources=(f"folder:{pairs}",), optim__warmup=5, checkpoint__keep=2)
-    c.model.img.patch, c.model.img.patch_dropout = 4, 0.25
+    c.model.img.patch, c.model.img.depth, c.model.img.drop_path = 4, 2, 0.25
     c.objective.nclip.target = "ema"
     c.data.flip_prob = 0.0
     c.eval.sets, c.eval.every = (f"zeroshot/folder:{classes}",), 8

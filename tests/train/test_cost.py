@@ -151,10 +151,10 @@ def test_known_models():
     assert found["txt"] == 12 * (tokens * 24 * width**2 + 4 * tokens**2 * width)
 
 
-@pytest.mark.parametrize(("pool", "stem"), [("cls", "linear"), ("mean", "linear"), ("map", "linear"), ("cls", "hmlp")])
-def test_against_the_compilers_count(pool, stem):
+@pytest.mark.parametrize("pool", ["cls", "mean", "map"])
+def test_against_the_compilers_count(pool):
     config = tiny.config("xclip", model__img__width=128, model__img__image_size=32, model__txt__width=64)
-    config.model.img.pool, config.model.img.stem = pool, stem
+    config.model.img.pool = pool
     p = build.build(config, jax.devices()[:1])
     variables = nn.unbox(jax.eval_shape(p.model.init, jax.random.key(0), *shapes(config)))
     compiled = jax.jit(p.model.apply).lower(variables, *shapes(config)).compile()
@@ -184,20 +184,11 @@ def shapes(config, b=8):
     return jax.ShapeDtypeStruct(image, "float32"), jax.ShapeDtypeStruct((b, config.model.txt.context_length), "int32")
 
 
-def test_patch_dropout_and_teacher_and_batch():
+def test_a_teacher_is_one_more_forward_pass():
     config = tiny.config("xclip", model__img__depth=4)
     whole = cost.step_flops(resolve(config))
-    config.model.img.patch_dropout = 0.5
-    assert cost.forward_flops(resolve(config))["img"] < 0.75 * cost.forward_flops(resolve(config), train=False)["img"]
-    config.model.img.patch_dropout = 0.0
     config.objective.nclip.target = "ema"
     assert cost.step_flops(resolve(config)) == pytest.approx(whole * 4 / 3, rel=0.01)
-    # The teacher encodes all patches.
-    with_teacher, teacher = cost.step_flops(resolve(config)), whole / 3
-    config.model.img.patch_dropout = 0.5
-    dropped = 3 * (cost.forward_flops(resolve(config), train=False)["img"] - cost.forward_flops(resolve(config))["img"])
-    assert cost.step_flops(resolve(config)) == pytest.approx(with_teacher - config.data.batch * dropped, rel=0.01)
-    assert with_teacher - whole == pytest.approx(teacher, rel=0.01)
 
 
 def test_groups_count_as_they_are_rounded():

@@ -20,7 +20,7 @@ SIZES = {
     "steps": 10, "batch": 16, "image_size": 16, "patch": 8, "context_length": 12, "embed": 16, "clusters": 24,
     "hidden": 32, "dtype": "float32", "tokenizer": "bytes",
     **{f"model.{tower}.{name}": value for tower in ("img", "txt")
-       for name, value in {"width": 32, "depth": 1, "heads": 2, "scan": False}.items()},
+       for name, value in {"width": 32, "depth": 1, "heads": 2}.items()}, "model.scan": False,
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ VARIANTS = {
     # Every target is held against eight devices in the losses' own tests.
     "xclip-joint": {"objective__nclip__target": "joint"},
     "xclip-ema": {"objective__nclip__target": "ema"},
-    "xclip-patch-dropout": {"model__img__patch_dropout": 0.5},
+    "xclip-drop-path": {"model__img__drop_path": 0.5, "model__img__depth": 2},
     "xclip-kept-average": {"ema__momentum": 0.996},
 }
 

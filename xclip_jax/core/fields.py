@@ -113,6 +113,11 @@ def key(default: Any, doc: str, *checks: Check, **facts: Unpack[Facts]) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def derived(default: Any) -> Any:
+    """Declare a field of a config dataclass whose value comes from another group: not a key."""
+    return dataclasses.field(default=default, metadata={"derived": True})
+
+
 def group(config_type: type[Any], **facts: Unpack[Facts]) -> Any:
     """Declare a group of config keys, a dataclass field of type `config_type`, with facts about all its keys."""
     return dataclasses.field(default_factory=config_type, metadata={"facts": facts})
@@ -236,7 +241,7 @@ def read_group(config_type: type[Any], values: Any, path: str, faults: list[str]
     if not isinstance(values, Mapping):
         faults.append(f"{path} is {values!r}; expected a group of keys")
         return config_type()
-    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    fields = {field.name: field for field in _declared(config_type)}
     for name in values:
         if name not in fields:
             faults.append(unknown_key(f"{prefix}{name}", fields))
@@ -273,12 +278,23 @@ def keys_where(config_type: type[Any], **facts: Unpack[Facts]) -> tuple[str, ...
     return tuple(name for name, _, _, known in _keys(config_type) if facts.items() <= known.items())
 
 
+def as_dict(config: Any) -> dict[str, Any]:
+    """Return the keys of a config dataclass and of its groups as nested dicts."""
+    values = {field.name: getattr(config, field.name) for field in _declared(config)}
+    return {name: as_dict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+
+
+def _declared(config_type: Any) -> list[dataclasses.Field[Any]]:
+    """Return the keys and groups of a config dataclass."""
+    return [field for field in dataclasses.fields(config_type) if not field.metadata.get("derived")]
+
+
 def _keys(
     config_type: type[Any], prefix: str = "", inherited: Mapping[str, Any] = types.MappingProxyType({})
 ) -> Iterator[tuple[str, dataclasses.Field[Any], Any, dict[str, Any]]]:
     """Yield (dotted key, field, type, facts) of each key of a config dataclass, with the facts of its groups."""
     expected = typing.get_type_hints(config_type)
-    for field in dataclasses.fields(config_type):
+    for field in _declared(config_type):
         facts = {**inherited, **field.metadata.get("facts", {})}
         if dataclasses.is_dataclass(expected[field.name]):
             yield from _keys(expected[field.name], f"{prefix}{field.name}.", facts)

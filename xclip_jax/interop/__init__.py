@@ -44,7 +44,7 @@ WRITTEN = (
 # Keys of `model` and their values in the formats of other projects.
 _CLIP_STYLES = ("xclip", "openai", "tanh")
 _CLIPS: dict[str, tuple[Any, ...]] = {
-    "img.pool": ("cls",), "img.stem": ("linear",), "img.style": _CLIP_STYLES, "txt.style": _CLIP_STYLES,
+    "img.pool": ("cls",), "img.style": _CLIP_STYLES, "txt.style": _CLIP_STYLES,
     "txt.causal": (True,), "txt.pool": ("eot",),
 }  # fmt: skip
 

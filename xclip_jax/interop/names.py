@@ -42,10 +42,10 @@ Names = Mapping[str, str | tuple[str, ...]]
 
 def model(img: Mapping[str, Any], txt: Mapping[str, Any], embed: int) -> dict[str, Any]:
     """Return the config group `model` of a CLIP, computed in fp32, with defaults for keys missing in weights."""
-    defaults = dataclasses.asdict(ModelConfig())
+    defaults = fields.as_dict(ModelConfig())
+    towers = {name: defaults[name] | dict(tower) for name, tower in (("img", img), ("txt", txt))}
     # Blocks are unrolled, like in the weights of other projects.
-    towers = {name: defaults[name] | {"scan": False} | dict(tower) for name, tower in (("img", img), ("txt", txt))}
-    return defaults | towers | {"embed": embed, "dtype": "float32"}
+    return defaults | towers | {"embed": embed, "scan": False, "dtype": "float32"}
 
 
 def find_style(act: str, eps: float, *, siglip: bool = False) -> str:

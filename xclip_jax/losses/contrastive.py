@@ -87,8 +87,10 @@ def clip(
     loss = 0.5 * jnp.mean(img_to_txt + txt_to_img)
     if label_smoothing or keys is not None:
         loss = loss + target_margin(z_img, z_txt, scale, label_smoothing, keys)
-    metrics = {"loss": loss, **in_chunks} if chunk else _metrics(loss, logits)
-    return loss, with_blind_guess(metrics, q)
+    metrics = {"loss": loss, **(in_chunks if chunk else _metrics(logits))}
+    if q:
+        metrics["blind"] = robust(metrics["ln_b"], q)
+    return loss, metrics
 
 
 def robust(cross_entropy: ArrayLike, q: float) -> jax.Array:
@@ -125,11 +127,6 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
     return _missing(*primals), jnp.exp(-primals[0]) * tangents[0]
 
 
-def with_blind_guess(metrics: Metrics, q: float) -> Metrics:
-    """Return the metrics of a `robust` loss together with "blind", the loss of a blind guess."""
-    return metrics | {"blind": jnp.asarray(robust(metrics["ln_b"], q))} if q else metrics
-
-
 def target_margin(
     z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, label_smoothing: float, keys: jax.Array | None
 ) -> jax.Array:
@@ -137,13 +134,17 @@ def target_margin(
 
     The result is an fp32 scalar, the same in both directions. For the arguments see `clip`.
     """
-    smoothing = label_smoothing * mean_margin(z_img, z_txt, scale)
+    z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
+    scale = jnp.asarray(scale, jnp.float32)
+    # The mean of all products is the product of the means, which needs no (b, b) logits.
+    products = jnp.mean(jnp.sum(z_img * z_txt, axis=1)) - jnp.sum(jnp.mean(z_img, axis=0) * jnp.mean(z_txt, axis=0))
+    smoothing = label_smoothing * (scale * products)
     if keys is None:
         return smoothing
     texts, counts = sum_over_equal(keys, z_txt)
-    difference = z_txt.astype(jnp.float32) - texts / counts[:, None]  # exactly 0 for a pair with a unique key
-    margin = jnp.mean(jnp.sum(z_img.astype(jnp.float32) * difference, axis=1))
-    return smoothing + (1 - label_smoothing) * jnp.asarray(scale, jnp.float32) * margin
+    difference = z_txt - texts / counts[:, None]  # exactly 0 for a pair with a unique key
+    margin = jnp.mean(jnp.sum(z_img * difference, axis=1))
+    return smoothing + (1 - label_smoothing) * scale * margin
 
 
 def sum_over_equal(keys: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -163,19 +164,6 @@ def sum_over_equal(keys: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]
     sums = jax.ops.segment_sum(x.astype(jnp.float32), groups, num_segments=len(keys))
     counts = jax.ops.segment_sum(jnp.ones(len(keys)), groups, num_segments=len(keys))
     return sums[groups], counts[groups]
-
-
-def mean_margin(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> jax.Array:
-    """Return the mean logit of matching pairs minus the mean of all pairs, fp32 scalar.
-
-    A target with a fraction s spread over the batch adds s times this to the cross-entropy, in both directions. For the
-    arguments see `clip`.
-    """
-    z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
-    # The mean of all products is the product of the means, which needs no (b, b) logits.
-    return jnp.asarray(scale, jnp.float32) * (
-        jnp.mean(jnp.sum(z_img * z_txt, axis=1)) - jnp.sum(jnp.mean(z_img, axis=0) * jnp.mean(z_txt, axis=0))
-    )
 
 
 @on_any_mesh
@@ -215,27 +203,15 @@ def siglip(
         sign = 2 * jnp.eye(b, dtype=jnp.float32) - 1
         loss = -jnp.sum(jax.nn.log_sigmoid(sign * logits)) / b
 
-    def with_loss(loss: jax.Array) -> Metrics:
-        return {"loss": loss, **in_chunks} if chunk else _metrics(loss, logits)
-
-    if keys is None:
-        return loss, with_loss(loss)
-    others, count = other_positives(z_img, z_txt, scale, bias, keys)
-    return loss - others, with_loss(loss - others) | {"positives": count}
-
-
-def other_positives(
-    z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike, keys: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return 1/b times the summed logits of pairs i != j with equal keys, and the mean number of positives per row.
-
-    Both are fp32 scalars. For the arguments see `siglip`. If a negative becomes a positive, the loss falls by its
-    logit, since log sigmoid(x) - log sigmoid(-x) = x.
-    """
-    z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
-    texts, counts = sum_over_equal(keys, z_txt)
-    logits = jnp.asarray(scale, jnp.float32) * jnp.sum(z_img * (texts - z_txt), axis=1)
-    return jnp.mean(logits + jnp.asarray(bias, jnp.float32) * (counts - 1)), jnp.mean(counts)
+    positives = {}
+    if keys is not None:
+        # If a negative becomes a positive, the loss falls by its logit, since log sigmoid(x) - log sigmoid(-x) = x.
+        z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
+        texts, counts = sum_over_equal(keys, z_txt)
+        others = jnp.asarray(scale, jnp.float32) * jnp.sum(z_img * (texts - z_txt), axis=1)
+        loss = loss - jnp.mean(others + jnp.asarray(bias, jnp.float32) * (counts - 1))
+        positives = {"positives": jnp.mean(counts)}
+    return loss, {"loss": loss, **(in_chunks if chunk else _metrics(logits)), **positives}
 
 
 def check(z_img: jax.Array, z_txt: jax.Array, *scalars: ArrayLike) -> None:
@@ -257,10 +233,9 @@ def dot(z_img: jax.Array, z_txt: jax.Array) -> jax.Array:
     )
 
 
-def _metrics(loss: jax.Array, logits: jax.Array) -> Metrics:
+def _metrics(logits: jax.Array) -> Metrics:
     index = jnp.arange(logits.shape[0])
     return {
-        "loss": loss,
         "ln_b": jnp.log(jnp.float32(logits.shape[0])),
         "acc_img": jnp.mean(argmax(logits, 1) == index, dtype=jnp.float32),
         "acc_txt": jnp.mean(argmax(logits, 0) == index, dtype=jnp.float32),
@@ -300,8 +275,7 @@ def _compare_in_chunks(
     """Return the results of `reduce` stacked over the chunks, and the metrics but the loss."""
     z_img, z_txt, scale, bias = (jnp.asarray(x, jnp.float32) for x in (z_img, z_txt, scale, bias))
     b = len(z_img)
-    if b % chunk:
-        raise ValueError(f"chunk={chunk} must divide the batch of {b}")
+    chex.assert_is_divisible(b, chunk)
     index = jnp.arange(b)
     matching = scale * jnp.sum(z_img * z_txt, axis=1) + bias
 

@@ -2,7 +2,7 @@
 
 Each modality is projected to a distribution over k clusters, which is the pseudo-label of the other modality, without
 negatives [paper]; a sharpness and a smoothness regulariser prevent the trivial solutions [note]. The form of the
-targets, their balancing and all default weights are [ours].
+targets and all default weights are [ours].
 
 With p, q the softmax of image and text logits over tau, a hat for targets and H for (cross-)entropy in nats:
 
@@ -15,7 +15,6 @@ The means run over the global batch. Smoothness does not decompose over devices 
 `jax.jit` with a sharded batch XLA inserts the collectives, and an average of per-device losses is a different loss.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,15 +26,13 @@ from jax.typing import ArrayLike
 from xclip_jax.losses.explicit_axes import on_any_mesh
 from xclip_jax.parallel.sharding import FactoredLogits, Logits, argmax, constrain, map_microbatches
 
-__all__ = ["effective_rank", "nclip", "sinkhorn"]
+__all__ = ["effective_rank", "nclip"]
 
 Metrics = dict[str, jax.Array]
 Sums = Mapping[str, jax.Array]
 
 MODALITIES = ("img", "txt")
 TARGETS = ("detach", "joint", "ema")
-BALANCES = ("none", "sinkhorn")
-SINKHORN_ITERATIONS = 3
 TAU = 0.5  # [ours], the best of nCLIP's settings in the study, docs/study.md
 
 
@@ -48,7 +45,6 @@ def nclip(
     tau: ArrayLike = TAU,
     sharpness: ArrayLike = 1.0,
     smoothness: ArrayLike = 2.0,
-    balance: str = "none",
     teacher_img: Logits | None = None,
     teacher_txt: Logits | None = None,
     chunk: int = 0,
@@ -62,7 +58,6 @@ def nclip(
             from the teacher's logits, no gradient). [ours]
         tau: temperature of p, q and the targets.
         sharpness, smoothness: the weights lambda_sharp and lambda_smooth.
-        balance: method that balances the targets [ours]: "none" or "sinkhorn" (see `sinkhorn`).
         teacher_img, teacher_txt: teacher logits, shape (b, k); required for target "ema", not allowed otherwise.
         chunk: pairs of the global batch to process at a time, 0 for all. Memory never holds logits and distributions of
             more pairs, not even in the backward pass. It needs `FactoredLogits`; the value is the same.
@@ -86,87 +81,46 @@ def nclip(
     """
     logits = {"s_img": s_img, "s_txt": s_txt, "teacher_img": teacher_img, "teacher_txt": teacher_txt}
     logits = {name: value for name, value in logits.items() if value is not None}
-    _check(logits, target, balance, chunk)
+    _check(logits, target, chunk)
     b, k = s_img.shape
-    options = _Options(target, balance, tau)
-    sums = _sums_of_batch(logits, options, chunk)
+    sums = _sums_of_batch(logits, target, tau, chunk)
     metrics = _metrics(sums, b, k)
     loss = metrics["align"] + sharpness * metrics["sharpness"] - smoothness * metrics["smoothness"]
     return loss, {"loss": loss} | metrics
 
 
-def sinkhorn(logits: jax.Array, tau: ArrayLike = 1.0, iterations: int = SINKHORN_ITERATIONS) -> jax.Array:
-    """Return the log of balanced assignments: exp(logits / tau) with columns and rows normalised in turn, rows last.
-
-    After SwAV (arXiv 2006.09882): rows sum to 1 exactly, columns to b / k approximately, better with each iteration.
-    Shapes are (b, k), of the global batch; the result is fp32. Without logarithms exp(logits / tau) would overflow at
-    small tau.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from xclip_jax.losses.noncontrastive import sinkhorn
-        >>> logits = jnp.array([[2.0, 0.0], [3.0, 0.0]])  # both prefer the first cluster
-        >>> jnp.exp(sinkhorn(logits)).sum(axis=0).round(2)
-        Array([1., 1.], dtype=float32)
-    """
-    log_a = logits.astype(jnp.float32) / tau
-    for _ in range(iterations):
-        # Columns sum to 1, not b / k: the constant cancels when rows are normalised.
-        log_a = jax.nn.log_softmax(jax.nn.log_softmax(log_a, axis=0), axis=1)
-    return log_a
-
-
-def _check(logits: dict[str, Logits], target: str, balance: str, chunk: int) -> None:
+def _check(logits: dict[str, Logits], target: str, chunk: int) -> None:
     """Check the arguments of `nclip`."""
     b, k = logits["s_img"].shape
-    if target not in TARGETS or balance not in BALANCES:
-        raise ValueError(f"target is one of {TARGETS}, balance one of {BALANCES}; got {target!r}, {balance!r}")
-    if any((f"teacher_{m}" in logits) != (target == "ema") for m in MODALITIES):
-        raise ValueError("target='ema' needs both teacher_img and teacher_txt, other targets neither")
+    if target not in TARGETS or any((f"teacher_{m}" in logits) != (target == "ema") for m in MODALITIES):
+        raise ValueError(
+            f"target is {target!r}; expected one of {TARGETS}, 'ema' with teacher_img and teacher_txt, others without"
+        )
     chex.assert_equal({x.shape for x in logits.values()}, {(b, k)})
-    factored = all(isinstance(x, FactoredLogits) for x in logits.values())
-    if chunk and (b % chunk or balance == "sinkhorn" or not factored):
-        raise ValueError(f"chunk={chunk} needs FactoredLogits, must divide the batch, and does not go with 'sinkhorn'")
+    if chunk and (b % chunk or not all(isinstance(x, FactoredLogits) for x in logits.values())):
+        raise ValueError(f"chunk={chunk} needs FactoredLogits, and must divide the batch of {b}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """Options of `nclip` for its distributions."""
-
-    target: str
-    balance: str
-    tau: ArrayLike
-
-    def targets(self, s: jax.Array, teacher: jax.Array | None) -> jax.Array:
-        """Return the target probabilities (b, k) of one modality, from its fp32 logits or its teacher's."""
-        logits = s if teacher is None else teacher.astype(jnp.float32)
-        if self.target != "joint":
-            logits = jax.lax.stop_gradient(logits)
-        if self.balance == "sinkhorn":
-            return jnp.exp(sinkhorn(logits, self.tau))
-        return jnp.exp(jax.nn.log_softmax(logits / self.tau))
-
-
-def _sums_of_batch(logits: dict[str, Logits], options: _Options, chunk: int) -> Sums:
+def _sums_of_batch(logits: dict[str, Logits], target: str, tau: ArrayLike, chunk: int) -> Sums:
     """Return the `_sums` of each chunk of the batch, stacked along a leading axis (chunks,)."""
     if not chunk:
         whole = {
             name: x.logits() if isinstance(x, FactoredLogits) else x.astype(jnp.float32) for name, x in logits.items()
         }
-        return jax.tree.map(lambda x: x[None], _sums(whole, options))
+        return jax.tree.map(lambda x: x[None], _sums(whole, target, tau))
     # Each chunk takes its rows of x, and all kernels.
     factors: Any = logits
     kernels = {name: (value.kernel, value.bias) for name, value in factors.items()}
 
     def sums_of_chunk(kernels: Any, x: dict[str, jax.Array]) -> Sums:
-        return _sums({name: FactoredLogits(x[name], *kernels[name]).logits() for name in x}, options)
+        return _sums({name: FactoredLogits(x[name], *kernels[name]).logits() for name in x}, target, tau)
 
     rows = {name: value.x for name, value in factors.items()}
     num_chunks = logits["s_img"].shape[0] // chunk
     return map_microbatches(sums_of_chunk, kernels, rows, num_chunks, stack=True, clusters=True)
 
 
-def _sums(s: Mapping[str, jax.Array], options: _Options) -> Sums:
+def _sums(s: Mapping[str, jax.Array], target: str, tau: ArrayLike) -> Sums:
     """Return sums over rows of the batch for the loss, and the log of each cluster's summed probability."""
     log_p = {}
     p_hat = {}
@@ -174,8 +128,11 @@ def _sums(s: Mapping[str, jax.Array], options: _Options) -> Sums:
     sums = {}
     for m in MODALITIES:
         logits = s[f"s_{m}"]
-        log_p[m] = jax.nn.log_softmax(logits / options.tau)
-        p_hat[m] = options.targets(logits, s.get(f"teacher_{m}"))
+        log_p[m] = jax.nn.log_softmax(logits / tau)
+        labels = s[f"teacher_{m}"] if target == "ema" else logits
+        if target != "joint":
+            labels = jax.lax.stop_gradient(labels)
+        p_hat[m] = jnp.exp(jax.nn.log_softmax(labels / tau))
         sums[f"entropy_{m}"] = -jnp.sum(jnp.exp(log_p[m]) * log_p[m])
         # The mean's logarithm by log-sum-exp: log(mean(p)) has an infinite gradient if a probability underflows.
         sums[f"log_mass_{m}"] = jax.nn.logsumexp(log_p[m], axis=0)

@@ -50,13 +50,12 @@ Heads = Mapping[str, Head | Scalar]
 class Projection(nn.Module):
     """CLIP's linear projection and L2 normalisation, h (b, d) -> z (b, e) in fp32; CLIP uses no `bias`.
 
-    With 0 features the projection is left out (SigLIP's images). Without `normalize` z keeps its length.
+    With 0 features the projection is left out (SigLIP's images).
     """
 
     features: int
     dtype: DTypeLike = jnp.float32
     bias: bool = False
-    normalize: bool = True
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
@@ -64,7 +63,7 @@ class Projection(nn.Module):
             std = h.shape[-1] ** -0.5
             linear = dense(self.features, ("embed", None), std=std, dtype=self.dtype, use_bias=self.bias, name="linear")
             h = linear(h)
-        return l2_normalize(h) if self.normalize else h.astype(jnp.float32)
+        return l2_normalize(h)
 
 
 class Classifier(nn.Module):
@@ -74,7 +73,7 @@ class Classifier(nn.Module):
     """
 
     classes: int
-    std: float = 2e-5
+    std: float
 
     @nn.compact
     def __call__(self, h: Array) -> Array:

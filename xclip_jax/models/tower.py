@@ -51,11 +51,6 @@ class Tower(abc.ABC):
         return {}
 
     @property
-    def kernel_sizes(self) -> Mapping[str, tuple[int, int]]:
-        """Inputs and outputs, by name, of a block's kernels that may have adapters, if the config determines them."""
-        return {}
-
-    @property
     def num_layers(self) -> int:
         """Number of layers for layer decay; 1 for a tower without layers."""
         return 1

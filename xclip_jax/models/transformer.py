@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.fields import above, at_least, choice, key
+from xclip_jax.core.fields import above, at_least, choice, derived, key
 from xclip_jax.models import kernels
 from xclip_jax.models.layers import STYLES, Attention, LayerNorm, Mlp, Style, named, token_at
 from xclip_jax.models.tower import Params, TextTower, Tower
@@ -43,8 +43,8 @@ class TransformerConfig(Tower):
     heads: int = key(8, "attention heads; they divide width", at_least(1))
     mlp_ratio: float = key(4.0, "hidden width of the MLP over width", above(0))
     style: str = key("xclip", "details fixed by published weights: activation, norms, projection", choice(STYLES))
-    scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
     remat: str = key("none", "values to recompute in the backward pass", choice(REMAT_POLICIES), resume="free")
+    scan: bool = derived(True)  # model.scan
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
@@ -76,12 +76,6 @@ class TransformerConfig(Tower):
         rest = 2 * self.width * (2 * self.width + 2 * self.hidden) + 4 * tokens * self.width
         other_tokens = (self.depth - 1) * tokens + 1 if one and not self.scan else self.depth * tokens
         return self.depth * tokens * keys_values + other_tokens * rest
-
-    @property
-    def kernel_sizes(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of a block's kernels."""
-        d, hidden = self.width, self.hidden
-        return {"qkv": (d, 3 * d), "out": (d, d), "up": (d, hidden), "down": (hidden, d)}
 
     @property
     def num_layers(self) -> int:
@@ -144,8 +138,8 @@ class Transformer(nn.Module):
     last unrolled block computes only the tokens `at`.
 
     Stochastic depth (arXiv 1603.09382) with uniform `noise` (b, depth, 2) leaves out branches in a training pass, with
-    a probability rising from 0 in the first block to `drop_path` in the last; the kept branches are scaled up. Like
-    the noise of patch dropout it is an input with one row per sample.
+    a probability rising from 0 in the first block to `drop_path` in the last; the kept branches are scaled up. The
+    noise is an input with one row per sample, so that microbatches leave out the same branches.
     """
 
     config: TransformerConfig
@@ -249,34 +243,16 @@ class TextTowerConfig(TransformerConfig, TextTower):
         return self.block_flops(tokens, one=True)
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
-        """Stack or unstack blocks, and cut or stretch positions to the context length."""
+        """Stack or unstack blocks, and cut positions to the context length."""
         params, notes = super().convert(params)
         n = len(params["positions"])
-        if n == self.context_length:
+        if n <= self.context_length:
             return params, notes
-        change = "cut" if n > self.context_length else "stretched"
-        positions = stretch_positions(np.asarray(params["positions"]), self.context_length)
-        note = f"text positions {change} from {n} to {self.context_length}"
-        return {**params, "positions": positions}, [*notes, note]
+        positions = params["positions"][: self.context_length]
+        return {**params, "positions": positions}, [*notes, f"text positions cut from {n} to {self.context_length}"]
 
     def describe(self) -> str:
         return f"transformer of width {self.width}, depth {self.depth}, {self.context_length} tokens"
-
-
-def stretch_positions(table: np.ndarray, length: int) -> np.ndarray:
-    """Adapt position embeddings (n, d) to `length` positions, after Long-CLIP (arXiv 2403.15378, section 3.1).
-
-    A shorter table is a prefix. For a longer one the first 20 positions stay, since most captions reach and so train
-    them; the others are stretched by linear interpolation, and extrapolated past the last.
-    """
-    n = len(table)
-    if length <= n:
-        return table[:length]
-    kept = min(20, n - 2)
-    places = kept + np.arange(length - kept) * (n - kept) / (length - kept)
-    below = np.minimum(places.astype(int), n - 2)
-    share = (places - below)[:, None].astype(table.dtype)
-    return np.concatenate([table[:kept], (1 - share) * table[below] + share * table[below + 1]])
 
 
 class TextTransformer(nn.Module):

@@ -14,7 +14,7 @@ from xclip_jax.core.fields import Check, at_least, choice, group, key, read_plug
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
 from xclip_jax.models.layers import Style, named
 from xclip_jax.models.tower import ImageTower, TextTower
-from xclip_jax.models.transformer import TextTowerConfig
+from xclip_jax.models.transformer import TextTowerConfig, TransformerConfig
 from xclip_jax.models.vit import ImageTowerConfig
 from xclip_jax.parallel.sharding import constrain
 
@@ -24,6 +24,7 @@ Array = jax.Array
 Variables = Mapping[str, Any]  # arrays by collection ("params", "batch_stats"), the input of `TwoTowers.apply`
 
 TOWERS = ("img", "txt")
+TYPES: dict[str, dict[str, Any]] = {"img": {"vit": ImageTowerConfig}, "txt": {"transformer": TextTowerConfig}}
 
 # (width, depth, heads) of both towers, and the embedding, equal to open_clip's; "Ti" is for the demo on two CPU cores.
 _SIZES = {
@@ -56,6 +57,7 @@ class ModelConfig:
     img: ImageTowerConfig = group(ImageTowerConfig)
     txt: TextTowerConfig = group(TextTowerConfig)
     embed: int = key(512, "e, size of the embedding that images and texts share", at_least(1))
+    scan: bool = key(True, "one compiled block for all of a tower, with stacked parameters")
     cluster_head: ClusterHeadConfig = group(ClusterHeadConfig)
     dtype: str = key(
         "bfloat16", "computation dtype; parameters stay float32", choice(("float32", "bfloat16")), card="model"
@@ -68,12 +70,12 @@ class ModelConfig:
 
     def tower(self, name: str) -> Any:
         """Return the options of the tower "img" or "txt"; `UserError` for a wrong type or option of a plug-in."""
-        if name not in self.plugins:
-            return self.img if name == "img" else self.txt
-        path = f"model.plugins.{name}"
-        if name == "img":
-            return read_plugin(self.plugins[name], path, {"vit": ImageTowerConfig}, ImageTower, "image tower")
-        return read_plugin(self.plugins[name], path, {"transformer": TextTowerConfig}, TextTower, "text tower")
+        tower: Any = self.img if name == "img" else self.txt
+        if name in self.plugins:
+            base = ImageTower if name == "img" else TextTower
+            what = "image tower" if name == "img" else "text tower"
+            tower = read_plugin(self.plugins[name], f"model.plugins.{name}", TYPES[name], base, what)
+        return dataclasses.replace(tower, scan=self.scan) if isinstance(tower, TransformerConfig) else tower
 
     def style(self, name: str) -> Style:
         """Return the style of the tower "img" or "txt"; plug-ins have a plain projection."""
@@ -108,11 +110,6 @@ class TwoTowers(nn.Module):
     heads: Heads = dataclasses.field(default_factory=dict)
     towers: tuple[str, ...] = TOWERS  # towers of the model
     dtype: DTypeLike = jnp.float32  # parameters, norms, softmax and logits stay fp32
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Keys of the result of `project` for both modalities."""
-        return tuple(head.output for head in self.heads.values())
 
     def setup(self) -> None:
         self.tower_img = self.img.module(self.dtype).clone(parent=self, name="img")

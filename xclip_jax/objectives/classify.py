@@ -15,6 +15,7 @@ from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.term import Arrays, Curve, LossConfig, Result, Term
 
 Array = jax.Array
+HEAD_STD = {"img": 2e-5, "txt": 0.02}  # of the classifier's initial weights, by tower; BEiT's and BERT's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,6 @@ class Classify(Term):
     smoothing: float = key(0.0, "label smoothing", fraction_below_one())
     mixup: float = key(0.0, "parameter of mixup's beta distribution; 0 for none", at_least(0))
     cutmix: float = key(0.0, "parameter of cutmix's beta distribution; 0 for none", at_least(0))
-    head_std: float = key(2e-5, "standard deviation of the classifier's initial weights", at_least(0))
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ class Classify(Term):
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         flops = 2 * self.classes * model.widths[self.tower]
-        return {"classifier": Head(Classifier(self.classes, self.head_std), self.tower, "logits", flops=flops)}
+        return {"classifier": Head(Classifier(self.classes, HEAD_STD[self.tower]), self.tower, "logits", flops=flops)}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
         """Add the inputs of mixup and cutmix: "other", the reversed batch, and "share", the kept part of an image."""

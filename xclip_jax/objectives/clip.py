@@ -91,11 +91,6 @@ class Contrastive(Term):
         return (1 - less) * metrics["ln_b"]
 
     @property
-    def hardness(self) -> float:
-        """The matching pair's fraction of the target."""
-        return 1.0
-
-    @property
     def is_robust(self) -> bool:
         """Whether the loss of a pair is `contrastive.robust` of its cross-entropy."""
         return False
@@ -125,7 +120,7 @@ class Contrastive(Term):
         if not blind:  # a single pair leaves nothing to guess
             return Health()
         loss = metrics["loss"]
-        least = self.chance_loss(metrics, PLATEAU_SHARE * self.hardness)
+        least = self.chance_loss(metrics, PLATEAU_SHARE)
         check = Check(
             "plateau",
             max(0.0, 1 - loss / blind),  # 0 for a NaN loss, which fails
@@ -148,10 +143,6 @@ class Clip(Contrastive):
     label_smoothing: float = key(0.0, "fraction of the target spread over the batch", fraction_below_one())
     gce_q: float = key(0.0, "generalised cross-entropy: loss (1 - p^q) / q of a pair; 0 for -ln p", between(0, 1))
 
-    @property
-    def hardness(self) -> float:
-        return 1 - self.label_smoothing
-
     def _options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         options = super()._options(batch)
         options["q"] = options.pop("gce_q")
@@ -163,10 +154,11 @@ class Clip(Contrastive):
 
     def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Return the loss of equal logits: ln b, or `contrastive.robust` of it."""
-        return float(contrastive.robust(super().chance_loss(metrics, less), self.gce_q))
+        cross_entropy = super().chance_loss(metrics, less * (1 - self.label_smoothing))
+        return float(contrastive.robust(cross_entropy, self.gce_q))
 
     def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        if self.is_robust and (self.hardness != 1 or self.positives != "pair"):
+        if self.is_robust and (self.label_smoothing or self.positives != "pair"):
             yield "objective.clip.gce_q is for one target per pair; set label_smoothing to 0, and positives to 'pair'"
 
 

@@ -194,7 +194,7 @@ def _recipe(run: RunReader, step: int) -> Iterator[tuple[str, Any]]:
     rows |= {"init.weights": config.init.weights} if config.init.weights else {}
     rows |= {"init.freeze": ", ".join(config.init.freeze)} if config.init.freeze else {}
     lora = config.finetune.lora
-    rows |= {"finetune.lora.rank": lora.rank, "finetune.lora.targets": ", ".join(lora.targets)} if lora.rank else {}
+    rows |= {"finetune.lora.rank": lora.rank} if lora.rank else {}
     for key, value in rows.items():
         yield key, in_words(shown(value)) if isinstance(value, str) else value
 

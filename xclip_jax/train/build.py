@@ -149,7 +149,7 @@ def build(
     if optimizer is None:
         tx = optim.make_optimizer(config.optim, config.steps, towers, fixed)
     else:
-        tx = optim.freeze(optimizer, fixed, towers) if fixed else optimizer
+        tx = optim.freeze(optimizer, fixed) if fixed else optimizer
     init = state.init_fn(
         model,
         tx,

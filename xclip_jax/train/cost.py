@@ -57,7 +57,7 @@ UNCOUNTED = "FLOPs are unknown: a custom tower does not report them"
 def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | None:
     """Return the FLOPs of one pair's forward pass, {"img", "txt", "heads", "loss"}; None if a tower reports none.
 
-    In training they include patch dropout and the comparison of the batch's pairs.
+    In training they include the comparison of the batch's pairs.
     """
     model = config.model
     objective = make_objective(config.objective)
@@ -103,7 +103,7 @@ def step_flops(config: Config, groups: LengthGroups = WHOLE, rows: int = 1) -> f
         if sizes := groups.sizes(rows, tower.context_length):
             parts["txt"] = sum(n * cut(tokens) for n, tokens in sizes) / rows
     teacher = 0.0
-    if make_objective(config.objective).teacher:  # which drops no patches
+    if make_objective(config.objective).teacher:  # which drops nothing
         teacher = (forward_flops(config, train=False) or parts)["img"] + parts["txt"] + parts["heads"]
     passes = dict.fromkeys(parts, 3)
     if config.finetune.lora.rank:  # adapted kernels have no gradient

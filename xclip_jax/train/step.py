@@ -30,7 +30,7 @@ NOISE = "noise"  # key of {tower: its random inputs} among the inputs of a step
 class BatchNoise:
     """Samples the random inputs of a whole batch, which can then be applied to any part of it.
 
-    The objective and the towers ({"img", "txt"}) add random inputs, such as mixup partners and dropped patches.
+    The objective and the towers ({"img", "txt"}) add random inputs, such as mixup partners and dropped branches.
     """
 
     data: DataConfig
@@ -42,7 +42,7 @@ class BatchNoise:
         """Return the batch with its random inputs, arrays with one row per sample.
 
         Each use folds another number into the step's key: 0 flips and colours, 1 mixup, 2 stochastic depth, 3 the text
-        tower, 4 patch dropout, above 15 custom terms and shuffled targets.
+        tower, above 15 custom terms and shuffled targets.
         """
         b = len(next(iter(batch.values())))
         inputs = dict(batch)
@@ -105,7 +105,7 @@ class TrainStep:
       momentum: momentum of the parameters' moving average as a function of the step.
       microbatches: see `_features`.
       constrain_grads: constrains gradients to the optimizer's layout.
-      frozen: towers, or parts of them, that do not change.
+      frozen: towers that do not change.
       steps: updates of the whole run; terms get the fraction done as "progress".
       text_groups: ((rows, tokens), ...) per device and microbatch, see `length_groups`; empty if texts are not cut.
     """
@@ -216,7 +216,7 @@ class TrainStep:
         """Return the features (h_img, h_txt); h_txt is a tuple if the texts are in groups."""
         merged: Any = lora.merged(params)
         if self.frozen:
-            merged = optim.stop_frozen(merged, self.frozen, self.batch_noise.towers)
+            merged = optim.stop_frozen(merged, self.frozen)
         variables = {"params": merged}
         noise = {"img": {}, "txt": {}} | inputs.get(NOISE, {})
         h_img = h_txt = None

@@ -17,6 +17,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.core import imports
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
+from xclip_jax.core.fields import as_dict
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
@@ -117,10 +118,10 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
         saved = schema.resolve(schema.complete({"steps": 1} | groups))
     for name in ("img", "txt"):
         tower = config.model[name]
-        # scan and remat only affect how a tower is computed.
-        tower.update(dataclasses.asdict(getattr(saved.model, name)) | {"scan": tower.scan, "remat": tower.remat})
+        # remat only affects how a tower is computed.
+        tower.update(as_dict(getattr(saved.model, name)) | {"remat": tower.remat})
     config.model.plugins = saved.model.plugins
-    config.model.img.patch_dropout = config.model.img.drop_path = 0.0
+    config.model.img.drop_path = 0.0
     prepare = Preprocessing.from_config(saved).to_config()
     config.eval.update(prepare["eval"])
     if saved.eval.resize_size and not saved.model.plugins:
