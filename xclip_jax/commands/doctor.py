@@ -109,10 +109,9 @@ def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config
 def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequence[str] | None) -> Iterator[Finding]:
     """Yield whether evaluation sets and initial weights can be opened."""
     encoder = make_encoder(experiment, classes)
-    before = prepare.evaluates_first(experiment)
 
     def check_sets() -> Iterator[Finding]:
-        return checks.check_sets(experiment, len(prepare.open_evaluators(experiment, encoder)), before=before)
+        return checks.check_sets(len(prepare.open_evaluators(experiment, encoder)))
 
     def check_weights() -> Iterator[Finding]:
         return checks.check_weights(experiment, prepare.open_initial(experiment, folder, classes)[0])

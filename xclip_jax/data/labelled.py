@@ -224,10 +224,6 @@ def count_classes(spec: str, source: Labelled) -> int:
     return len(source.names) or 1
 
 
-class MismatchError(UserError):
-    """Labelled items that do not fit the model."""
-
-
 def check_sources(
     specs: Sequence[str], sources: Sequence[Labelled], classes: int, fields: Sequence[str] | None = None
 ) -> None:
@@ -239,8 +235,8 @@ def check_sources(
       fields: fields of the batches, with "image" or "text"; None for any.
 
     Raises:
-      MismatchError: another number of classes, or the other modality.
-      UserError: one class, several classes per image, or classes that differ between sources.
+      UserError: one class, several classes per image, another number of classes than the model's, the other
+        modality, or classes that differ between sources.
     """
     for spec, source in zip(specs, sources, strict=True):
         check_one_class(spec, source)
@@ -250,7 +246,10 @@ def check_sources(
         elif count_classes(spec, source) != classes:
             fault = f"{len(source.names)} classes, expected {classes}"
         if fault:
-            raise MismatchError(f"source {spec!r} has {fault}")
+            raise UserError(
+                f"source {spec!r} has {fault}; use another source, or change objective.classify.classes (1 for "
+                "numbers) or .tower."
+            )
         if list(source.names) != list(sources[0].names):
             raise UserError(
                 f"sources {specs[0]!r} and {spec!r} have different classes; they must be the same, in the same order."

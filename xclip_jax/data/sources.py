@@ -198,8 +198,8 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
       fields: fields of training batches, among "image", "text" and "label"; None without training.
 
     Raises:
-      labelled.MismatchError: labelled sources that do not fit `classes` or `fields`.
-      UserError: a source that cannot be opened or has nothing in it, or training batches larger than the data.
+      UserError: a source that cannot be opened, has nothing in it, or does not fit `classes` or `fields`, or training
+        batches larger than the data.
     """
     parse_all(config.sources)
     for key in ("spread_duplicate_captions", "holdout") if classes else ():

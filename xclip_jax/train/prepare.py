@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import labelled, length_groups, loader, records, sources
+from xclip_jax.core.errors import BadSample
+from xclip_jax.data import length_groups, loader, records, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.data.loader import SampleOrder
@@ -22,7 +22,7 @@ from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.interop import hub
 from xclip_jax.train import checks, cost
-from xclip_jax.train.build import Experiment, build, make_encoder, own_profile
+from xclip_jax.train.build import Experiment, build, make_encoder, profile_of_run
 from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.weights import read_initial
 
@@ -143,11 +143,7 @@ def open_data(experiment: Experiment, folder: RunWriter) -> tuple[list[Source], 
     """Open the training data; return its samples and fingerprints. A resumed run must read the same data."""
     config = experiment.config
     objective = experiment.objective
-    try:
-        opened = sources.open_sources(config.data, objective.classes, objective.fields)
-    except labelled.MismatchError as error:
-        remedy = "use another source, or change objective.classify.classes (1 for numbers) or .tower"
-        raise UserError(f"{error}; {remedy}.") from error
+    opened = sources.open_sources(config.data, objective.classes, objective.fields)
     fingerprints = [source.fingerprint() for source in opened]
     folder.check_sources(config, fingerprints)
     return opened, fingerprints
@@ -162,7 +158,7 @@ def open_evaluators(experiment: Experiment, encoder: Encoder) -> dict[str, Evalu
     """Open all sets of `eval.sets` and `eval.sets_at_end`; return their evaluators by spec."""
     config = experiment.config
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.sets_at_end)))
-    return dict(zip(specs, registry.open_all(specs, encoder, None, own_profile(config), config.data), strict=True))
+    return dict(zip(specs, registry.open_all(specs, encoder, None, profile_of_run(config), config.data), strict=True))
 
 
 def open_initial(
