@@ -113,7 +113,10 @@ def digest_of(run: pathlib.Path) -> str:
 
     step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     checkpoint = (run / "checkpoints" / str(step)).absolute()
-    state = ocp.PyTreeCheckpointer().restore(checkpoint / "state")
+    reader = ocp.PyTreeCheckpointer()
+    saved = reader.metadata(checkpoint / "state").item_metadata.tree
+    as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+    state = reader.restore(checkpoint / "state", restore_args=as_arrays)
     digest = hashlib.sha256()
     for path, x in jax.tree_util.tree_leaves_with_path(state):
         array = np.asarray(x)

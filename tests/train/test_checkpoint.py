@@ -154,6 +154,11 @@ def test_which_checkpoints_are_kept(tmp_path, monkeypatch):
     check_is(restore(tmp_path, 4), 4)
 
 
+def test_a_later_checkpoint_is_not_taken_for_a_save(run):
+    with Checkpointer(run) as checkpointer, pytest.raises(UserError, match="has a checkpoint of a later step than 3"):
+        checkpointer.save(make_state(3), {"samples": 24, "batch": 8})
+
+
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning_and_keeps_no_others(run, monkeypatch, capsys):
     """The new one is complete by then; the next start of the run asks again."""
     delete = type(epath.Path(run)).rmtree

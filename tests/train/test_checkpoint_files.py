@@ -80,6 +80,17 @@ def test_in_a_bucket_names_and_sizes_are_compared_and_nothing_is_hashed(bucket, 
     check_is(restore(tmp_path), 4)
 
 
+def test_in_a_bucket_a_checkpoint_gets_its_digest_under_its_final_name(run):
+    """Where no folder is renamed."""
+    path = run / "checkpoints" / "4" / checkpoint_files.DIGEST_FILE
+    content = path.read_bytes()
+    path.unlink()
+    with Checkpointer(run) as checkpointer:
+        checkpointer._saving = 4
+        checkpointer._write_digest()
+    assert path.read_bytes() == content
+
+
 def test_the_digest_is_in_the_checkpoint_before_it_has_its_name(tmp_path, monkeypatch):
     """So that no kill can leave a checkpoint without one; and the step after does not wait for it."""
     began, go, original = threading.Event(), threading.Event(), checkpoint_files.write_digest

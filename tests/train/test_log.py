@@ -147,7 +147,7 @@ def test_the_line_of_a_step():
         return progress_line(6, {"loss": 1.0} | metrics, config)
 
     assert line() == "step 6/100  loss 1.000"
-    assert line(mfu=0.412, samples_per_second=0.032) == f"{line()}  MFU 41.2%  0.032 samples/s, 13:03:20 left"
+    assert line(mfu=0.412, samples_per_second=3200.0) == f"{line()}  MFU 41.2%  3,200.00 samples/s, 0:00 left"
 
 
 @pytest.mark.long

@@ -226,9 +226,7 @@ def check_same_data(
     if experiment.config.data.tokenizer not in tokenizer.NAMES:
         facts["tokenizer file"] = _hash(tokenizer.read_file(experiment.config.data.tokenizer))
     for number, fingerprint in enumerate(fingerprints):
-        whole = {key: value for key, value in fingerprint.items() if key not in OUTCOMES}
-        for key in OUTCOMES.keys() & fingerprint.keys():
-            facts[f"{OUTCOMES[key]} of source {number}"] = fingerprint[key]["digest"]
+        whole = {key: value["digest"] if key in OUTCOMES else value for key, value in fingerprint.items()}
         digest = _hash(json.dumps(whole, sort_keys=True, default=str).encode())
         facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest}"
     # Hosts with other items would wait for each other's batches, or measure a mixture.

@@ -173,7 +173,7 @@ def progress_line(step: int, metrics: Mapping[str, float], config: Config, terms
     speed = metrics.get("samples_per_second")
     if speed:  # unknown after the first step
         left = format_duration((config.steps - step) * config.data.batch / speed)
-        parts.append(f"{speed:.3g} samples/s, {left} left")
+        parts.append(f"{speed:,.2f} samples/s, {left} left")
     return "  ".join(parts)
 
 

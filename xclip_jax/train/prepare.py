@@ -60,7 +60,9 @@ class Run:
     def evaluators_of(self, step: int) -> list[Evaluator]:
         """Return the evaluators due after `step`, or before the first step if it is 0; see `final_evaluators`."""
         if step == 0:
-            return self.final_evaluators if evaluates_first(self.experiment) else []
+            # Of initial weights; a new classifier is untrained.
+            begins = bool(self.config.init.weights) and not self.experiment.objective.labelled
+            return self.final_evaluators if begins else []
         group = self.config.eval
         during = step < self.config.steps and is_due(group.every, step)
         return [self.evaluators[spec] for spec in group.sets] if during else []
@@ -74,11 +76,6 @@ class Run:
 def is_due(every: int, step: int) -> bool:
     """Whether an event of every `every` steps (0: never) is due at `step`."""
     return every > 0 and step % every == 0
-
-
-def evaluates_first(experiment: Experiment) -> bool:
-    """Whether initial weights are evaluated before the first step; a new classifier would be untrained."""
-    return bool(experiment.config.init.weights) and not experiment.objective.labelled
 
 
 def prepare(

@@ -19,11 +19,8 @@ from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, to_json, write_items
 from xclip_jax.interop import hub
 
-# Digests of `data.records.reading_digest` in fingerprints, and their descriptions.
-OUTCOMES = {
-    "data.holdout": "what data.holdout holds out",
-    "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
-}
+# Keys of a fingerprint with a digest by `data.records.reading_digest`.
+OUTCOMES = ("data.holdout", "data.spread_duplicate_captions")
 _SHOWN = 5  # differences that an error lists
 
 
@@ -115,7 +112,7 @@ class RunWriter(RunReader):
             same = len(saved) == len(fingerprints)
             for key in ("hash", "samples", "classes"):
                 same &= old.get(key, new.get(key)) == new.get(key)
-            for key in OUTCOMES.keys() & old.keys() & new.keys():
+            for key in {*OUTCOMES} & old.keys() & new.keys():
                 same &= old[key]["digest"] == new[key]["digest"]
             if not same:
                 raise UserError(

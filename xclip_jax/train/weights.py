@@ -89,8 +89,6 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
         if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, experiment.abstract.variables()):
             raise UserError(f"{place.name}: tensors do not match its config; export the model again.")
         return Loaded(config, experiment, jax.device_put(variables, replicated(experiment.mesh)), 0, classes)
-    if not RunReader(place.path).checkpoints.exists():
-        raise UserError(f"{place.path} holds no checkpoint; train it first, or name the folder of another run.")
     # Parts that are not evaluated stay on disk; the rest is replicated, so that every process can read it.
     abstract = experiment.abstract
     average = config.eval.ema and abstract.ema_params is not None
