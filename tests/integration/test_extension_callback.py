@@ -34,9 +34,6 @@ class List:
         if step == 3:
             raise ConnectionError("no route to host")
 
-    def show(self, step, picture, page):
-        self.lines.append("show")
-
     def close(self):
         self.lines.append("close")
 
@@ -64,7 +61,7 @@ def test_a_run_calls_them(pairs, tmp_path, capsys):
     assert List.runs[str(run)] == [("start", 0), *losses[:3]]
     printed = capsys.readouterr().out
     assert f"WARNING: {LIST} failed and is disabled (ConnectionError" in printed
-    assert "parameters, 40 pairs, 4 steps of 16 (1.6 epochs) on" in printed
+    assert "parameters, 40 samples, 4 steps of 16 (1.6 epochs), in" in printed
     assert prepare.extras(schema.resolve(config)) == []
 
 

@@ -12,8 +12,7 @@ tests/fuzz_cases holds one for each fault that was corrected. Linux alone.
 import argparse
 import collections
 import contextlib
-import dataclasses
-import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -21,9 +20,9 @@ import resource
 import signal
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from tests.torture import fuzz_readers
 from tests.torture.fuzz_readers import READERS
@@ -33,16 +32,7 @@ from xclip_jax.core.errors import UserError
 CPU_SECONDS, SECONDS, MEMORY = 10, 300, 2 << 30
 BATCH = 250  # inputs of one process
 READ, REFUSED = "read", "refused"
-
-
-@dataclasses.dataclass
-class Tally:
-    """What became of a reader's inputs; `failures` is (number of the input, what happened)."""
-
-    outcomes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    failures: list[tuple[int, str]] = dataclasses.field(default_factory=list)
-    peak: float = 0.0  # MiB
-    slowest: float = 0.0  # s
+_FORK: Any = multiprocessing.get_context("fork")
 
 
 def make(name: str, seed: int, number: int) -> bytes:
@@ -66,98 +56,49 @@ def outcome(name: str, data: bytes, folder: pathlib.Path) -> tuple[str, str]:
     return READ, ""
 
 
-def _status(key: str) -> int:
-    """A number of KiB about this process."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
-def _serve(name: str, seed: int, numbers: range, pipe: int) -> None:
-    """Reads inputs, and writes a line of JSON for each to `pipe`: number, outcome, message, peak memory, seconds."""
+def _serve(name: str, seed: int, numbers: range, pipe: Any) -> None:
+    """Reads inputs, and sends the outcome of each."""
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
+    for descriptor in (1, 2):
         os.dup2(null, descriptor)
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)  # ends the process, also within a library
-    bound = 1024 * _status("VmSize") + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before = _status("VmRSS")
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="xclip_fuzz_", dir=shared) as root:
         os.environ["XCLIP_CACHE"] = f"{root}/cache"
-        folder = pathlib.Path(root, "input")
-        folder.mkdir()
         for number in numbers:
             data = make(name, seed, number)
-            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            began = time.process_time()
-            kind, message = outcome(name, data, folder)
-            seconds = time.process_time() - began
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            fuzz_readers.empty(folder)
-            line = json.dumps([number, kind, message, (_status("VmHWM") - before) / 1024, seconds])
-            os.write(pipe, line.encode() + b"\n")
+            with tempfile.TemporaryDirectory(dir=root) as folder:
+                signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+                signal.setitimer(signal.ITIMER_REAL, SECONDS)
+                result = outcome(name, data, pathlib.Path(folder))
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            pipe.send(result)
 
 
-def _child(name: str, seed: int, numbers: range, tally: Tally) -> range:
-    """Give inputs to a reader in a process; add what became of them, and return the ones that it has not come to."""
-    ours, theirs = os.pipe()
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.close(ours)
-            _serve(name, seed, numbers, theirs)
-        finally:
-            os._exit(0)
-    os.close(theirs)
-    with open(ours, "rb") as pipe:
-        lines = [json.loads(line) for line in pipe.read().splitlines() if line.endswith(b"]")]
-    _, status = os.waitpid(pid, 0)
-    for number, kind, message, peak, seconds in lines:
-        tally.outcomes[kind] += 1
-        tally.peak = max(tally.peak, peak)
-        tally.slowest = max(tally.slowest, seconds)
-        if kind not in (READ, REFUSED):
-            tally.failures.append((number, f"{kind}: {message}"))
-    left = numbers[len(lines) :]
-    if left:
-        killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        kind = "hang" if killed in (signal.SIGPROF, signal.SIGALRM) else f"crash by signal {killed}"
-        tally.outcomes[kind] += 1
-        tally.failures.append((left[0], kind))
-    return left[1:]
-
-
-def run(names: Sequence[str], inputs: int, seed: int) -> dict[str, Tally]:
-    """Give each of `names` its share of `inputs`."""
-    tallies = {}
-    for i, name in enumerate(names):
-        tallies[name] = Tally()
-        count = inputs // len(names) + (i < inputs % len(names))
-        for first in range(0, count, BATCH):
-            numbers = range(first, min(first + BATCH, count))
-            while numbers:
-                numbers = _child(name, seed, numbers, tallies[name])
-    return tallies
-
-
-def table(tallies: dict[str, Tally]) -> Iterator[str]:
-    """Yield the rows of the table."""
-    titles = "reader, inputs, read, one sentence or a reason, other exceptions, hangs and crashes, peak MiB, slowest s"
-    yield f"| {titles.replace(', ', ' | ')} |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for name, tally in tallies.items():
-        counts = dict(tally.outcomes)
-        total, read, refused = sum(counts.values()), counts.pop(READ, 0), counts.pop(REFUSED, 0)
-        died = sum(counts.pop(kind) for kind in list(counts) if kind.startswith(("hang", "crash")))
-        others = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())) or "0"
-        counted = f"{total:,} | {read:,} | {refused:,} | {others} | {died}"
-        yield f"| {name} | {counted} | {tally.peak:.0f} | {tally.slowest:.1f} |"
+def outcomes(name: str, seed: int, numbers: range) -> list[tuple[str, str]]:
+    """Return the outcomes of inputs, each process reading up to `BATCH` of them."""
+    found: list[tuple[str, str]] = []
+    while len(found) < len(numbers):
+        ours, theirs = _FORK.Pipe(duplex=False)
+        todo = numbers[len(found) : len(found) + BATCH]
+        process = _FORK.Process(target=_serve, args=(name, seed, todo, theirs))
+        process.start()
+        theirs.close()
+        came = []
+        with contextlib.suppress(EOFError):
+            while True:
+                came.append(ours.recv())
+        process.join()
+        if len(came) < len(todo):
+            timers = (-signal.SIGPROF, -signal.SIGALRM)
+            came.append(("hang" if process.exitcode in timers else f"crash with status {process.exitcode}", ""))
+        found += came
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -170,17 +111,24 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--failures", default="fuzz_failures", help="folder for the inputs that fail (%(default)s)")
     options = parser.parse_args(arguments)
     fuzz_readers.prepare()
-    tallies = run(options.only or list(READERS), options.inputs, options.seed)
-    print("\n".join(table(tallies)))
-    failures = [(name, number, what) for name, tally in tallies.items() for number, what in sorted(tally.failures)]
-    for name, number, what in failures:
-        file = pathlib.Path(options.failures, name, f"{options.seed}-{number}")
-        with contextlib.suppress(FileExistsError):
-            file.parent.mkdir(parents=True)
-        file.write_bytes(make(name, options.seed, number))
-        print(f"{file}: {what}")
-    print(f"{options.inputs} inputs, {len(failures)} failures")
-    return bool(failures)
+    names = options.only or list(READERS)
+    failed = 0
+    print("| reader | inputs | read | one sentence or a reason | failures |\n|---|---|---|---|---|")
+    for i, name in enumerate(names):
+        numbers = range(options.inputs // len(names) + (i < options.inputs % len(names)))
+        results = outcomes(name, options.seed, numbers)
+        counts = collections.Counter(kind for kind, _ in results)
+        failures = len(results) - counts[READ] - counts[REFUSED]
+        print(f"| {name} | {len(results):,} | {counts[READ]:,} | {counts[REFUSED]:,} | {failures} |", flush=True)
+        for number, (kind, message) in zip(numbers, results, strict=True):
+            if kind not in (READ, REFUSED):
+                file = pathlib.Path(options.failures, name, f"{options.seed}-{number}")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(make(name, options.seed, number))
+                print(f"{file}: {kind}: {message}")
+        failed += failures
+    print(f"{options.inputs} inputs, {failed} failures")
+    return bool(failed)
 
 
 if __name__ == "__main__":

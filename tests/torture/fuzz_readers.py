@@ -2,12 +2,8 @@
 
 import dataclasses
 import io
-import json
-import os
 import pathlib
 import pickle
-import random
-import shutil
 import struct
 import warnings
 import zipfile
@@ -22,13 +18,9 @@ from tokenizers import normalizers, pre_tokenizers
 
 from tests.torture import fuzz_data, fuzz_inputs
 from xclip_jax.config import load, schema
-from xclip_jax.core import fields, json_lines
-from xclip_jax.core.run_folder import RunReader
+from xclip_jax.core import fields
 from xclip_jax.data import images, tokenizer
-from xclip_jax.evaluators import results
-from xclip_jax.evaluators.results import Result
 from xclip_jax.interop import tensor_files
-from xclip_jax.report import collect
 
 Path = pathlib.Path
 
@@ -150,66 +142,11 @@ def _torch_file(pickled: bytes) -> bytes:
     return out.getvalue()
 
 
-_TIME = "2026-01-02T03:04:05+00:00"
-_FILES = (
-    "config.json", "data.json", "results.json", "evaluation.json", "metrics.jsonl", "results.jsonl",
-    "bad_samples.jsonl",
-)  # fmt: skip
-
-
-def _run_files() -> dict[str, bytes]:
-    config = schema.to_dict(schema.resolve(load.load_config("demo")))
-    measured = [
-        Result("emoji/test", "zeroshot", "top1", 50.0, n=100, chance=10.0, headline=True, evaluator="zeroshot"),
-        Result("emoji/test", "zeroshot", "n", 100, unit=""),
-    ]
-    values, records = results.flat(measured), results.to_json(measured)
-    entry = {"set": "emoji/test", "name": "zeroshot/emoji/test", "metric": "top1", "value": 50.0, "records": records}
-    entry |= {"checkpoint": "run", "step": 2, "profile": "openai", "changes": {}, "fingerprint": "1", "items": "2"}
-    content = (
-        {"config": config, "environment": {"jax": "0.10"}, "started": _TIME, "starts": []},
-        [{"samples": 5, "hash": "x", "files": [{"name": "a", "bytes": 3}]}],
-        {"results": values, "records": records, "config": config, "environment": {}, "seconds": 3.0, "ended": _TIME},
-        {"results": [entry], "config": config},
-        {"step": 1, "loss": 2.5, "lr": 0.1},
-        {"step": 2, "records": records},
-        {"step": 2, "position": 3, "reason": "image damaged", "detail": "x", "source": 0, "index": 1},
-    )
-    files = {name: json.dumps(part).encode() + b"\n" for name, part in zip(_FILES, content, strict=True)}
-    files["metrics.jsonl"] += json.dumps({"step": 2} | values).encode() + b'\n{"step": 3, "lo'
-    return files
-
-
-def _make_run_file(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
-    name = rng.choice(_FILES)
-    lines = [seed.partition(b"\n")[2] for seed in seeds if seed.startswith(name.encode())]
-    made = [fuzz_inputs.mutated(rng, lines) for _ in range(rng.choice((1, 1, 3)) if name.endswith("l") else 1)]
-    return name.encode() + b"\n" + b"\n".join(made)
-
-
-def _read_run(data: bytes, folder: Path) -> None:
-    """The first line of `data` is the name of the run's file that the rest replaces."""
-    name, _, content = data.partition(b"\n")
-    for other, sound in _run_files().items():
-        (folder / other).write_bytes(content if other.encode() == name else sound)
-    run = RunReader(folder)
-    run.is_run()
-    read = collect.read(folder)
-    _ = read.steps, run.read_classes()
-    results.read(run.evaluation_file)
-    for file in (run.metrics_file, run.results_log_file, run.bad_samples_file):
-        json_lines.JsonLines(file, lambda line: True)
-
-
 READERS = {
     "tar": Reader(fuzz_data.tars, fuzz_data.read_tar),
-    "wds": Reader(fuzz_data.wds_tars, fuzz_data.read_wds),
-    "image_training": Reader(fuzz_data.images, fuzz_data.read_image),
-    "image_evaluation": Reader(fuzz_data.images, fuzz_data.evaluate_image),
+    "image": Reader(fuzz_data.images, fuzz_data.read_image),
     "captions": Reader(lambda: fuzz_data.CAPTION_FILES, fuzz_data.read_captions),
-    "folder": Reader(lambda: fuzz_data.CAPTION_FILES, fuzz_data.read_folder),
     "tokenizer_clip": Reader(lambda: _TEXT_BYTES, lambda data, _: fuzz_data.TOKENIZERS["clip"]([_text(data)], 77)),
-    "tokenizer_bytes": Reader(lambda: _TEXT_BYTES, lambda data, _: fuzz_data.TOKENIZERS["bytes"]([_text(data)], 77)),
     "tokenizer_file": Reader(_tokenizer_files, _read_tokenizer_file),
     "config": Reader(_keys, _read_overrides, fuzz_inputs.overrides),
     "safetensors": Reader(_safetensors, _read_tensors("x.safetensors")),
@@ -219,11 +156,7 @@ READERS = {
     ),
     "weights_index": Reader(lambda: _INDEXES, _read_tensors("model.safetensors.index.json")),
     "csv": Reader(lambda: fuzz_data.CSV, fuzz_data.read_csv),
-    "labels": Reader(lambda: fuzz_data.LABELS, fuzz_data.read_labels),
     "parquet": Reader(fuzz_data.parquets, fuzz_data.read_parquet),
-    "run_folder": Reader(
-        lambda: [name.encode() + b"\n" + data for name, data in _run_files().items()], _read_run, _make_run_file
-    ),
 }
 
 
@@ -233,9 +166,3 @@ def prepare() -> None:
     images.formats()
     for reader in READERS.values():
         reader.seeds()
-
-
-def empty(folder: Path) -> None:
-    """Removes what is in `folder`."""
-    for entry in os.scandir(folder):
-        shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)

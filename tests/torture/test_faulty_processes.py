@@ -63,12 +63,10 @@ def test_the_end_of_a_killed_process_ends_the_other(tmp_path):
 def test_the_end_of_process_0_ends_the_other(tmp_path):
     statuses, outputs = both(tmp_path, "kill", 3, 0)
     assert statuses[0] == 256 - 9 and statuses[1] in (*GONE, EXIT_RESTART), outputs
-    assert len(outputs[1].splitlines()) < 40
 
 
 @slow
-@pytest.mark.parametrize("fault", ["sigint", "sigterm"])
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize(("fault", "process"), [("sigint", 0), ("sigterm", 1)])
 def test_a_signal_to_one_process_saves_in_both(tmp_path, fault, process):
     statuses, outputs = both(tmp_path, fault, 3, process)
     assert statuses == [EXIT_RESUMABLE] * 2, outputs
@@ -77,29 +75,16 @@ def test_a_signal_to_one_process_saves_in_both(tmp_path, fault, process):
 
 @slow
 def test_a_process_that_hangs_ends_both_and_is_named(tmp_path):
-    limits = ("log__stall_limit=30.0",)
-    statuses, outputs = both(tmp_path, "hang in data", 4, 1, *limits)
+    statuses, outputs = both(tmp_path, "hang in data", 4, 1, "log__stall_limit=30.0")
     assert statuses == [EXIT_RESTART] * 2, outputs
     assert "no progress: waiting for data from folder:" in outputs[1]
     assert "process 1: waiting for data from folder:" in outputs[0]
-    assert "time.sleep" in outputs[1] or "faulty_run" in outputs[1]
-    assert (tmp_path / "run" / "stacks-1.txt").exists() or (tmp_path / "run" / "stacks-0.txt").exists()
+    assert list((tmp_path / "run").glob("stacks-*.txt"))
 
 
 @slow
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("optim__lr=0.005", "process 1 differs from process 0: optim.lr (0.005, not 0.001); start all processes with"),
-        ("data__threads=1", None),
-        ("data__text_columns=('other',)", "data.text_columns"),
-    ],
-)
-def test_processes_with_different_configs_refuse_to_start(tmp_path, change, message):
-    statuses, outputs = both(tmp_path, "none", 0, 0, "steps=2", of_second=[change])
-    if message is None:
-        assert statuses == [0, 0], outputs
-        return
+def test_processes_with_different_configs_refuse_to_start(tmp_path):
+    statuses, outputs = both(tmp_path, "none", 0, 0, "steps=2", of_second=["optim__lr=0.005"])
     assert statuses == [1, 1], outputs
-    assert all(message in output for output in outputs)
+    assert all("process 1 differs from process 0: optim.lr (0.005, not 0.001)" in output for output in outputs)
     assert not (tmp_path / "run").exists()

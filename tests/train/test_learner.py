@@ -54,8 +54,6 @@ def test_create__seed(learner):
     first, second = (learner.init(seed=seed) for seed in (1, 2))
     assert int(first.seed) == 1
     assert not np.array_equal(first.params["txt"]["tokens"], second.params["txt"]["tokens"])
-    configured = xclip_jax.create("Ti/12", seed=1, **SIZES).init()
-    assert np.array_equal(first.params["txt"]["tokens"], configured.params["txt"]["tokens"])
 
 
 def test_step__a_mesh_equals_one_device(learner):
@@ -79,7 +77,7 @@ def test_optimizer__replaces_the_recipes():
         xclip_jax.create("Ti/12", optimizer=optax.sgd(1.0), lr=1.0, **sizes)
 
 
-def test_save__load_has_the_same_model(learner, tmp_path):
+def test_save__load_and_a_new_run_have_the_same_model(learner, tmp_path):
     trained, _ = learner.step(learner.init(), batch(learner))
     learner.save(tmp_path / "saved", trained)
     _, variables = interop.read(str(tmp_path / "saved"))
@@ -91,11 +89,6 @@ def test_save__load_has_the_same_model(learner, tmp_path):
     )
     assert_close([model.encode_image(pixels["image"])], [expected["z_img"]], 1e-4)
     assert model.has_clusters
-
-
-def test_create__starts_from_weights(learner, tmp_path):
-    trained, _ = learner.step(learner.init(), batch(learner))
-    learner.save(tmp_path / "saved", trained)
     again = xclip_jax.create("Ti/12", **{"init.weights": str(tmp_path / "saved")}, **SIZES).init()
     assert all(map(np.array_equal, leaves(again.params), leaves(trained.params)))
     assert int(again.step) == 0
@@ -115,9 +108,8 @@ def test_images(learner, pairs):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"btach": 8}, "'btach' is unknown; did you mean 'batch'"),
-        ({"optim.lrr": 1.0}, "'optim.lrr' is unknown; did you mean 'optim.lr'"),
-        ({"depth": 3}, r"'depth' is one of model\.img\.depth, model\.txt\.depth"),
+        ({"btach": 8}, "'btach' .* did you mean 'batch'"),
+        ({"depth": 3}, r"'depth' .* did you mean 'model\.img\.depth' or 'model\.txt\.depth'"),
         ({"lr": "fast"}, r"optim\.lr is 'fast'; expected a number"),
         ({"objective": "clap"}, "objective is 'clap'; it must be one of"),
     ],

@@ -1,6 +1,5 @@
-"""The training loop: evaluations over several starts of a run, and traces of its steps."""
+"""The training loop: evaluations over several starts of a run, and runs that end before their last step."""
 
-import gzip
 import itertools
 import json
 import os
@@ -21,32 +20,34 @@ from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.encoder import TooManyUnreadable
-from xclip_jax.evaluators.results import Result, flat
-from xclip_jax.processes import interrupt
-from xclip_jax.train import build, loop, trainer, weights
-from xclip_jax.train.callbacks import Callback
+from xclip_jax.evaluators.results import Result
+from xclip_jax.train import build, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.loop import Session
 
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture
 def run(trained, tmp_path):
+    """A complete run of four steps."""
     return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-class Evaluator:
-    """Counts what it is asked, and fails where it is told to."""
+def go_back(run):
+    """Make it a run that was killed after its checkpoint of step 2."""
+    shutil.rmtree(run / "checkpoints" / "4")
+    (run / "results.json").unlink()
 
-    def __init__(self, name, fails=False):
-        self.name, self.fails, self.calls = name, fails, []
+
+class Evaluator:
+    """Counts what it is asked."""
+
+    def __init__(self, name):
+        self.name, self.calls = name, []
         self.encoder = types.SimpleNamespace(unreadable={})
 
     def measure(self, variables):
         self.calls.append(jax.device_get(variables))  # the next step overwrites them
-        if self.fails:
-            raise OSError(f"disk of {self.name} is gone")
         return [Result("", self.name, "top1", 12.5)]
 
 
@@ -58,6 +59,10 @@ def evaluators(monkeypatch):
     return made
 
 
+def evaluations(run):
+    return [line for line in tiny.lines(run) if "loss" not in line]
+
+
 def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(registry, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs)))
@@ -67,59 +72,26 @@ def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch)
     assert opened == ["a", "b"]
 
 
-def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_path, evaluators, monkeypatch):
-    """Checkpoint and evaluation are due at step 2, and the run ends between them."""
-    c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(Session, "evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
-        with pytest.raises(InterruptedError):
-            trainer.run(c)
-    assert evaluators["a"].calls == []
-    trainer.run(c)
-    assert [line["step"] for line in tiny.lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
+def test_an_evaluation_that_was_cut_off_is_made_after_all_and_another_not_again(pairs, run, evaluators):
+    """Checkpoint and evaluation are due at step 2, and the first run ends between them."""
+    c = tiny.short(pairs, run, eval__sets=("a",), eval__every=2)
+    for calls in (2, 3):
+        go_back(run)
+        trainer.run(c)
+        assert len(evaluators["a"].calls) == calls
+        assert [line["step"] for line in evaluations(run)] == [2, 4]
 
 
-def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluators, monkeypatch):
-    c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
-    with monkeypatch.context() as patch:
-        # Asked before the first step, after each, and once in the evaluation of step 2.
-        questions = itertools.count()
-        patch.setattr(interrupt.PreemptionHandler, "requested", lambda _: next(questions) == 4)
-        with pytest.raises(SystemExit) as stopped:
-            trainer.run(c)
-    assert stopped.value.code == interrupt.EXIT_RESUMABLE
-    evaluations = []
-    recorder = Callback()
-    recorder.on_evaluation = lambda step, results: evaluations.append((step, results))
-    trainer.run(c, [recorder])
-    assert [line["step"] for line in tiny.lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
-    assert [(step, flat(results)) for step, results in evaluations] == [(4, {"a/top1": 12.5})]
-
-
-def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(pairs, tmp_path, run, evaluators, capsys):
+def test_given_weights_are_evaluated_on_all_sets_before_the_first_step(pairs, tmp_path, run, evaluators):
     """The run is cut off before its first step: it has no checkpoint, and starts again."""
     c = tiny.short(pairs, tmp_path / "new", eval__sets=("a",), eval__sets_at_end=("b",), init__weights=str(run))
-    with tiny.cut_off(0):
-        trainer.run(c)
     given = jax.device_get(weights.load(str(run))[2])
-    for evaluator in evaluators.values():
-        (found,) = evaluator.calls
-        chex.assert_trees_all_equal(found["params"]["img"], given["params"]["img"])
-    assert "before -> after" not in capsys.readouterr().out
-    trainer.run(c)
-    assert [len(evaluator.calls) for evaluator in evaluators.values()] == [2, 2]
-    assert [line["step"] for line in tiny.lines(tmp_path / "new") if "b/top1" in line] == [0, 4]
-    assert " 12.5 -> 12.5 | " in capsys.readouterr().out
-
-
-def test_what_was_measured_before_is_of_the_same_weights_and_sets(pairs, tmp_path, run, evaluators):
-    """A folder without a checkpoint takes a new config; evaluations of the old one are made again."""
-    for resize, calls in (("shortest", 1), ("squash", 2), ("squash", 2)):
-        given = {"eval__sets": ("a",), "init__weights": str(run), "eval__resize": resize}
+    for _ in range(2):
         with tiny.cut_off(0):
-            trainer.run(tiny.short(pairs, tmp_path / "new", **given))
-        assert len(evaluators["a"].calls) == calls
-        assert [line["step"] for line in tiny.lines(tmp_path / "new") if "a/top1" in line] == [0]
+            trainer.run(c)
+        for evaluator in evaluators.values():
+            chex.assert_trees_all_equal(evaluator.calls[-1]["params"]["img"], given["params"]["img"])
+        assert [line["step"] for line in evaluations(tmp_path / "new")] == [0]
 
 
 def test_the_average_is_what_is_evaluated_and_loaded(pairs, tmp_path, evaluators):
@@ -140,115 +112,49 @@ def test_the_average_is_what_is_evaluated_and_loaded(pairs, tmp_path, evaluators
             assert not all(same), name
 
 
-def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, evaluators):
-    c = tiny.short(pairs, tmp_path / "run", eval__sets_at_end=("a", "b"))
-    evaluators["a"].fails = True
+def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, run, evaluators):
+    """Of a complete run that is evaluated on other sets; a start that is refused keeps the older results."""
+    c, file = tiny.short(pairs, run, eval__sets_at_end=("a", "b")), run / "results.json"
+    before = file.read_text()
+    with pytest.raises(KeyError, match="c"):
+        trainer.run(tiny.short(pairs, run, eval__sets_at_end=("c",)))
+    assert file.read_text() == before
+
+    def fails(_):
+        assert not file.exists()  # launch scripts wait for it
+        raise OSError("disk of a is gone")
+
+    evaluators["a"].measure = fails
     with pytest.raises(UserError, match=r"1 of 2 evaluation sets failed \(a\).*results\.json has the others"):
         trainer.run(c)
-    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    record = json.loads(file.read_text())
     assert record["results"] == {"b/top1": 12.5}
     assert record["failed"] == {"a": "disk of a is gone; in evaluator a"}
-    evaluators["a"].fails = False
-    assert trainer.run(c) == {"a/top1": 12.5, "b/top1": 12.5}
-    (line,) = [line for line in tiny.lines(tmp_path / "run") if line["step"] == 4 and "loss" not in line]
-    assert line == {"step": 4, "a/top1": 12.5, "b/top1": 12.5}
+    del evaluators["a"].measure
+    for _ in range(2):
+        assert trainer.run(c) == {"a/top1": 12.5, "b/top1": 12.5}
+    assert evaluations(run) == [{"step": 4, "a/top1": 12.5, "b/top1": 12.5}]
+    assert len(evaluators["b"].calls) == 2
 
 
-def test_images_that_cannot_be_read_for_a_while_do_not_end_a_run(pairs, tmp_path, evaluators, monkeypatch, capsys):
-    c = tiny.short(pairs, tmp_path / "run", eval__sets=("a", "b"), eval__every=1)
-    measure, times = evaluators["a"].measure, itertools.count(1)
+def test_images_that_cannot_be_read_for_a_while_do_not_end_a_run(pairs, run, evaluators, monkeypatch, capsys):
+    go_back(run)
+    c = tiny.short(pairs, run, eval__sets=("a", "b"), eval__every=1)
+    measure, times = evaluators["a"].measure, itertools.count(2)
 
     def away(variables):
-        if next(times) in (2, 4):
+        if next(times) in (3, 4):
             raise TooManyUnreadable("40 of 40 images cannot be read")
         return measure(variables)
 
     monkeypatch.setattr(evaluators["a"], "measure", away)
     with pytest.raises(UserError, match=r"1 of 2 evaluation sets failed \(a\)"):
         trainer.run(c)
-    assert "WARNING: a has no result of step 2: 40 of 40 images cannot be read" in capsys.readouterr().out
-    evaluations = [line for line in tiny.lines(tmp_path / "run") if "loss" not in line]
+    assert "WARNING: a has no result of step 3: 40 of 40 images cannot be read" in capsys.readouterr().out
     whole = {"a/top1": 12.5, "b/top1": 12.5}
     without = {"b/top1": 12.5}
-    assert evaluations == [{"step": 1} | whole, {"step": 2} | without, {"step": 3} | whole, {"step": 4} | without]
+    assert evaluations(run) == [{"step": 2} | whole, {"step": 3} | without, {"step": 4} | without]
     assert trainer.run(c) == whole
-
-
-def test_a_complete_run_is_evaluated_on_other_sets_and_keeps_no_older_results(pairs, run, evaluators):
-    """The launch scripts wait for results.json. A refused start changes nothing."""
-    file, changed = run / "results.json", tiny.short(pairs, run, eval__sets_at_end=("b",))
-    before, measure = file.read_text(), evaluators["b"].measure
-    with pytest.raises(KeyError, match="c"):
-        trainer.run(tiny.short(pairs, run, eval__sets_at_end=("c",)))
-    assert file.read_text() == before
-
-    def cut_off(_):
-        assert not file.exists()
-        raise KeyboardInterrupt
-
-    evaluators["b"].measure = cut_off
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(changed)
-    assert not file.exists()
-    evaluators["b"].measure = measure
-    for _ in range(2):
-        assert trainer.run(changed) == json.loads(file.read_text())["results"] == {"b/top1": 12.5}
-    assert len(evaluators["b"].calls) == 1
-
-
-def test_a_run_leaves_a_trace_of_its_steps(pairs, tmp_path, capsys):
-    trainer.run(tiny.short(pairs, tmp_path / "run", log__profile=(2, 3)))
-
-    def traced(end):
-        (path,) = (tmp_path / "run" / "profile" / "plugins" / "profile").glob(f"*/*{end}")
-        return path
-
-    data = jax.profiler.ProfileData.from_file(str(traced(".xplane.pb")))
-    events = [event for plane in data.planes for line in plane.lines for event in line.events]
-    steps = [dict(event.stats).get("step_num") for event in events if event.name == "train"]
-    assert sorted(steps) == [2, 3] and len(events) > 100
-    traces = [
-        json.loads(gzip.decompress(traced(f"{name}.json.gz").read_bytes())) for name in ("perfetto_trace", ".trace")
-    ]
-    for trace in traces:
-        annotated = [event for event in trace["traceEvents"] if event.get("name") == "train"]
-        assert sorted(int(event["args"]["step_num"]) for event in annotated) == [2, 3]
-    assert "metadata" not in traces[0]  # which Perfetto does not read
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profile of steps 2 to 3")]
-    assert len(said) == 1 and f"xprof --logdir {tmp_path / 'run' / 'profile'}" in said[0]
-
-
-def test_the_trace_waits_for_the_steps_before_it_and_in_it(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(jax, "block_until_ready", lambda x: calls.append(("wait", x)) or x)
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: calls.append("start"))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    tracer = loop.StepTracer((4, 5), RunReader(tmp_path))
-    for step in range(3, 8):
-        assert tracer(step, lambda x: calls.append(x) or x + 1, 10 * step) == 10 * step + 1
-    tracer.close()
-    assert calls == [30, ("wait", (40,)), "start", 40, 50, ("wait", 51), "stop", 60, 70]
-    calls.clear()
-    tracer = loop.StepTracer((4, 6), RunReader(tmp_path))  # of a run that resumed at step 4
-    for step in (5, 6, 7):
-        tracer(step, calls.append, step)
-    assert calls == [("wait", (5,)), "start", 5, 6, ("wait", None), "stop", 7]
-
-
-def test_a_trace_that_fails_is_a_warning(tmp_path, capsys):
-    """Another trace is in progress; the run's folder cannot be written to."""
-    tracer = loop.StepTracer((1, 2), RunReader(tmp_path / "run"))
-    with jax.profiler.trace(tmp_path / "other"):
-        assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
-    tracer.close()
-    assert "WARNING: the steps of log.profile cannot be traced: Profile has already" in capsys.readouterr().out
-    (tmp_path / "file").write_text("")
-    tracer = loop.StepTracer((1, 2), RunReader(tmp_path / "file"))
-    assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
-    out = capsys.readouterr().out
-    assert "WARNING: the steps of log.profile cannot be traced" in out and out.count("\n") == 1
-    with jax.profiler.trace(tmp_path / "other"):  # the profiler is free again
-        pass
 
 
 def brief(pairs, run, **changes):

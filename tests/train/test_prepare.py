@@ -40,10 +40,8 @@ def test_check_needs_neither_data_nor_a_folder(tmp_path):
         ),
         ({"eval__sets": ("winoground@parquet:/x",)}, []),
         ({"init__weights": "hf:org/name"}, ["hub"]),
-        ({"eval__sets": ("wds:/x", "imagenet", "probe/wds:/x")}, []),
         ({"eval__sets": ("probe/wds:/x",), "eval__sets_at_end": ("wds:hf:org/name",)}, ["hub"]),
         ({"eval__sets": ("emoji/test_concepts", "retrieval/hf:org/name/test")}, ["datasets", "demo"]),
-        ({"eval__sets": ("tests.extension.greys:Greys",)}, []),
     ],
 )
 def test_extras_that_a_config_needs(changes, extras):

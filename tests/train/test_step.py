@@ -27,19 +27,12 @@ VARIANTS = {
     "xclip-drop-path": {"model__img__drop_path": 0.5, "model__img__depth": 2},
     "xclip-kept-average": {"ema__momentum": 0.996},
 }
+PLAIN = {"data__flip_prob": 0.0, "data__color_jitter": 0.0}
 
 
 def make(variant, devices=8, **changes):
     config = tiny.config(variant.split("-")[0], **VARIANTS[variant] | changes)
     return build.build(config, jax.devices()[:devices])
-
-
-def run(p, steps=1):
-    s, seen = state.create(p.init, p.abstract), []
-    for i in range(steps):
-        s, metrics = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
-        seen.append(jax.device_get(metrics))
-    return jax.device_get(s), seen
 
 
 def catching(p):
@@ -59,13 +52,10 @@ def gradients(p, batch=None):
     return float(metrics["loss"]), jax.device_get(s.opt_state), jax.device_get(s.batch_stats)
 
 
-# test_sharding holds the other variants, on every mesh.
-@pytest.mark.parametrize(
-    "variant", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("clip", "nclip")), "xclip-joint"]
-)
-def test_one_device_against_eight(variant):
-    loss_1, grads_1, stats_1 = gradients(make(variant, devices=1))
-    loss_8, grads_8, stats_8 = gradients(make(variant, devices=8))
+def test_one_device_against_eight():
+    """test_sharding holds the other variants, on every mesh."""
+    loss_1, grads_1, stats_1 = gradients(make("xclip-joint", devices=1))
+    loss_8, grads_8, stats_8 = gradients(make("xclip-joint", devices=8))
     assert loss_8 == pytest.approx(loss_1, rel=1e-5, abs=1e-5)  # nCLIP's terms nearly cancel at the start
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads_1))
     assert largest > 1e-3
@@ -73,11 +63,8 @@ def test_one_device_against_eight(variant):
     chex.assert_trees_all_close(stats_8, stats_1, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "objective", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("clip", "nclip")), "siglip", "xclip"]
-)
-def test_the_loss_falls_on_one_batch(objective):
-    p = make(objective, steps=40, data__flip_prob=0.0, data__color_jitter=0.0, optim__schedule="constant")
+def test_the_loss_falls_on_one_batch():
+    p = make("xclip", 1, steps=40, **PLAIN, optim__schedule="constant")
     s, losses = state.create(p.init, p.abstract), []
     fixed = loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh)
     for _ in range(40):
@@ -104,7 +91,7 @@ def test_a_term_of_texts_alone_gets_its_draws():
 
 @pytest.mark.parametrize(
     ("objective", "start", "end"),
-    [("clip", 117.33, 100.0), ("xclip", 117.33, 100.0), ("siglip", 117.33, 117.33), ("clip", 20.0, 20.0)],
+    [("clip", 117.33, 100.0), ("siglip", 117.33, 117.33), ("clip", 20.0, 20.0)],
 )
 def test_the_logit_scale_is_bounded_by_clip_alone(objective, start, end):
     """CLIP's paper bounds it by 100, SigLIP's not: published SigLIP weights have 117."""
@@ -118,16 +105,8 @@ def test_the_logit_scale_is_bounded_by_clip_alone(objective, start, end):
     assert float(jnp.exp(s.params["log_scale"])) == pytest.approx(end, rel=1e-5)
 
 
-def test_compiled_once_and_counted():
-    p = make("xclip")
-    s, seen = run(p, steps=4)
-    assert p.compiled._cache_size() == 1
-    assert s.step == 4
-    assert all(np.isfinite(value) for metrics in seen for value in metrics.values())
-
-
 def test_randomness_moves_with_the_step_and_the_seed():
-    p = make("clip")
+    p = make("clip", 1)
     s = state.create(p.init, p.abstract)
     batch = loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh)
     step = jax.jit(p.step)
@@ -138,13 +117,6 @@ def test_randomness_moves_with_the_step_and_the_seed():
     assert len(losses) == 3  # other flips and colours
 
 
-def test_state_is_donated():
-    p = make("xclip-kept-average")
-    s = state.create(p.init, p.abstract)
-    p.compiled(s, loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh))
-    assert all(x.is_deleted() for x in jax.tree.leaves((s.params, s.opt_state, s.ema_params)))
-
-
 def test_parameters_are_what_the_abstract_state_says():
     p = make("xclip-ema")
     s = state.create(p.init, p.abstract)
@@ -152,20 +124,23 @@ def test_parameters_are_what_the_abstract_state_says():
     assert all(x.sharding == a.sharding for x, a in zip(jax.tree.leaves(s), jax.tree.leaves(p.abstract), strict=True))
 
 
-def test_average_follows_its_formula():
-    """Of the parameters, and of the statistics of BatchNorm, which have no teacher here."""
-    p = make("xclip-kept-average", steps=10, ema__momentum=0.9)
+def test_compiled_once_and_donated_and_the_average_follows_its_formula():
+    """The average of the parameters, and of the statistics of BatchNorm, which have no teacher here."""
+    p = make("xclip", steps=10, ema__momentum=0.9, objective__terms={"clip": 0.25, "nclip": 0.5})
     s = state.create(p.init, p.abstract)
-    expected = jax.device_get(s.variables())
+    expected = jax.tree.map(np.array, s.variables())  # a view would keep the buffers
     for i in range(3):
-        s, _ = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
+        before = s
+        s, metrics = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
+        metrics = jax.device_get(metrics)
+        assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.opt_state, before.ema_params)))
+        assert all(np.isfinite(value) for value in metrics.values())
+        assert metrics["loss"] == pytest.approx(0.25 * metrics["clip/loss"] + 0.5 * metrics["nclip/loss"], rel=1e-6)
         m = float(optim.ema_momentum(i, 10, 0.9))
         expected = jax.tree.map(lambda e, x, m=m: m * e + (1 - m) * x, expected, jax.device_get(s.variables()))
+    assert p.compiled._cache_size() == 1 and s.step == 3
     assert jax.tree.leaves(expected["batch_stats"])
     chex.assert_trees_all_close(jax.device_get(s.variables(ema=True)), expected, rtol=1e-5, atol=1e-7)
-
-
-PLAIN = {"data__flip_prob": 0.0, "data__color_jitter": 0.0}
 
 
 def projected(p, variables, batch):
@@ -178,7 +153,7 @@ def projected(p, variables, batch):
 
 
 def test_a_teacher_has_the_statistics_of_its_own_features():
-    p = make("xclip-ema", **PLAIN, ema__momentum=0.9, optim__lr=0.1, optim__warmup=0)
+    p = make("xclip-ema", 1, **PLAIN, ema__momentum=0.9, optim__lr=0.1, optim__warmup=0)
     s = state.create(p.init, p.abstract)
     for i in range(3):
         batch = tiny.batch(i, eot=p.tokenizer.eot_id)
@@ -200,16 +175,11 @@ def test_objectives_have_only_the_heads_that_they_need():
 
 def test_idle_head_changes_nothing():
     """xCLIP without weight on nCLIP is CLIP with as many parameters: the control for model size."""
-    loss, idle, _ = gradients(make("xclip", objective__terms={"clip": 1.0, "nclip": 0.0}))
-    clip_loss, clip, _ = gradients(make("clip"))
+    loss, idle, _ = gradients(make("xclip", 1, objective__terms={"clip": 1.0, "nclip": 0.0}))
+    clip_loss, clip, _ = gradients(make("clip", 1))
     heads = [idle.pop(name) for name in ("clusters_img", "clusters_txt")]
     assert not any(g.any() for g in jax.tree.leaves(heads))
     assert loss == pytest.approx(clip_loss, rel=1e-6)
     assert clip.keys() == {"img", "txt", "proj_img", "proj_txt", "log_scale"}
     assert all(max(np.abs(g).max() for g in jax.tree.leaves(part)) > 1e-4 for part in clip.values())
     chex.assert_trees_all_close(idle, clip, rtol=1e-5, atol=1e-7)
-
-
-def test_xclip_is_the_weighted_sum():
-    _, seen = run(make("xclip", objective__terms={"clip": 0.25, "nclip": 0.5}))
-    assert seen[0]["loss"] == pytest.approx(0.25 * seen[0]["clip/loss"] + 0.5 * seen[0]["nclip/loss"], rel=1e-6)

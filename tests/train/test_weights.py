@@ -74,7 +74,7 @@ def test_a_run_starts_from_another_and_resumes_without_it(source, pairs, tmp_pat
 
 @pytest.mark.parametrize("average", [True, False])
 def test_what_is_not_evaluated_is_not_read(average, tmp_path, monkeypatch):
-    run = tiny.untrained(tmp_path / "run", ema__momentum=0.996, eval__ema=average)
+    run = tiny.untrained(tmp_path / "run", "clip", ema__momentum=0.996, eval__ema=average)
     restore, read = Checkpointer.restore, []
     monkeypatch.setattr(Checkpointer, "restore", lambda *args: read.append(restore(*args)) or read[0])
     variables = weights.load(str(run)).variables
@@ -134,7 +134,7 @@ def convert(before, after):
     return weights.convert_params(before[1], after[1], pairs, "x")
 
 
-@pytest.mark.parametrize("size", [8, 12, 28])
+@pytest.mark.parametrize("size", [8, 28])
 def test_image_positions_are_interpolated_as_open_clip_does(size):
     before, after = towers(16), towers(size)
     found, notes = convert(before, after)
@@ -158,12 +158,8 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
         convert(towers(pool="mean"), towers())
     with pytest.raises(UserError, match=r"txt/positions has shape \(8, 8\), expected \(9, 8\)"):
         convert(towers(), towers(length=9))
-
-
-@pytest.mark.parametrize("changes", [{"vocab": 30}, {"embed": 4}])
-def test_what_decides_on_a_shape_is_named(changes):
-    with pytest.raises(UserError, match=r"Set the keys of model and data\.tokenizer to the weights' values, or leave"):
-        convert(towers(), towers(**changes))
+    with pytest.raises(UserError, match=r"txt/tokens has shape \(20, 8\), expected \(30, 8\)"):
+        convert(towers(), towers(vocab=30))
 
 
 def test_other_meanings_are_warned_of(source, capsys):
@@ -174,12 +170,10 @@ def test_other_meanings_are_warned_of(source, capsys):
     assert "trained with different settings: model.img.style ('xclip', 'openai' in this run)" in said
 
 
-@pytest.mark.parametrize(
-    ("frozen", "changes"), [pytest.param(("img",), {}, marks=pytest.mark.slow), (("txt",), {"optim__microbatches": 2})]
-)
-def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments(frozen, changes):
-    c = tiny.config("clip", init__freeze=frozen, optim__weight_decay=0.5, optim__grad_clip_norm=1.0, **changes)
-    p = build.build(c)
+def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments():
+    frozen = ("txt",)
+    changes = {"optim__weight_decay": 0.5, "optim__grad_clip_norm": 1.0, "optim__microbatches": 2}
+    p = build.build(tiny.config("clip", init__freeze=frozen, **changes))
     before = state.create(p.init, p.abstract)
     kept, after = jax.device_get(before.params), before
     for seed in range(3):

@@ -78,15 +78,14 @@ def check_config(config: ml_collections.ConfigDict | Mapping[str, Any] | Config)
 def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequence[str] | None) -> Iterator[Finding]:
     """Yield whether evaluation sets and initial weights can be opened."""
     encoder = make_encoder(experiment, classes)
-    before = prepare.evaluates_first(experiment)
 
-    def count() -> int:
-        return len(prepare.open_evaluators(experiment, encoder))
+    def check_sets() -> Iterator[Finding]:
+        return checks.check_sets(len(prepare.open_evaluators(experiment, encoder)))
 
     def initial() -> Mapping[str, np.ndarray]:
         return prepare.open_initial(experiment, folder, classes)[0]
 
-    yield from attempt("evaluation", lambda: checks.check_sets(experiment, count(), before=before))
+    yield from attempt("evaluation", check_sets)
     yield from attempt("weights", lambda: checks.check_weights(experiment, initial()))
 
 

@@ -36,9 +36,6 @@ __all__ = [
     "resolve",
 ]
 
-_STEPS = Check(
-    "() or START,STOP with 0 < START < STOP", lambda value: not value or (len(value) == 2 and 0 < value[0] < value[1])
-)
 TRACKERS = ("tensorboard", "wandb", "trackio")
 _TRACKERS = Check(
     f"names among {', '.join(map(repr, TRACKERS))}, or 'package.module:Class'",
@@ -91,7 +88,6 @@ class LogConfig:
         20, "steps between two lines of metrics; 0: only step 1, checkpoints, evaluations and the end", at_least(0)
     )
     stall_limit: float = key(1800.0, "seconds without progress until the run ends; 0: never", at_least(0))
-    profile: Sequence[int] = key((), "first and last step that JAX's profiler traces, for example 100,110", _STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +137,6 @@ class Config:
         if optim.warmup >= self.steps:
             remedy = "shorten it with --config.optim.warmup=N, or give the recipe its length (steps= or epochs=)"
             yield f"optim.warmup={optim.warmup} must be below the {self.steps} steps of the run; {remedy}"
-        if self.log.profile and self.log.profile[1] > self.steps:
-            yield f"log.profile is {self.log.profile}; name steps of the run, which has {self.steps}"
         batch = self.data.batch
         for name, parts in (("optim.microbatches", optim.microbatches), ("loss.chunk_size", self.loss.chunk_size)):
             if parts and batch % parts:

@@ -11,7 +11,6 @@ results.json    {"results", "records", "config", "environment", "seconds", "ende
 evaluation.json results of `xclip_jax.commands.evaluate`, see `evaluators.results`
 trackers.json   {"id": the run's id in wandb and Trackio}
 stacks-N.txt    thread stacks of process N, written if it hangs
-profile/        traces of the steps of log.profile, see `train.loop`
 checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, wandb/, report.html, picture.png
 
 A lock by flock keeps other processes from writing to a run or file on a disk. Buckets have no locks.
@@ -60,7 +59,6 @@ class RunReader:
         self.picture_file = self.path / "picture.png"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
-        self.profile = self.path / "profile"
         self.lock_file = self.path / ".lock"
 
     def stacks_file(self, process: int) -> epath.Path:

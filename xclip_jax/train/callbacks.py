@@ -3,16 +3,12 @@
 import contextlib
 import importlib
 import importlib.util
-import io
 import json
 import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
-from PIL import Image
 
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
@@ -64,9 +60,6 @@ class Tracker(Protocol):
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Add one set of scalars. Steps decrease only if a run resumes from an earlier checkpoint."""
 
-    def show(self, step: int, picture: Image.Image | None, page: str | None) -> None:
-        """Show picture.png and report.html, if they exist and the tracker can show them."""
-
     def close(self) -> None:
         """Write buffered scalars, and mark the run as ended."""
 
@@ -86,11 +79,6 @@ class TensorBoard:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
-    def show(self, step: int, picture: Image.Image | None, page: str | None) -> None:
-        del page  # HTML is not supported
-        if picture is not None:
-            self._writer.add_image("picture", np.asarray(picture), step, dataformats="HWC")
-
     def close(self) -> None:
         self._check()
         self._writer.close()
@@ -102,27 +90,7 @@ class TensorBoard:
             raise OSError("its event file cannot be written")
 
 
-class _MediaTracker:
-    """Base class for Weights & Biases and Trackio: packages with `Image` and `Html`."""
-
-    _package: Any
-    _run: Any
-
-    def log(self, step: int, scalars: Mapping[str, Any]) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def show(self, step: int, picture: Image.Image | None, page: str | None) -> None:
-        media = {} if picture is None else {"picture": self._package.Image(picture)}
-        if page is not None:
-            media["report"] = self._package.Html(page, inject=False)
-        if media:
-            self.log(step, media)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class WeightsAndBiases(_MediaTracker):
+class WeightsAndBiases:
     """A run of wandb, configured by wandb's environment variables: WANDB_MODE, WANDB_ENTITY and others."""
 
     def __init__(self, folder: RunReader, config: Config, step: int, run_id: str) -> None:
@@ -130,8 +98,7 @@ class WeightsAndBiases(_MediaTracker):
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # else it waits for a lost network for ever
         os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")
         sys.argv[:] = redact(sys.argv)  # wandb uploads the command line
-        self._package = wandb = importlib.import_module("wandb")
-        self._run = wandb.init(
+        self._run = importlib.import_module("wandb").init(
             project=os.environ.get("WANDB_PROJECT") or _PROJECT,
             id=run_id,
             name=folder.path.name,
@@ -143,23 +110,31 @@ class WeightsAndBiases(_MediaTracker):
         # wandb drops repeated values of its own step counter; ours repeat after a resume.
         self._run.define_metric("*", step_metric="step")
 
-    def log(self, step: int, scalars: Mapping[str, Any]) -> None:
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log({"step": step, **scalars})
 
+    def close(self) -> None:
+        self._run.finish()
 
-class Trackio(_MediaTracker):
+
+class Trackio:
     """A run of Trackio, on this machine or, by Trackio's environment variables, in a Space or on a server."""
 
     def __init__(self, folder: RunReader, config: Config, step: int, run_id: str) -> None:
         """Start or resume the run named after the folder and `run_id`: Trackio has no other identity."""
-        self._package = trackio = importlib.import_module("trackio")
-        self._run = trackio.init(
+        self._run = importlib.import_module("trackio").init(
             os.environ.get("TRACKIO_PROJECT") or _PROJECT,
             name=f"{folder.path.name}-{run_id}",
             config=schema.to_dict(config),
             resume="allow",
             embed=False,
         )
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 TRACKERS: dict[str, Callable[[RunReader, Config, int, str], Tracker]] = {
@@ -187,11 +162,10 @@ class Trackers:
         self._folder = folder
         self._open = {}
         names = dict.fromkeys(config.log.trackers)
-        run_id: Any = None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged
-            run_id = json.loads(folder.trackers_file.read_text())["id"] if step else None
-        if not isinstance(run_id, str) and set(names) - {"tensorboard"}:
-            run_id = secrets.token_hex(4)
+        run_id = secrets.token_hex(4)
+        if step and folder.trackers_file.exists():
+            run_id = json.loads(folder.trackers_file.read_text())["id"]
+        elif set(names) - {"tensorboard"}:
             write_json(folder.trackers_file, {"id": run_id})
         for name in names:
             with self._guarded(name):
@@ -200,15 +174,6 @@ class Trackers:
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._each(lambda tracker: tracker.log(step, scalars))
-
-    def show_report(self, step: int) -> None:
-        picture = page = None
-        with self._guarded("the report's upload"):
-            if self._folder.picture_file.exists():
-                picture = Image.open(io.BytesIO(self._folder.picture_file.read_bytes())).convert("RGB")
-            if self._folder.report_file.exists():
-                page = self._folder.report_file.read_text()
-        self._each(lambda tracker: tracker.show(step, picture, page))
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())

@@ -2,10 +2,7 @@
 
 import contextlib
 import dataclasses
-import itertools
 import logging
-import os
-import re
 from typing import Any
 
 import jax
@@ -16,17 +13,15 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from xclip_jax.core.console import format_bytes, log0
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import is_remote
 from xclip_jax.train import checkpoint_files
-from xclip_jax.train.checkpoint_files import free_bytes, num_bytes
+from xclip_jax.train.checkpoint_files import num_bytes
 from xclip_jax.train.state import TrainState
 from xclip_jax.train.step import all_finite
 
-_SHOWN = 4  # mismatches that an error lists by name
 _REASON = 200  # characters of a reason that another library gives
-_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in messages of TensorStore
 
 
 class _Damaged(Exception):
@@ -42,12 +37,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _reason(error: BaseException) -> str:
     """One line about an error of Orbax or TensorStore, whose messages may be a page long."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if number := _SYSTEM_ERROR.search(str(error)):
-        return os.strerror(int(number[1]))
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:_REASON]}"
+    return getattr(error, "strerror", None) or first_line(error)[:_REASON]
 
 
 def _keep_record(record: logging.LogRecord) -> bool:
@@ -161,9 +151,8 @@ class Checkpointer:
         except _Damaged as error:
             others = sorted((other for other in steps if other != step), reverse=True)
             whole = next((other for other in others if self.find_fault(other) is None), None)
-            other = f"the newest whole one is of step {whole}; choose it by --step {whole}"
-            remedy = other if whole else "no other one is whole"
-            raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {remedy}.") from error
+            newest = f"the newest whole one is of step {whole}: --step {whole}" if whole else "no other one is whole"
+            raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {newest}.") from error
 
     def restore_good(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Restore the newest whole and finite checkpoint, and move newer ones aside, to `damaged-<step>`."""
@@ -180,10 +169,7 @@ class Checkpointer:
                 self._move_aside(faults, step)
             return state, position
         listed = "; ".join(f"{step}: {fault}" for step, fault in faults.items())
-        raise UserError(
-            f"{self.path} has no whole checkpoint ({listed}); restore one of them, or delete the run's folder to start "
-            "again."
-        )
+        raise UserError(f"{self.path} has no whole checkpoint ({listed}); restore one, or delete the run's folder.")
 
     def close(self) -> None:
         """Wait until every save is on disk; `UserError` if the last one could not be written."""
@@ -224,12 +210,10 @@ class Checkpointer:
             log0(f"WARNING: old checkpoints in {self.path} could not be deleted: {listed} ({_reason(error)})")
 
     def _describe(self, error: Exception) -> UserError:
-        free = free_bytes(self.path)
-        space = "" if free is None else f", {format_bytes(free)} are free"
         return UserError(
             f"the checkpoint of step {self._saving} could not be written to {self.path} ({_reason(error)}): it "
-            f"needs up to {format_bytes(self._size)}{space}. Checkpoints of earlier steps are unchanged; make room or "
-            "restore the folder, then run the same command to resume."
+            f"needs up to {format_bytes(self._size)}; make room or restore the folder, then run the same command to "
+            "resume from an earlier checkpoint."
         )
 
     def _write_digest(self) -> None:
@@ -258,14 +242,12 @@ class Checkpointer:
         parts = {name: part for name, part in vars(abstract).items() if not self._read_only or jax.tree.leaves(part)}
         saved = {name: shape for name, shape in saved.items() if name.partition("/")[0] in parts}
         expected = _shapes(abstract)
-        names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
-        if names:  # Orbax's error would be a page long
-            names = [name for name in names if name.startswith("params/")] or names
-            wrong = [f"{name} has shape {saved.get(name)}, expected {expected.get(name)}" for name in names[:_SHOWN]]
-            more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
+        wrong = [name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)]
+        if wrong:  # Orbax's error would be a page long
+            name = max(wrong, key=lambda name: (name.startswith("params/"), name))
             raise UserError(
-                f"checkpoint {self.path / str(step)} has another architecture: {'; '.join(wrong)}{more}. Use the "
-                "config that the run was started with (config.json beside it), or another --config.run."
+                f"checkpoint {self.path / str(step)} has another architecture: {name} has shape {saved.get(name)}, "
+                f"expected {expected.get(name)}; use the code that the run was started with, or another --config.run."
             )
         arguments: Any = ocp.args.StandardRestore(abstract)
         if self._read_only:
@@ -281,8 +263,9 @@ class Checkpointer:
     def _move_aside(self, faults: dict[int, str], good: int) -> None:
         """Rename damaged checkpoints so that Orbax and `RunReader` ignore them, and print a warning."""
         for step in faults if jax.process_index() == 0 else ():
-            names = itertools.chain([f"damaged-{step}"], (f"damaged-{step}-{n}" for n in itertools.count(1)))
-            target = next(path for path in map(self.path.__truediv__, names) if not path.exists())
+            target = self.path / f"damaged-{step}"
+            if target.exists():
+                target.rmtree()
             (self.path / str(step)).rename(target)
         multihost_utils.sync_global_devices("damaged checkpoints are moved")
         self._manager.reload()

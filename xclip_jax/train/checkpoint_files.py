@@ -49,20 +49,16 @@ def find_fault(folder: epath.Path, step: int) -> str | None:
         return f"{DIGEST_FILE} is missing"
     try:
         content = json.loads((folder / DIGEST_FILE).read_bytes())
-        whole = content.pop("digest") == _hash_of(content)
+        whole = content.pop("digest") == _hash_of(content) and content["step"] == step
     except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
-        return f"{DIGEST_FILE} is damaged"
-    if content["step"] != step:
-        return f"{DIGEST_FILE} belongs to step {content['step']}"
+        return f"{DIGEST_FILE} is damaged, or belongs to another step"
     # All sizes first, since they cost nothing.
     sizes = _file_sizes(folder)
     for name, (size, _) in content["files"].items():
-        if name not in sizes:
-            return f"{name} is missing"
-        if sizes[name] != size:
-            return f"{name} is {sizes[name]:,} bytes, not {size:,} bytes"
+        if sizes.get(name) != size:
+            return f"{name} is missing, or has another size"
     hashes = {} if is_remote(str(folder)) else {name: value for name, (_, value) in content["files"].items() if value}
     with futures.ThreadPoolExecutor(_THREADS) as pool:
         for name, value in zip(hashes, pool.map(lambda name: _hash(folder / name), hashes), strict=True):

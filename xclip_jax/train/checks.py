@@ -12,7 +12,7 @@ import numpy as np
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
-from xclip_jax.core.console import format_bytes, log0
+from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import tokenizer
 from xclip_jax.data.base import Source
@@ -79,27 +79,19 @@ def check_devices() -> Finding:
         reason = (str(error) or "nothing is installed for it").splitlines()[0]
         return fail("devices", f"JAX has no device ({reason})", "unset JAX_PLATFORMS, or set it to cpu")
     kind = devices[0].device_kind
-    processes = jax.process_count()
-    text = f"{len(devices)} x {kind}, of {processes} process{'es' if processes > 1 else ''}"
-    return Finding("devices", text, values={"devices": len(devices), "kind": kind, "platform": devices[0].platform})
+    values = {"devices": len(devices), "kind": kind, "platform": devices[0].platform}
+    return Finding("devices", f"{len(devices)} x {kind}", values=values)
 
 
 def check_folder(config: Config, folder: RunWriter) -> Iterator[Finding]:
     """Yield whether the run can write to its folder, and the step at which it starts."""
     folder.check(config)
-    saved = folder.latest_step()
-    step = saved or 0
     writer = folder.writer() if jax.process_index() == 0 else ""
     if writer:
         yield fail("folder", f"{folder.path} is in use by {writer}", "wait for it, or use a different --config.run")
-    elif folder.completed(config) is not None:
-        text = f"{folder.path} is complete at step {config.steps:,}, and nothing would be trained"
-        yield warning("folder", text, "use a different --config.run to train again", step=step)
-    elif saved is None:
-        exists = "can be written" if folder.path.exists() else "can be made"
-        yield Finding("folder", f"{folder.path} {exists}; the run starts at step 0", values={"step": step})
     else:
-        text = f"{folder.path} has a run of this config, which resumes at step {step:,} of {config.steps:,}"
+        step = folder.latest_step() or 0
+        text = f"{folder.path} can be written; the run starts at step {step:,} of {config.steps:,}"
         yield Finding("folder", text, values={"step": step})
 
 
@@ -107,80 +99,54 @@ def check_model(experiment: Experiment) -> Iterator[Finding]:
     """Yield the size of the model and its layout on the devices."""
     config = experiment.config
     count = experiment.num_parameters
-    axes = experiment.mesh.shape
-    mesh = " x ".join(f"{axis} {n}" for axis, n in axes.items())
-    name = config.data.tokenizer if config.data.tokenizer in tokenizer.NAMES else "from a file"
-    text = (
-        f"{experiment.objective.title or config.objective.name}, {count:,} parameters, batch {config.data.batch:,} "
-        f"on a mesh of {mesh} ({config.mesh.strategy}), tokenizer {name} of {experiment.tokenizer.vocab_size:,} tokens"
-    )
-    values = {"parameters": count, "mesh": dict(axes)}
+    axes = dict(experiment.mesh.shape)
+    text = f"{config.objective.name}, {count:,} parameters, batch {config.data.batch:,} on a mesh of {axes}"
+    values = {"parameters": count, "mesh": axes}
     operations = cost.step_flops(config, rows=experiment.text_rows[0])
     yield Finding("model", text, values=values | ({"flops_per_step": operations} if operations else {}))
-    strategy = config.mesh.strategy
-    splits = axes["fsdp"] * (axes["model"] if strategy == "fsdp_tp" else 1)
-    if strategy.startswith("fsdp") and splits == 1 < axes["data"]:
-        text = f"mesh.strategy={strategy!r} splits no parameters while mesh.fsdp is 1"
-        yield warning("mesh", text, f"set {_split(config, axes['data'])}, or mesh.strategy to 'dp'")
-
-
-def _split(config: Config, devices: int | str) -> str:
-    """Return the flags that split parameters over `devices`; a fixed mesh.data would occupy them."""
-    return f"--config.mesh.fsdp={devices}" + ("" if config.mesh.data == -1 else " --config.mesh.data=-1")
 
 
 def check_data(experiment: Experiment, samples: Sequence[Source]) -> Iterator[Finding]:
     """Yield the numbers of samples and epochs."""
     total = sum(map(len, samples))
-    unit = "items" if experiment.objective.labelled else "pairs"
     epochs = experiment.config.steps * experiment.config.data.batch / total
-    sources = f"{len(samples)} source{'s' if len(samples) > 1 else ''}"
-    text = f"{total:,} {unit} of {sources}; the run reads {epochs:,.2f} epochs"
+    text = f"{total:,} samples, of which the run reads {epochs:,.2f} epochs"
     yield Finding("data", text, values={"samples": total, "epochs": epochs})
 
 
-def check_sets(experiment: Experiment, count: int, *, before: bool) -> Iterator[Finding]:
-    """Yield how often the `count` open sets are evaluated; `before`: also before the first step."""
-    group = experiment.config.eval
+def check_sets(count: int) -> Iterator[Finding]:
+    """Yield the number of open evaluation sets."""
     if count:
-        interval = "step" if group.every == 1 else f"{group.every:,} steps"
-        during = f"{len(group.sets)} of them every {interval}" if group.every else "all at the end"
-        during += ", and all before the first step" if before else ""
-        opens = "1 set opens" if count == 1 else f"{count} sets open"
-        yield Finding("evaluation", f"{opens}; {during}", values={"sets": count})
+        yield Finding("evaluation", f"{count} evaluation sets can be read", values={"sets": count})
 
 
 def check_weights(experiment: Experiment, tensors: Mapping[str, np.ndarray]) -> Iterator[Finding]:
-    """Yield the fraction of a new model's values among the `tensors` of `init.weights`."""
+    """Yield the number of a new model's tensors among the `tensors` of `init.weights`."""
     if tensors:
-        count = sum(x.size for x in tensors.values())
-        total = sum(x.size for x in jax.tree.leaves(experiment.abstract.variables()))
-        text = f"{experiment.config.init.weights}: {count / total:.0%} of the model's values are read from it"
-        yield Finding("weights", text, values={"initial_values": count, "model_values": total})
+        total = len(jax.tree.leaves(experiment.abstract.variables()))
+        text = f"{experiment.config.init.weights} has {len(tensors)} of the model's {total} tensors"
+        yield Finding("weights", text, values={"initial": len(tensors), "model": total})
 
 
 def check_disk(experiment: Experiment, folder: RunWriter) -> Iterator[Finding]:
     """Yield whether the disk has room for the run's checkpoints, and for one more while it is written."""
     free = free_bytes(folder.checkpoints)
+    if free is None:  # a bucket
+        return
     size = num_bytes(experiment.abstract)
-    saved = folder.steps() if free is not None else []
+    saved = folder.steps()
     settings = experiment.config.checkpoint
     left = max(experiment.config.steps - max(saved, default=0), 0)
     to_write = -(-left // settings.every) if settings.every else min(left, 1)
     # The oldest checkpoint is deleted once the new one is complete.
-    most = min(to_write, max(settings.keep + 1 - len(saved), 1))
-    least = min(most, 1 if saved else 2)
-    needs = f"the run's checkpoints need up to {format_bytes(most * size)} more, {format_bytes(size)} each"
-    values: dict[str, Any] = {"checkpoint_bytes": size, "checkpoints": most, "needed_bytes": most * size}
-    if free is None:
-        yield Finding("disk", needs, values=values)
-        return
-    text = f"the disk of {str(folder.path)!r} has {format_bytes(free)} free, and {needs}"
-    values |= {"free_bytes": free}
-    if free < least * size:
-        yield fail("disk", text, "make room, or use another --config.run", **values)
-    elif free < most * size:
-        yield warning("disk", text, "make room, lower checkpoint.keep, or use another --config.run", **values)
+    needed = size * min(to_write, max(settings.keep + 1 - len(saved), 1))
+    text = (
+        f"the disk of {str(folder.path)!r} has {format_bytes(free)} free, and the run's checkpoints need up to "
+        f"{format_bytes(needed)} more, {format_bytes(size)} each"
+    )
+    values = {"checkpoint_bytes": size, "needed_bytes": needed, "free_bytes": free}
+    if free < needed:
+        yield fail("disk", text, "make room, lower checkpoint.keep, or use another --config.run", **values)
     else:
         yield Finding("disk", text, values=values)
 
@@ -200,13 +166,12 @@ def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, s
     limit = cost.device_memory(device) / (jax.local_device_count() if on_cpu else 1)
     state = cost.bytes_on_device(experiment.abstract)
     values = {"state_bytes": state, "capacity_bytes": limit}
-    small = ", or start from the recipe small" if on_cpu else ""
     takes = f"the state takes {format_bytes(state)} of a device's {format_bytes(limit)}"
     if state > limit:
         axes = experiment.mesh.shape
         n = axes["data"] * axes["fsdp"] if axes["data"] > 1 else "N"
-        flags = f"--config.mesh.strategy=fsdp {_split(experiment.config, n)}"
-        yield fail("memory", takes, f"shard it over {n} devices, {flags}, or use a smaller model{small}", **values)
+        flags = f"--config.mesh.strategy=fsdp --config.mesh.fsdp={n} --config.mesh.data=-1"
+        yield fail("memory", takes, f"shard it over {n} devices, {flags}, or use a smaller model", **values)
     elif compile_step is None:
         step = "the step is not compiled here; xclip-jax plan compiles it for TPUs"
         yield Finding("memory", f"{takes}; {step}", values=values)
@@ -218,20 +183,21 @@ def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, s
         values |= {f"{name}_bytes": size for name, size in usage.items()}
         peak = usage.get("peak", 0.0)
         if compiled is None or peak > limit:
-            needs = f"it takes {format_bytes(peak)}" if compiled is not None else trouble
-            text, remedy = cost.too_large(experiment, limit, needs)
-            yield fail("memory", text, f"{remedy}{small}", **values)
+            text = (
+                f"the step does not fit a device's {format_bytes(limit)}: {trouble or f'it takes {format_bytes(peak)}'}"
+            )
+            remedies = cost.remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size)
+            remedy = f"change one after the other until it fits: {', '.join([*remedies, 'more devices'])}"
+            yield fail("memory", text, remedy, **values)
         else:
             yield Finding("memory", f"a step needs {format_bytes(peak)} of {format_bytes(limit)}", values=values)
 
 
 def require(findings: Iterable[Finding]) -> None:
-    """Print the warnings among `findings`, and raise the first FAIL as `UserError`."""
+    """Raise the first FAIL among `findings` as `UserError`."""
     for finding in findings:
         if finding.mark == FAIL:
-            raise UserError(finding.sentence if finding.sentence[-1] in ".?" else f"{finding.sentence}.")
-        if finding.mark == WARNING:
-            log0(f"WARNING: {finding.sentence}")
+            raise UserError(f"{finding.sentence.removesuffix('.')}.")
 
 
 def check_same_config(config: Config, folder: RunWriter) -> None:
@@ -260,9 +226,7 @@ def check_same_data(
     if experiment.config.data.tokenizer not in tokenizer.NAMES:
         facts["tokenizer file"] = _hash(tokenizer.read_file(experiment.config.data.tokenizer))
     for number, fingerprint in enumerate(fingerprints):
-        whole = {key: value for key, value in fingerprint.items() if key not in OUTCOMES}
-        for key in OUTCOMES.keys() & fingerprint.keys():
-            facts[f"{OUTCOMES[key]} of source {number}"] = fingerprint[key]["digest"]
+        whole = {key: value["digest"] if key in OUTCOMES else value for key, value in fingerprint.items()}
         digest = _hash(json.dumps(whole, sort_keys=True, default=str).encode())
         facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest}"
     # Hosts with other items would wait for each other's batches, or measure a mixture.

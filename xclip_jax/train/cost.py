@@ -15,7 +15,6 @@ import jax
 import ml_collections
 
 from xclip_jax.config.schema import Config
-from xclip_jax.core.console import format_bytes
 from xclip_jax.core.environment import host_memory
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
@@ -201,13 +200,6 @@ def remedies(config: Config, rows: int = 0, devices: int = 0) -> list[str]:
     rows = rows or config.data.batch // parts
     steps += [f"--config.optim.microbatches={n * parts}" for n in (4, 2) if rows % n == 0][:1]
     return steps
-
-
-def too_large(experiment: Experiment, limit: float, needs: str) -> tuple[str, str]:
-    """Return a fault, and its remedies, for a step that does not fit a device of `limit` bytes."""
-    flags = ", ".join(remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size))
-    remedy = f"add one after the other until it fits: {flags}; or take more devices" if flags else "take more devices"
-    return f"the step does not fit a device's {format_bytes(limit)}: {needs}", remedy
 
 
 def activation_bytes(config: Config | ml_collections.ConfigDict) -> float:

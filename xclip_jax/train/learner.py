@@ -157,13 +157,10 @@ def _full_key(name: str) -> str:
         return name
     short = {key: key.rpartition(".")[2] for key in known if key.partition(".")[0] not in _UNREAD}
     matching = [key for key, last in short.items() if last == name]
-    if len(matching) == 1:
-        return matching[0]
-    if matching:
-        raise UserError(f"config key {name!r} is one of {', '.join(matching)}; write **{{{matching[0]!r}: value}}.")
-    raise UserError(
-        f"config key {name!r} is unknown; did you mean {fields.nearest(name, (*known, *short.values()))!r}?"
-    )
+    if len(matching) != 1:
+        near = matching or [fields.nearest(name, (*known, *short.values()))]
+        raise UserError(f"config key {name!r} names no single key; did you mean {' or '.join(map(repr, near))}?")
+    return matching[0]
 
 
 def _content(image: ImageLike) -> Any:

@@ -17,7 +17,6 @@ from xclip_jax.core.json_lines import JsonLines
 from xclip_jax.data.ledger import BadSampleLog
 from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.train import cost
-from xclip_jax.train.build import Experiment
 from xclip_jax.train.callbacks import Callback, Trackers
 from xclip_jax.train.prepare import Run, is_due
 from xclip_jax.train.recovery import SkippedSteps
@@ -169,18 +168,12 @@ class Clock:
 def progress_line(step: int, metrics: Mapping[str, float], config: Config, terms: Sequence[str] = ()) -> str:
     """Return the printed line of a step; `terms` are the objective's parts of it."""
     parts = [f"step {step}/{config.steps}", f"loss {metrics['loss']:.3f}", *terms]
-    if metrics.get("skipped_steps"):
-        parts.append(f"skipped {metrics['skipped_steps']:.0f}")
-    if metrics.get("data/wait_share", 0.0) > INPUT_BOUND:
-        parts.append(f"input-bound: {metrics['data/wait_share']:.0%}")
     if metrics.get("mfu"):
         parts.append(f"MFU {metrics['mfu']:.1%}")
-    speed = metrics.get("samples_per_second", 0.0)
-    if speed:
+    speed = metrics.get("samples_per_second")
+    if speed:  # unknown after the first step
         left = format_duration((config.steps - step) * config.data.batch / speed)
-        parts.append(f"{speed:{'.0f' if speed >= 10 else '.2g'}} samples/s, {left} left")
-    else:
-        parts.append("(compiled)")
+        parts.append(f"{speed:,.2f} samples/s, {left} left")
     return "  ".join(parts)
 
 
@@ -210,12 +203,16 @@ class MetricLogger:
         self._run = run
         self._callbacks = callbacks
         self._warned: set[str] = set()  # names of diagnosed collapses
-        self._flops, self._peak = _flops_and_peak(run.experiment)
+        experiment = run.experiment
+        devices = experiment.mesh.devices
+        flops = cost.step_flops(run.config, experiment.length_groups, experiment.text_rows[0])
+        self._flops = (flops or 0.0) / run.config.data.batch  # of a sample; 0 if unknown, like the peak FLOP/s
+        self._peak = cost.PEAK_FLOPS.get(devices.flat[0].device_kind, 0.0) * devices.size
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         first = jax.process_index() == 0
         before = run.folder.read_metrics() if first else []
-        # The last evaluation is repeated by a run that resumes at its last step.
-        last = start - (start == run.config.steps)
+        # The last evaluation is repeated by a run that resumes at its last step, the first without a checkpoint.
+        last = start - (start in (0, run.config.steps))
         self._metrics = JsonLines(
             run.folder.metrics_file, lambda line: line["step"] <= (start if "loss" in line else last), writes=first
         )
@@ -318,14 +315,6 @@ class MetricLogger:
         for file in self._files:
             file.close()
         self.clock.close()
-        if self.ledger.bad:
-            counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.ledger.counters["bad"].items())
-            log0(f"bad samples so far: {counts}; see {self.ledger.path}")
-
-    def show_report(self, step: int) -> None:
-        """Show the run's report, if it exists, in the trackers."""
-        if self._trackers:
-            self._trackers.show_report(step)
 
     def end(self) -> None:
         """Write buffered lines and close the trackers, also after an error."""
@@ -333,16 +322,3 @@ class MetricLogger:
             file.flush()
         if self._trackers:
             self._trackers.close()
-
-
-def _flops_and_peak(experiment: Experiment) -> tuple[float, float]:
-    """Return a sample's model FLOPs and all devices' peak FLOP/s, each 0 if unknown."""
-    devices = experiment.mesh.devices
-    device = devices.flat[0]
-    peak = cost.PEAK_FLOPS.get(device.device_kind, 0.0) * devices.size
-    step = cost.step_flops(experiment.config, experiment.length_groups, experiment.text_rows[0])
-    if step is None:
-        log0(f"metrics have no mfu: {cost.UNCOUNTED}")
-    elif not peak and device.platform != "cpu":
-        log0(f"metrics have no mfu: the peak FLOP/s of {device.device_kind!r} are unknown (xclip_jax/train/cost.py)")
-    return (step or 0.0) / experiment.config.data.batch, peak

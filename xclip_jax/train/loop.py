@@ -2,17 +2,13 @@
 
 import contextlib
 import dataclasses
-import pathlib
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import describe, redact
-from xclip_jax.core.run_folder import RunReader
+from xclip_jax.core.errors import redact
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import TooManyBadSamples
 from xclip_jax.data.records import interruptible_iterator
@@ -28,8 +24,6 @@ from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.log import MetricLogger
 from xclip_jax.train.prepare import Run, is_due
 from xclip_jax.train.state import TrainState
-
-_PERFETTO = "perfetto_trace.json.gz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +104,6 @@ def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
     config = run.config
     start = int(state.step)
     step = start
-    tracer = StepTracer(config.log.profile, run.folder, log.clock.exclude_from_speed)
     arrays = batches(session, start)  # closed last: it may take long
     try:
         session.check()
@@ -119,7 +112,7 @@ def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
         if due and not log.has_evaluation(start):
             session.evaluate(due, start, state.variables(ema=config.eval.ema))
         for batch in arrays:
-            state, metrics = tracer(step + 1, run.experiment.compiled, state, batch)
+            state, metrics = run.experiment.compiled(state, batch)
             step += 1
             session.watch.step = step
             session.stop.can_save = True
@@ -158,7 +151,6 @@ def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
         raise
     finally:
         session.watch.enter(CHECKPOINT)  # closing the checkpointer waits for a save
-        tracer.close()
 
 
 def batches(session: Session, start: int) -> Iterator[dict[str, jax.Array]]:
@@ -189,65 +181,3 @@ def batches(session: Session, start: int) -> Iterator[dict[str, jax.Array]]:
         # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
         yield loader.to_global(local, run.experiment.mesh)
         watch.enter(DATA, sources)
-
-
-class StepTracer:
-    """Runs the steps, and traces the steps of `log.profile` with JAX's profiler; a failed trace is a warning."""
-
-    def __init__(
-        self,
-        steps: Sequence[int],
-        folder: RunReader,
-        pause: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-    ) -> None:
-        """Trace from the first to the last of `steps`, or nothing, into `folder`, in the context `pause`."""
-        self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
-        self._path = folder.profile
-        self._pause = pause
-        self._local: tempfile.TemporaryDirectory[str] | None = None  # the profiler cannot write to a bucket
-
-    def __call__(self, step: int, function: Callable[..., Any], *args: Any) -> Any:
-        """Return `function(*args)`, the results of step number `step`."""
-        if step in self._steps and self._local is None:
-            jax.block_until_ready(args)
-            with self._guarded():
-                options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = 0  # Python calls of data threads would fill the trace
-                local = tempfile.TemporaryDirectory(prefix="xclip_jax_profile_", ignore_cleanup_errors=True)
-                jax.profiler.start_trace(local.name, create_perfetto_trace=True, profiler_options=options)
-                self._local = local
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            results = function(*args)
-        if self._local is not None and step == self._steps[-1]:
-            jax.block_until_ready(results)
-            self.close()
-        return results
-
-    def close(self) -> None:
-        """Write a trace in progress, such as one cut short by an interrupt."""
-        if self._local is not None:
-            folder = self._local
-            self._local = None
-            steps = self._steps
-            self._steps = range(0)
-            with self._guarded(), folder as local:
-                jax.profiler.stop_trace()
-                for file in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):
-                    copy = self._path / file.relative_to(local)
-                    if jax.process_count() > 1 and copy.name == _PERFETTO:  # its name has no host
-                        copy = copy.with_name(f"process-{jax.process_index()}.{copy.name}")
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    copy.write_bytes(file.read_bytes())
-                log0(
-                    f"profile of steps {steps[0]} to {steps[-1]}: {self._path}; open it with xprof --logdir "
-                    f"{self._path} (pip install xprof), or its {_PERFETTO} at https://ui.perfetto.dev"
-                )
-
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        try:
-            with self._pause():
-                yield
-        except Exception as error:
-            self._steps = range(0)
-            log0(f"WARNING: the steps of log.profile cannot be traced: {describe(error)}")

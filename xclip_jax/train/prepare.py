@@ -22,7 +22,7 @@ from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.interop import hub
 from xclip_jax.train import checks, cost
-from xclip_jax.train.build import Experiment, build, make_encoder, own_profile
+from xclip_jax.train.build import Experiment, build, make_encoder, profile_of_run
 from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.weights import read_initial
 
@@ -60,7 +60,9 @@ class Run:
     def evaluators_of(self, step: int) -> list[Evaluator]:
         """Return the evaluators due after `step`, or before the first step if it is 0; see `final_evaluators`."""
         if step == 0:
-            return self.final_evaluators if evaluates_first(self.experiment) else []
+            # Of initial weights; a new classifier is untrained.
+            begins = bool(self.config.init.weights) and not self.experiment.objective.labelled
+            return self.final_evaluators if begins else []
         group = self.config.eval
         during = step < self.config.steps and is_due(group.every, step)
         return [self.evaluators[spec] for spec in group.sets] if during else []
@@ -74,11 +76,6 @@ class Run:
 def is_due(every: int, step: int) -> bool:
     """Whether an event of every `every` steps (0: never) is due at `step`."""
     return every > 0 and step % every == 0
-
-
-def evaluates_first(experiment: Experiment) -> bool:
-    """Whether initial weights are evaluated before the first step; a new classifier would be untrained."""
-    return bool(experiment.config.init.weights) and not experiment.objective.labelled
 
 
 def prepare(
@@ -158,7 +155,7 @@ def open_evaluators(experiment: Experiment, encoder: Encoder) -> dict[str, Evalu
     """Open all sets of `eval.sets` and `eval.sets_at_end`; return their evaluators by spec."""
     config = experiment.config
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.sets_at_end)))
-    return dict(zip(specs, registry.open_all(specs, encoder, None, own_profile(config), config.data), strict=True))
+    return dict(zip(specs, registry.open_all(specs, encoder, None, profile_of_run(config), config.data), strict=True))
 
 
 def open_initial(

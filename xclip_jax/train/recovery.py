@@ -1,6 +1,5 @@
 """Skipped steps: counted and recorded; too many in a row rewind or stop the run."""
 
-import math
 from collections.abc import Mapping
 from typing import NoReturn
 
@@ -15,7 +14,6 @@ from xclip_jax.train.prepare import Run
 from xclip_jax.train.state import TrainState
 from xclip_jax.train.step import with_step
 
-_VALUES = ("loss", "grad_norm", "param_norm")  # recorded, and searched in this order for the reason
 MOST_SKIPPED = 10  # in a row, before `optim.on_bad_steps` applies
 
 
@@ -32,8 +30,8 @@ class SkippedSteps:
         self._run = run
         self._ledger = ledger
         self._checkpointer = checkpointer
-        self.path = run.folder.skipped_steps_file
-        self.file = JsonLines(self.path, lambda line: line["step"] <= start, writes=jax.process_index() == 0)
+        file = run.folder.skipped_steps_file
+        self.file = JsonLines(file, lambda line: line["step"] <= start, writes=jax.process_index() == 0)
         self._checked = start
         self._skipped = False
         self.wasted: set[int] = set()  # steps that this process skipped or undid
@@ -67,10 +65,8 @@ class SkippedSteps:
             if self.in_a_row:
                 self._count(in_a_row=0)
             return False
-        values = {name: float(metrics[name]) for name in _VALUES if name in metrics}
-        wrong = next((name for name in values if not math.isfinite(values[name])), "")
-        reason = f"{wrong.replace('_', ' ')} of step {step} is {values[wrong]}" if wrong else ""
-        reason = reason or f"a running value of step {step} is not finite"
+        values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")}
+        reason = f"step {step} has values that are not finite, loss {values['loss']}, norm {values['grad_norm']}"
         config = self._run.config
         b = config.data.batch
         self._count(total=self.total + 1, in_a_row=self.in_a_row + 1)
@@ -78,7 +74,7 @@ class SkippedSteps:
         self.file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
         if self.in_a_row == config.steps or (self.exceeded and config.optim.on_bad_steps == "stop"):
             self._stop(f"{reason}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
-        log0(f"WARNING: {reason}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
+        log0(f"WARNING: {reason}; the step is skipped, {self.in_a_row} in a row, {self.total} in all")
         return True
 
     def rewind(self, state: TrainState) -> TrainState:
@@ -95,8 +91,8 @@ class SkippedSteps:
         restored, _ = self._checkpointer.restore(self._run.experiment.abstract, target)
         self.file.append({"step": step, "rewound_to": target})
         log0(
-            f"WARNING: {self.in_a_row} steps in a row were skipped; rewinding to the checkpoint of step {target}, and "
-            f"going on with the samples of step {step + 1}"
+            f"WARNING: {self.in_a_row} steps in a row were skipped; the run goes back to the checkpoint of step "
+            f"{target}, and on with the samples of step {step + 1}"
         )
         self.wasted.update(range(target + 1, step + 1))
         self._count(in_a_row=0, rewound=step)

@@ -11,22 +11,16 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
-from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, check_writable, redact
+from xclip_jax.core.errors import UserError, check_writable
 from xclip_jax.core.run_folder import RunReader, lock
 from xclip_jax.core.storage import is_remote, write_json, write_whole
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, to_json, write_items
 from xclip_jax.interop import hub
-from xclip_jax.objectives import TERMS
 
-# Digests of `data.records.reading_digest` in fingerprints, and their descriptions.
-OUTCOMES = {
-    "data.holdout": "what data.holdout holds out",
-    "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
-}
-_CONTENT = ("samples", "classes")  # of a fingerprint, next to its hash
+# Keys of a fingerprint with a digest by `data.records.reading_digest`.
+OUTCOMES = ("data.holdout", "data.spread_duplicate_captions")
 _SHOWN = 5  # differences that an error lists
 
 
@@ -41,37 +35,26 @@ class RunWriter(RunReader):
         latest = self.latest_step()
         fault = ""
         if saved is None and latest is not None:
-            fault = (
-                "has checkpoints and no config.json, so there is no record of their config; restore the file, or use a "
-                "different --config.run."
-            )
+            fault = "has checkpoints and no config.json; restore it"
         elif saved is not None and latest is None:
             step = self.last_logged_step()
             # The second checkpoint is started when the first is on disk.
             if self.results_file.exists() or 0 < 2 * saved["config"]["checkpoint"]["every"] < step:
-                fault = (
-                    f"has metrics up to step {step} and no checkpoint; restore {self.checkpoints}, or delete the "
-                    "folder to train from step 0."
-                )
+                fault = f"has metrics up to step {step} and no checkpoint; restore {self.checkpoints}"
         elif saved is not None:
             before = schema.flatten(saved["config"])
             after = schema.flatten(schema.to_dict(config))
             free = schema.keys_where(resume="free")
-            terms = {*config.objective.terms, *saved["config"].get("objective", {}).get("terms", {})}
-            unused = tuple(f"objective.{name}." for name in TERMS if name not in terms)
             differing = [
                 f"{key} ({before.get(key)!r} in config.json, {after.get(key)!r} now)"
                 for key in sorted(before.keys() | after.keys())
-                if before.get(key) != after.get(key) and key not in free and not key.startswith(unused)
+                if before.get(key) != after.get(key) and key not in free
             ]
             if differing:
-                rest = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-                fault = (
-                    f"contains a run with a different config: {', '.join(differing[:_SHOWN])}{rest}. Use a different "
-                    "--config.run, delete the folder, or give these keys the values of its config.json."
-                )
+                listed = ", ".join(differing[:_SHOWN])
+                fault = f"has a run whose config differs in {len(differing)} keys, such as {listed}; restore them"
         if fault:
-            raise UserError(f"{self.path} {fault}")
+            raise UserError(f"{self.path} {fault}, or use a different --config.run.")
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json, with defaults for keys that it lacks."""
@@ -89,13 +72,9 @@ class RunWriter(RunReader):
             return None
         saved = schema.flatten(schema.complete(record.get("config", {})).to_dict())
         current = schema.flatten(schema.to_dict(config))
-        keys = schema.keys_where(evaluation="model") + schema.keys_where(evaluation="sets")
+        # A run of other sources is prepared and evaluated again, which compares their content.
+        keys = {*schema.keys_where(evaluation="model"), *schema.keys_where(evaluation="sets"), "data.sources"}
         return record["results"] if all(saved[key] == current[key] for key in keys) else None
-
-    def moved_sources(self, config: Config) -> bool:
-        """Whether the run was started with other names in `data.sources`."""
-        saved = self.read_config()
-        return saved is not None and tuple(saved["config"]["data"]["sources"]) != redact(config.data.sources)
 
     def tokenizer(self, config: Config) -> str:
         """Return data.tokenizer or, in a run with a checkpoint, the run's copy of the same tokenizer file."""
@@ -104,21 +83,16 @@ class RunWriter(RunReader):
         if saved is None:
             return name  # `claimed` writes the copy again
         was = saved["config"]["data"]["tokenizer"]
-        copy = self.tokenizer_file
-        known = name
+        used = name
         if {name, was} & set(tokenizer.NAMES):
             same = name == was
         else:
             given = epath.Path(name).expanduser()
-            same = not (given.exists() and copy.exists()) or given.read_bytes() == copy.read_bytes()
-            if copy.exists():
-                known = str(copy)
+            used = str(self.tokenizer_file)
+            same = not given.exists() or given.read_bytes() == self.tokenizer_file.read_bytes()
         if not same:
-            raise UserError(
-                f"data.tokenizer={name!r} differs from {was!r}, which the run was started with; use a different "
-                "--config.run."
-            )
-        return known
+            raise UserError(f"data.tokenizer={name!r} differs from {was!r} in {self.config_file}; use that one.")
+        return used
 
     def length_groups(self, text_rows: tuple[int, int]) -> LengthGroups | None:
         """Return the run's length groups; None without a checkpoint, or if `Experiment.text_rows` differ."""
@@ -132,26 +106,18 @@ class RunWriter(RunReader):
         saved = self.read_sources() if self._resumed() else None
         if saved is None:
             return
-        if len(saved) != len(fingerprints):
-            raise UserError(
-                f"data.sources has {len(fingerprints)} sources and had {len(saved)} when {self.path} was started; "
-                "restore them, or use a different --config.run."
-            )
-        for number, (old, new) in enumerate(zip(saved, fingerprints, strict=True)):
-            source = f"source {number}, {config.data.sources[number]!r}"
-            same = old["hash"] == new["hash"]
-            for key, outcome in OUTCOMES.items():  # unreadable records also change the number of samples
-                if same and key in old and key in new and old[key]["digest"] != new[key]["digest"]:
-                    raise UserError(
-                        f"{source}: {outcome} differs from {self.data_file}, and with it the order of all samples: "
-                        f"{new[key]['unreadable']:,} of the records cannot be read now, {old[key]['unreadable']:,} "
-                        "could not be read then; see that all files can be read, and start again, or use a different "
-                        "--config.run."
-                    )
-            if not same or any(old.get(key, new.get(key)) != new.get(key) for key in _CONTENT):
+        for number, name in enumerate(config.data.sources):
+            old = saved[number] if number < len(saved) else {}
+            new = fingerprints[number]
+            same = len(saved) == len(fingerprints)
+            for key in ("hash", "samples", "classes"):
+                same &= old.get(key, new.get(key)) == new.get(key)
+            for key in {*OUTCOMES} & old.keys() & new.keys():
+                same &= old[key]["digest"] == new[key]["digest"]
+            if not same:
                 raise UserError(
-                    f"{source}, has changed since {self.data_file} was written: {old['samples']:,} samples then, "
-                    f"{new['samples']:,} now, or other files. Restore it, or use a different --config.run."
+                    f"source {number}, {name!r}, has changed since {self.data_file} was written: other sources, files, "
+                    "or readable records; restore them, or use a different --config.run."
                 )
 
     @contextlib.contextmanager
@@ -182,12 +148,10 @@ class RunWriter(RunReader):
                 file.unlink(missing_ok=True)
             self._write_config(config, groups, text_rows, init_step)
             write_json(self.data_file, list(fingerprints))
-            starts = self.latest_step() is None
-            named = config.data.tokenizer in tokenizer.NAMES
-            if starts and named:
+            if self.latest_step() is None:
                 self.tokenizer_file.unlink(missing_ok=True)  # left by a start that failed
-            elif not named and (starts or not self.tokenizer_file.exists()):
-                write_whole(self.tokenizer_file, tokenizer.read_file(config.data.tokenizer))
+                if config.data.tokenizer not in tokenizer.NAMES:
+                    write_whole(self.tokenizer_file, tokenizer.read_file(config.data.tokenizer))
             yield
 
     def write_results(self, config: Config, results: Sequence[Result], **details: Any) -> None:
@@ -207,38 +171,22 @@ class RunWriter(RunReader):
     def _write_config(
         self, config: Config, groups: LengthGroups, text_rows: tuple[int, int] | None, init_step: int
     ) -> None:
-        saved = self.read_config()
+        saved = self._resumed()
         current = schema.to_dict(config)
-        before = schema.flatten(saved["config"]) if saved else {}
-        after = schema.flatten(current)
         facts = environment.capture()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
-        if saved is None or self.latest_step() is None:
-            judging = schema.keys_where(evaluation="model") + schema.keys_where(evaluation="sets")
-            ignored = {*schema.keys_where(resume="free")} - {*judging, "data.tokenizer"}
-            differs = any(before.get(key) != after.get(key) for key in {*before, *after} - ignored)
-            if saved is not None and (differs or saved.get("init_step", 0) != init_step):
-                # Evaluations before the first step belong to other weights or sets.
-                self.metrics_file.unlink(missing_ok=True)
-                self.results_log_file.unlink(missing_ok=True)
-            content: dict[str, Any] = {"config": current, "environment": facts, "started": now, **chosen}
-            commit = hub.locate(config.init.weights).commit
-            if commit:
-                content["init_commit"] = commit
-            if init_step:
-                content["init_step"] = init_step
-            write_json(self.config_file, content)
+        if saved is None:
+            origin = {"init_commit": hub.locate(config.init.weights).commit, "init_step": init_step}
+            content = {"config": current, "environment": facts, "started": now} | chosen
+            write_json(self.config_file, content | {key: value for key, value in origin.items() if value})
             return
-        changed = {key: [before.get(key), value] for key, value in after.items() if before.get(key) != value}
-        last = (saved.get("starts") or [saved])[-1].get("environment", {})
-        for name, version in facts["versions"].items():
-            old = last.get("versions", {}).get(name, version)
-            if old != version:
-                log0(f"WARNING: the run goes on with {name} {version}; so far it was {old}, and numbers may differ")
-        # data.length_groups=full is for this start only.
+        before = schema.flatten(saved["config"])
+        changed = {
+            key: [before.get(key), value] for key, value in schema.flatten(current).items() if before.get(key) != value
+        }
+        start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
+        saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
+        # Length groups named in a config are for this start only.
         renew = saved.get("text_rows") != chosen["text_rows"] and config.data.length_groups == AUTO
-        if changed or renew or {**last, "command": ""} != {**facts, "command": ""}:
-            start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
-            saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
-            write_json(self.config_file, saved | chosen if renew else saved)
+        write_json(self.config_file, saved | chosen if renew else saved)

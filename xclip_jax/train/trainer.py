@@ -15,7 +15,7 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError
 from xclip_jax.data.ledger import BadSampleLog
 from xclip_jax.evaluators import tables
-from xclip_jax.evaluators.results import flat, from_json
+from xclip_jax.evaluators.results import flat
 from xclip_jax.processes import runtime
 from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.processes.watchdog import COMPILATION, RESTORE, Watchdog
@@ -56,8 +56,6 @@ def run(
         checks.check_same_config(config, folder)
         results = folder.completed(config)
         if results is not None:
-            if folder.moved_sources(config):  # another recipe may name the same folder
-                prepare.open_data(prepare.open_experiment(config, folder), folder)
             log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
             return results
         watch.step = watch.saved = folder.latest_step() or 0
@@ -70,11 +68,10 @@ def run(
         with folder.claimed(config, prepared.fingerprints, *facts):
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
             with Checkpointer(folder.path, keep=config.checkpoint.keep) as checkpointer, runtime.ends_all():
+                epochs = config.steps * config.data.batch / prepared.num_samples
                 log0(
                     f"{config.objective.name}: {experiment.num_parameters:,} parameters, {prepared.num_samples:,} "
-                    f"{'items' if experiment.objective.labelled else 'pairs'}, {config.steps:,} steps of "
-                    f"{config.data.batch} ({config.steps * config.data.batch / prepared.num_samples:.3g} epochs) on "
-                    f"{jax.device_count()} {jax.devices()[0].device_kind}, in {folder.path}"
+                    f"samples, {config.steps:,} steps of {config.data.batch} ({epochs:.3g} epochs), in {folder.path}"
                 )
                 watch.enter(COMPILATION)
                 state, position = _first_state(prepared, initial, checkpointer, watch)
@@ -103,7 +100,6 @@ def run(
                         return _finish(session, state, callbacks)
                 watch.enter(None)
                 log.close()
-                log.show_report(int(state.step))
             finally:
                 log.end()
             log0(f"stopped at step {int(state.step)} of {config.steps}; run the same command to resume")
@@ -143,10 +139,6 @@ def _finish(session: Session, state: TrainState, callbacks: Sequence[Callback]) 
         run.folder.write_results(config, results, seconds=time.perf_counter() - began, **details)
     if results:
         log0(tables.render(results))
-        earlier = run.folder.read_evaluations()
-        before = [record for line in earlier if line["step"] == 0 for record in line["records"]]
-        if before:
-            log0(f"before -> after: {tables.headlines(results, from_json(before))}")
     if failed:
         multihost_utils.sync_global_devices("results are written")  # the error of another process would end process 0
         raise UserError(
@@ -160,6 +152,5 @@ def _finish(session: Session, state: TrainState, callbacks: Sequence[Callback]) 
     except Interrupted:
         log0(f"the report was interrupted; xclip-jax report {config.run} makes it")
         raise
-    session.log.show_report(step)
     log0(f"model: {config.run}; load it with xclip_jax.load({config.run!r}), see README for evaluate, embed and export")
     return flat(results)

@@ -61,10 +61,7 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
       place: a run's folder, anything that `interop.read` accepts, or the result of `hub.locate`.
       step: step of a run's checkpoint; the newest by default.
     """
-    place = hub.locate(place)
-    if not place.path.exists():
-        remedy = "name the folder of a run, a folder or file of weights, or hf:ORG/NAME of the Hub"
-        raise UserError(f"{place.name!r} does not exist; {remedy}.")
+    place = _existing(place)
     variables = None
     if place.run:
         config = run_config(place.run)
@@ -89,9 +86,10 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
     )
     experiment = build(config)
     if variables is not None:
-        return Loaded(config, experiment, _device_put_checked(variables, experiment, place.name), 0, classes)
-    if not RunReader(place.path).checkpoints.exists():
-        raise UserError(f"{place.path} holds no checkpoint; train it first, or name the folder of another run.")
+        variables = {"batch_stats": {}} | variables
+        if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, experiment.abstract.variables()):
+            raise UserError(f"{place.name}: tensors do not match its config; export the model again.")
+        return Loaded(config, experiment, jax.device_put(variables, replicated(experiment.mesh)), 0, classes)
     # Parts that are not evaluated stay on disk; the rest is replicated, so that every process can read it.
     abstract = experiment.abstract
     average = config.eval.ema and abstract.ema_params is not None
@@ -104,14 +102,17 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
     return Loaded(config, experiment, state.variables(ema=config.eval.ema), int(state.step), classes)
 
 
+def _existing(place: str | Place) -> Place:
+    place = hub.locate(place)
+    if not place.path.exists():
+        remedy = "name the folder of a run, a folder or file of weights, or hf:ORG/NAME of the Hub"
+        raise UserError(f"{place.name!r} does not exist; {remedy}.")
+    return place
+
+
 def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
     """Set `config`'s towers, tokenizer and preprocessing to match the weights at `path`; return the weights' config."""
-    place = hub.locate(path)
-    if not place.path.exists():
-        raise UserError(
-            f"weights={path} does not exist; the recipe takes its towers from there, also when its run resumes. Put "
-            f"the weights back; to resume with another copy, name it here and add --config.init.weights={path}."
-        )
+    place = _existing(path)
     source = _completed(place.run).to_dict() if place.run else interop.read(place)[0]
     groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
     with imports.named_by(path):
@@ -163,18 +164,6 @@ def run_config(run: RunReader) -> Config:
             return schema.resolve(config)
         except UserError as error:
             raise UserError(f"{run.config_file}: {error}") from None
-
-
-def _device_put_checked(variables: Variables, experiment: Experiment, path: str) -> Variables:
-    """Put `variables` on the devices; raise `UserError` if their shapes do not match the experiment's."""
-    expected = flatten_dict(experiment.abstract.variables(), sep="/")
-    tensors = flatten_dict(dict(variables), sep="/")
-    shapes = [{name: tuple(x.shape) for name, x in part.items()} for part in (expected, tensors)]
-    differing = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
-    if differing:
-        raise UserError(f"{path}: tensors do not match its config: {_listed(differing)}.")
-    put = {name: jax.device_put(tensors[name], replicated(experiment.mesh)) for name in expected}
-    return {"params": {}, "batch_stats": {}} | unflatten_dict(put, sep="/")
 
 
 def read_initial(
