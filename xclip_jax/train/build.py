@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from xclip_jax import optim
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.data.preprocessing import Preprocessing
