@@ -6,8 +6,7 @@
 pairs is a folder of images with .txt files next to them, a table, tars, or any spec of data.sources. A sample of them
 decides on towers, image size, context, batch, cluster head, optimizer, learning rate, steps and intervals (`fill_in`).
 Then all are read to hold out a share by content and to count equal captions. The held-out pairs are evaluated during
-training (retrieval/holdout, and zeroshot/holdout if sub-folders, or a column "label" of some sources, name one class
-per image) and shown in RUN/report.html. The run prints its choices, and why it does not classify held-out images.
+training (retrieval/holdout) and shown in RUN/report.html. The run prints its choices.
 
 Keys of the argument, all but pairs optional: weights (initial weights), objective (clip, siglip, nclip, xclip; by
 default clip, or the objective of the weights), image and text (columns or features; several captions are
@@ -30,9 +29,8 @@ from xclip_jax.config import recipes, schema
 from xclip_jax.config.recipes import Describe
 from xclip_jax.core.errors import UserError, check_choice, redact
 from xclip_jax.data import holdout, inspect, records, sources, tokenizer
-from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, choose, display_name
+from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, display_name
 from xclip_jax.data.config import DataConfig
-from xclip_jax.evaluators.sets import classification
 from xclip_jax.objectives import RECIPES, make_objective
 from xclip_jax.train import cost, weights
 
@@ -168,19 +166,13 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Descri
     data.cache = 3.0 * pairs * counts.width * counts.height < min(machine.memory / 8, 2**31)
     data.holdout = share
     config.eval.batch = min(256, 8 * max(data.batch // 8, machine.devices))
-    note = ""
     if source is not None:  # training needs the same reading of all pairs, and does not repeat it
         known = holdout.find(spec, source, share, DataConfig(**data))
         data.spread_duplicate_captions = known.repeats > MANY_REPEATS
-        if sources.has_labels(spec, "image"):
-            if classifies(spec, args.dir, args.image, share):
-                config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
-            else:
-                note = " (no zero-shot classification: it needs images of two classes that are held out, with names)"
     set_schedule(config, machine, trained, args.epochs, args.steps)
     # The number of chips is unknown for `device`; `checks.check_memory` names the key if a batch does not fit.
     config.optim.microbatches = 1 if args.device in ("gpu", "tpu") else microbatches(config, machine)
-    return functools.partial(summary, pairs=pairs, note=note)
+    return functools.partial(summary, pairs=pairs)
 
 
 def _open(spec: str, options: SourceOptions) -> Source:
@@ -316,24 +308,6 @@ def set_schedule(config: ml_collections.ConfigDict, machine: Machine, trained: i
     config.log.every = max(min(20, steps // 20), 1)
 
 
-def classifies(spec: str, data_dir: str, image_column: str, share: float) -> bool:
-    """Whether held-out images of a source can be classified: its labels are repeated words, and two are held out."""
-    try:
-        content = classification.read_source(spec, data_dir or None, image_column)
-    except UserError:
-        return False
-    captions = 2 * len(np.unique(content.labels)) > len(content.labels)  # rather than classes
-    if captions or np.ndim(content.labels) != 1 or all(re.fullmatch(r"\d+", name) for name in content.classes):
-        return False
-    held_out = 0
-    for label in range(len(content.classes)):  # by class, so that few of many images are read
-        places = np.flatnonzero(np.asarray(content.labels) == label)
-        held_out += any(holdout.selected(choose(content.images, [i]), share) for i in places)
-        if held_out == 2:
-            return True
-    return False
-
-
 def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, objective: str) -> None:
     """Take over the heads of the weights, and their objective unless `objective` names one."""
     config.model.embed = saved.model.embed
@@ -349,8 +323,8 @@ def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, ob
         config.objective.terms = dict(RECIPES[config.objective.name])
 
 
-def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> str:
-    """Return a sentence about a run of `config` on this number of pairs, with a note."""
+def summary(config: ml_collections.ConfigDict, pairs: int) -> str:
+    """Return a sentence about a run of `config` on this number of pairs."""
     share = config.data.holdout
     batch = config.data.batch
     model = config.model
@@ -368,5 +342,5 @@ def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> st
         f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {objective}, "
         f"{f'towers of {initial}' if initial else recipes.size_of(model)}, {model.img.image_size} px, "
         f"{model.txt.context_length} tokens, batch {batch}{parts}, {config.steps:,} steps "
-        f"({config.steps * batch / trained:.3g} epochs), {config.optim.name} at {config.optim.lr:g}{tuned}{note}"
+        f"({config.steps * batch / trained:.3g} epochs), {config.optim.name} at {config.optim.lr:g}{tuned}"
     )

@@ -22,7 +22,7 @@ from xclip_jax.commands import evaluate, report
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import registry
 from xclip_jax.report import collect, page, picture
-from xclip_jax.train.build import make_encoder, profile_of_run
+from xclip_jax.train.build import make_encoder
 from xclip_jax.train.weights import load
 
 COMPARED = "emoji/test_concepts,emoji/test_rendering,emoji/test_line,emoji/test_retrieval,emoji/test_aliases"
@@ -75,8 +75,7 @@ def strip(run: str, path: pathlib.Path) -> None:
     variables = loaded.variables
     specs = (*config.eval.sets_at_end, *config.eval.sets)
     encoder = make_encoder(experiment)
-    profile = profile_of_run(config)
-    examples = page.predict(experiment, encoder, variables, specs, config=config, profile=profile)
+    examples = page.predict(experiment, encoder, variables, specs, config=config)
     if examples.clusters is None:
         raise ValueError(f"{run} has no clusters; use a run of the demo with xclip or nclip")
     named = picture.best_first(examples.named)[0]

@@ -33,7 +33,8 @@ SHORT_NAMES = {
 # Former config keys. All runs had their default, or the value that the objective has without the key.
 REMOVED = (
     "checkpoint.keep_every", "data.buffer", "data.caption_noise", "data.read_timeout", "data.subset", "data.workers",
-    "ema.on", "ema.schedule", "eval.before", "log.collapse_warmup_steps", "log.expected_epochs", "log.project",
+    "ema.on", "ema.schedule", "eval.before", "eval.class_names", "eval.templates",
+    "log.collapse_warmup_steps", "log.expected_epochs", "log.project",
     "log.stall_warning", "loss.impl", "model.bias_init", "model.cluster_head.last_norm", "model.img.act",
     "model.img.eps", "model.img.patch_bias", "model.img.pre_norm", "model.project_bias", "model.project_img",
     "model.scale_init", "model.txt.act", "model.txt.eps", "objective.clip.distill", "objective.clip.distill_ramp",

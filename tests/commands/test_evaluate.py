@@ -124,14 +124,14 @@ def test_a_run_that_is_missing_or_not_evaluated_is_named(tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match=r"/zzz' does not exist; name the folder of a run, weights"):
         evaluate.compare(str(tmp_path / "zzz"), str(tmp_path / "mine"))
-    with pytest.raises(UserError, match=r"json does not exist; make it with .* --checkpoint /.*/mine --suite NAME"):
+    with pytest.raises(UserError, match=r"mine/evaluation\.json does not exist; make it with .* --checkpoint"):
         evaluate.compare(str(tmp_path / "mine"), str(tmp_path / "mine"))
 
 
 def test_weights_are_compared_by_their_evaluation(runs, tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     path.write_bytes(b"\x80\x02}q\x00.")
-    with pytest.raises(UserError, match=r"model\.pt is not a file of results .*; evaluate these weights first"):
+    with pytest.raises(UserError, match=r"model\.pt is not a file of results"):
         evaluate.compare(str(runs / "a"), str(path))
     for end in ("", ".items.npz"):
         shutil.copy(runs / "b" / f"evaluation.json{end}", tmp_path / f"model.pt.evaluation.json{end}")
@@ -169,7 +169,7 @@ def test_a_suite_is_a_name_or_names():
         (["--compare", "{}/a"], "expected 2 arguments"),
         (["--compare", "{}/a", "{}/b", "--suite", "imagenet"], "--suite has no effect with --compare"),
         (["--compare", "{}/a", "{}/b", "--captions", "0"], "--captions has no effect with --compare"),
-        (["--compare", "{}/a", "{}/b", "--class-names", "x.json"], "--class-names has no effect with --compare"),
+        (["--compare", "{}/a", "{}/b", "--profile", "slip"], "--profile has no effect with --compare"),
         (["--checkpoint", "{}/a", "--captions", "-1"], "--captions is -1; expected an integer of at least 0"),
         (["--checkpoint", "{}/a", "--compare", "{}/a", "{}/b"], "either --checkpoint RUN or --compare A B"),
         (["{}/a"], "unrecognized arguments: {}/a; see --help"),

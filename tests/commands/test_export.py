@@ -14,12 +14,11 @@ import yaml
 from tests.helpers import tiny
 from xclip_jax import interop
 from xclip_jax.commands import evaluate, export
-from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.models.transformer import stack_blocks
 from xclip_jax.objectives import RECIPES
 from xclip_jax.train import build, state, trainer, weights
-from xclip_jax.train.build import make_encoder, profile_of_run
+from xclip_jax.train.build import make_encoder
 
 pytestmark = pytest.mark.long
 
@@ -101,21 +100,6 @@ def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_pat
         z_txt = theirs.text_projection(theirs.text_model(**tokens).pooler_output).numpy()
     z_txt = z_txt / np.linalg.norm(z_txt, axis=1, keepdims=True)
     np.testing.assert_allclose(z_txt, expected["embedding_txt"], atol=1e-5)
-
-
-def test_prompts_and_names_of_own_classes_are_kept(run, tmp_path):
-    """So that the export's own labelled images are evaluated as the run's are."""
-    config, _, variables, *_ = weights.load(str(run))
-    names, values, variables = tmp_path / "names.json", schema.to_dict(config), jax.device_get(variables)
-    names.write_text('{"cat": "kitten"}')
-    values["eval"] |= {"templates": ["a drawing of a {c}"], "class_names": str(names)}
-    assert interop.write(variables, values, str(tmp_path / "out")) == []
-    names.unlink()
-    profile = profile_of_run(weights.load(str(tmp_path / "out"))[0])
-    assert profile.templates == ("a drawing of a {c}",) and profile.names == {"cat": "kitten"}
-    (note,) = interop.write(variables, values, str(tmp_path / "out"))  # over the other
-    assert "names.json, the names of own classes (eval.class_names)" in note
-    assert profile_of_run(weights.load(str(tmp_path / "out"))[0]).names == {}
 
 
 def test_the_card_of_a_run(run, tmp_path, monkeypatch):

@@ -170,7 +170,7 @@ def test_sets_and_sources_of_a_run_are_imported_by_its_report_with_consent_alone
         assert not executed(root)
     if content["config"]["data"]["holdout"]:
         run = str(tmp_path / "plain")
-        for suite in ("retrieval/holdout", "zeroshot/holdout", f"zeroshot/holdout@{tmp_path / 'again'}"):
+        for suite in ("retrieval/holdout", f"retrieval/holdout@{tmp_path / 'again'}"):
             with pytest.raises(SystemExit, match=r"evil_mod:JsonLines'.* add --trust"):
                 evaluate.main(["--checkpoint", run, "--suite", suite])
             assert not executed(root)

@@ -105,11 +105,11 @@ def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(pair
     for evaluator in evaluators.values():
         (found,) = evaluator.calls
         chex.assert_trees_all_equal(found["params"]["img"], given["params"]["img"])
-    assert "before -> after" not in capsys.readouterr().out
+    assert "before: " not in capsys.readouterr().out
     trainer.run(c)
     assert [len(evaluator.calls) for evaluator in evaluators.values()] == [2, 2]
     assert [line["step"] for line in tiny.lines(tmp_path / "new") if "b/top1" in line] == [0, 4]
-    assert " 12.5 -> 12.5 | " in capsys.readouterr().out
+    assert "before: a top-1 12.5 | b top-1 12.5" in capsys.readouterr().out
 
 
 def test_what_was_measured_before_is_of_the_same_weights_and_sets(pairs, tmp_path, run, evaluators):

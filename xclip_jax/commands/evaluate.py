@@ -16,7 +16,6 @@ error.
 
 import argparse
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -29,19 +28,27 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.core import environment
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, check_count, check_writable, exit_with_message, redact
+from xclip_jax.core.errors import (
+    Parser,
+    UserError,
+    check_choice,
+    check_count,
+    check_writable,
+    exit_with_message,
+    redact,
+)
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import is_remote, write_json
 from xclip_jax.evaluators import registry, results, tables
-from xclip_jax.evaluators.prompts import read_class_names
+from xclip_jax.evaluators.prompts import PROFILES
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
 from xclip_jax.interop import hub
 from xclip_jax.parallel import compiler
 from xclip_jax.train import weights
-from xclip_jax.train.build import make_encoder, profile_of_run
+from xclip_jax.train.build import make_encoder
 
-PROFILE_FIELDS = ("prefix", "lower", "captions", "templates", "names")
+PROFILE_FIELDS = ("prefix", "lower", "captions")
 
 
 def evaluate(
@@ -59,8 +66,8 @@ def evaluate(
     Args:
       run, step: see `weights.load`.
       suite: see `registry.expand_suites`.
-      profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
-      changes: fields of `Profile` to change; templates and names of your classes default to the run's config.
+      profile: one of `PROFILES`: templates, resizing and retrieval protocol together.
+      changes: fields of `Profile` to change.
       data_dir: root of the data sets; by default the run's.
       output: file of the results, `hub.results_file(run)` by default.
 
@@ -72,8 +79,9 @@ def evaluate(
     """
     began = time.perf_counter()
     names = registry.expand_suites(suite)
-    changes = json.loads(json.dumps(changes or {}))  # like in the file
-    dataclasses.replace(registry.profile(profile), **changes)  # raises errors before the work
+    changes = dict(changes or {})
+    check_choice("--profile", profile, PROFILES)
+    profile_used = dataclasses.replace(PROFILES[profile], **changes)
     place = hub.locate(run)
     config, experiment, variables, loaded_step, classes = weights.load(place, step)
     path = epath.Path(output) if output else hub.results_file(place.name)
@@ -82,7 +90,6 @@ def evaluate(
     if path.exists():
         results.read(path)  # raises an error for a damaged file before the work
     encoder = make_encoder(experiment, classes)
-    profile_used = profile_of_run(config, profile, changes)
     opened = registry.open_all(names, encoder, data_dir, profile_used, experiment.config.data)
     command = {"config": schema.to_dict(config), "environment": environment.capture()}
     command["suite"] = suite if isinstance(suite, str) else list(suite)
@@ -117,16 +124,18 @@ def evaluate(
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="xclip-jax evaluate", description=__doc__, epilog=registry.listing())
+    parser = Parser(prog="xclip-jax evaluate", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", metavar="RUN", help="folder of a run, or weights")
-    add("--suite", action="append", help="demo (the default), paper, or names from the list below, joined by commas")
-    add("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
+    add(
+        "--suite",
+        action="append",
+        help="demo (the default), paper, or names of sets (docs/evaluate.md), joined by commas",
+    )
+    add("--profile", help=f"{', '.join(PROFILES)}; openai by default")
     add("--prefix", help="text before captions in retrieval; by default the profile's, for published sets only")
     add("--lower", action="store_true", default=None, help="captions in lower case")
     add("--captions", type=int, help="number of captions per image; 0 for all")
-    add("--template", dest="templates", action="append", help="prompt for your labelled images, {c} is the class")
-    add("--class-names", dest="names", metavar="FILE", help="JSON file of names for your classes, {label: name}")
     add("--step", type=int, help="step of a run's checkpoint; the newest by default")
     add("--data-dir", default="", help="root of the data sets")
     add("--output", default="", type=os.path.expanduser, help="results file")
@@ -135,9 +144,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if bool(flags.checkpoint) == bool(flags.compare):
         parser.error("give either --checkpoint RUN or --compare A B")
-    for name in ("suite", "data_dir", *PROFILE_FIELDS) if flags.compare else ():
+    for name in ("suite", "data_dir", "profile", *PROFILE_FIELDS) if flags.compare else ():
         if getattr(flags, name) not in (None, ""):
-            option = {"templates": "template", "names": "class-names", "data_dir": "data-dir"}.get(name, name)
+            option = name.replace("_", "-")
             parser.error(f"--{option} has no effect with --compare, which reads results; evaluate both with it first")
     return flags
 
@@ -150,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.compare:
             if flags.output:
                 epath.Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
-            rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
+            rows = compare(*flags.compare, step=flags.step)
             log0(render_comparison(rows, *flags.compare))
             if flags.output:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
@@ -158,7 +167,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.captions is not None:
             check_count("--captions", flags.captions, 0)
         compiler.enable_cache()
-        flags.names = read_class_names(flags.names) if flags.names else None
         fields = {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(
             flags.checkpoint,

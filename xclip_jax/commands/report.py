@@ -29,7 +29,7 @@ from xclip_jax.evaluators import registry
 from xclip_jax.report import collect, page
 from xclip_jax.report.collect import Record, Run
 from xclip_jax.report.examples import Examples
-from xclip_jax.train.build import make_encoder, profile_of_run
+from xclip_jax.train.build import make_encoder
 from xclip_jax.train.weights import load
 
 _MOST_RUNS = 8  # the page has eight colours
@@ -66,7 +66,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
         registry.check(spec)
     of_runs = [(*record.config.eval.sets_at_end, *record.config.eval.sets) for record in records]
     specs = specs or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
-    first = {"config": records[0].config, "profile": profile_of_run(records[0].config)}
+    first = {"config": records[0].config}
     runs = []
     for color, (name, record) in enumerate(zip(names, records, strict=True)):
         if several:
@@ -95,7 +95,7 @@ def _predict(
 ) -> tuple[Examples, int | None, int | None]:
     """Return a run's predictions, or the reason for their absence, its number of parameters, and its step.
 
-    `first` contains the first run's config and profile, see `page.predict`.
+    `first` contains the first run's config, see `page.predict`.
     """
     try:
         _, experiment, variables, step, _ = load(str(record.folder), flags.step)

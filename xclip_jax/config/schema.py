@@ -46,7 +46,6 @@ _TRACKERS = Check(
     lambda value: all(name in TRACKERS or class_name(name) == name for name in value),
 )
 _CLASSES = Check("names of the form 'package.module:Class'", lambda value: all(class_name(x) == x for x in value))
-_TEMPLATES = Check("texts with {c}, where the name of the class goes", lambda value: all("{c}" in x for x in value))
 _FROZEN = Check(
     "towers or parts of them, such as 'img', 'txt.embed' or 'img.blocks.0-8'",
     lambda value: all(re.fullmatch(r"(img|txt)(\.embed|\.blocks\.\d+(-\d+)?)?", part) for part in value),
@@ -81,8 +80,6 @@ class EvalConfig:
     resize: str = key("shortest", "how images are made square", choice(RESIZE_MODES), evaluation="model")
     resize_size: int = key(0, "side before the crop; 0 for model.img.image_size", at_least(0), evaluation="model")
     interpolation: str = key("bicubic", "how images are resized", choice(INTERPOLATIONS), evaluation="model")
-    templates: Sequence[str] = key((), "prompts for your labelled images; empty: one", _TEMPLATES, evaluation="sets")
-    class_names: str = key("", "JSON file {label: name} of your classes; empty: the labels", evaluation="sets")
 
 
 @dataclasses.dataclass(frozen=True)

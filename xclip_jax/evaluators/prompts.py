@@ -9,20 +9,12 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing
-
-
-def check_templates(texts: Sequence[str], origin: str = "") -> None:
-    """Raise `UserError` if a template lacks {c}, the place of the class name; `origin` is their file."""
-    for line, text in enumerate(texts, 1):
-        if "{c}" not in text:
-            place = f"{origin}, line {line}: " if origin else ""
-            raise UserError(f"{place}template {text!r} has no {{c}}, where the name of the class goes; add it.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +32,6 @@ class Profile:
         pairs.
       lower: whether to lower-case captions, like SigLIP.
       captions: number of captions per image to keep; 0 for all.
-      templates: prompts for your own labelled images, with {c} for the class; empty for "a photo of a {c}".
-      names: {label: name, or synonyms} of their classes; other classes are called by their labels.
       exif_rotation: whether to rotate images by their EXIF tag if the model does: for your own data; published numbers
         are without rotation.
     """
@@ -53,12 +43,7 @@ class Profile:
     prefix: str | None = None
     lower: bool = False
     captions: int = 0
-    templates: Sequence[str] = ()
-    names: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
     exif_rotation: bool = False
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates)
 
     def preprocessing(self, prepare: Preprocessing) -> Preprocessing:
         """Return the model's preprocessing with the protocol's resizing and rotation."""
@@ -83,11 +68,6 @@ PROFILES = {
     "slip": Profile(imagenet="slip7", resample="bilinear"),
     "open_clip": Profile(clips=False),
 }
-
-
-def with_own(profile: Profile, templates: Sequence[str], class_names: str) -> Profile:
-    """Return the profile with templates and a file of class names for your own labelled images."""
-    return dataclasses.replace(profile, templates=tuple(templates), names=read_class_names(class_names))
 
 
 # Indices of seven templates chosen by forward selection (notebook of the CLIP repository), also in SLIP.
@@ -149,22 +129,6 @@ def prompts(names: Sequence[str | Sequence[str]], templates_of: str | Sequence[s
     texts = templates(templates_of) if isinstance(templates_of, str) else templates_of
     synonyms = [[name] if isinstance(name, str) else list(name) for name in names]
     return [[text.replace("{c}", word) for word in words for text in texts] for words in synonyms]
-
-
-def read_class_names(path: str) -> dict[str, str | list[str]]:
-    """Read class names from a JSON file, {label: name} or {label: [name, synonym, ...]}; {} if `path` is ""."""
-    if not path:
-        return {}
-    try:
-        content = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
-        words = [x if isinstance(x, list) else [x] for x in content.values()]
-        if not all(names and all(name and isinstance(name, str) for name in names) for names in words):
-            raise ValueError("a name is empty, or not a text")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"class names {path!r} cannot be read ({error}); expected JSON, {{label: name}} or {{label: [name, ...]}}."
-        ) from error
-    return content
 
 
 def readable(label: str) -> str:

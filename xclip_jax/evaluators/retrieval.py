@@ -21,6 +21,8 @@ from xclip_jax.evaluators.zeroshot import compare, encode_pairs, spreads_of
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import Similarity, features
 
+__all__ = ("recall_at_k",)  # documented; all other names may change
+
 Pair = tuple[str, str, float]  # two sentences and their similarity, rated by humans
 
 KS = (1, 5, 10)
@@ -28,7 +30,7 @@ KS = (1, 5, 10)
 BLOCK = 1 << 27
 
 _OF_IMAGES = (
-    Column("images", "images", width=6),
+    Column("images", "images"),
     Column("texts", "captions"),
     Column("i2t@1", "image_to_text/r1", "image to text, R@1", chance=True),
     Column("i2t@5", "image_to_text/r5", "image to text, R@5", chance=True),
@@ -36,7 +38,7 @@ _OF_IMAGES = (
     Column("t2i@5", "text_to_image/r5", "text to image, R@5", chance=True),
 )
 _OF_TEXTS = (
-    Column("texts", "texts", width=6),
+    Column("texts", "texts"),
     Column("queries", "queries"),
     Column("R@1", "r1", "R@1", chance=True),
     Column("R@5", "r5", "R@5", chance=True),
@@ -310,9 +312,7 @@ class TextRetrieval(Evaluator):
         groups = self.data.groups
         e = embeddings(self.encoder, variables, [*self.data.texts, *(text for text, _ in queries)])
         targets = np.array([target for _, target in queries])
-        step = max(1, BLOCK // n)
-        blocks = (slice(start, start + step) for start in range(0, len(queries), step))
-        rank = np.concatenate([statistics.ranks(e[n:][block] @ e[:n].T, targets[block]) for block in blocks])
+        rank = statistics.ranks(e[n:] @ e[:n].T, targets)
         weights = sum(mask / mask.sum() for mask in groups.values()) if groups else np.ones(len(queries))
         chance = {k: 100 * min(k / n, 1) for k in KS}
         results = []

@@ -15,6 +15,8 @@ from xclip_jax.evaluators.statistics import PerExample, class_weights, ranks
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import CosineSimilarity, Similarity, features
 
+__all__ = ("accuracy", "classifier", "mean_per_class")  # documented; all other names may change
+
 
 def classifier(text_embeddings: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """Return class vectors, fp32 (classes, e): prompt embeddings, normalised, averaged, and normalised again.

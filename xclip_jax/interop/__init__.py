@@ -25,7 +25,6 @@ from xclip_jax.data import tokenizer
 from xclip_jax.data.images import WHITE
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
-from xclip_jax.interop.hub import CLASS_NAMES
 from xclip_jax.interop.names import Flat
 from xclip_jax.models.tower import ImageTower
 from xclip_jax.models.transformer import unstack_blocks
@@ -39,7 +38,7 @@ CONFIG = "xclip_config.json"
 WEIGHTS = "xclip_model.safetensors"
 # All files that `write` may create, and one that transformers would prefer to them.
 WRITTEN = (
-    CONFIG, WEIGHTS, CLASS_NAMES, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,
+    CONFIG, WEIGHTS, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,
     hf.PROCESSOR, vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
 )  # fmt: skip
 
@@ -106,11 +105,7 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
         config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     config["data"] = config["data"] | keys["data"]
-    stored = config.get("eval", {})
-    prompts = {name: stored[name] for name in ("templates", "class_names") if stored.get(name)}
-    if "class_names" in prompts:
-        prompts["class_names"] = str(folder / CLASS_NAMES)
-    config["eval"] = prompts | keys["eval"]
+    config["eval"] = keys["eval"]
     source: dict[str, Any] = {"format": "safetensors", "notes": ()}
     classes = config.pop("classes", None)
     if classes:
@@ -154,7 +149,8 @@ def write(
         file = CONFIG
         weights = WEIGHTS
         tensors = flatten_dict(variables, sep="/")
-        content, texts, notes = _own_config(config, classes)
+        content, texts = _own_config(config, classes)
+        notes = []
     else:
         fault = _find_unsupported(config, variables["params"])
         if fault:
@@ -176,31 +172,19 @@ def write(
     return notes
 
 
-def _own_config(
-    config: Mapping[str, Any], classes: Sequence[str] | None
-) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Return the content of our config file, {file: text} to write next to it, and notes, see `write`."""
+def _own_config(config: Mapping[str, Any], classes: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the content of our config file, and {file: text} to write next to it."""
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     name = config["data"]["tokenizer"]
     texts = {}
-    notes = []
     if name not in tokenizer.NAMES:
         texts[vocabulary.FILE] = tokenizer.read_file(name).decode()
         name = vocabulary.FILE
-    group = config.get("eval", {})
-    prompts: dict[str, Any] = {"templates": list(group["templates"])} if group.get("templates") else {}
-    if group.get("class_names"):
-        names = epath.Path(group["class_names"]).expanduser()
-        if names.exists():
-            texts[CLASS_NAMES] = names.read_bytes().decode()
-            prompts["class_names"] = CLASS_NAMES
-        else:
-            notes.append(f"left out, since it does not exist: {names}, the names of own classes (eval.class_names)")
     content = {
         "model": config["model"], "objective": config["objective"],
-        "data": {"tokenizer": name, "resample": "bicubic"} | keys["data"], "eval": prompts | keys["eval"],
+        "data": {"tokenizer": name, "resample": "bicubic"} | keys["data"], "eval": keys["eval"],
     }  # fmt: skip
-    return content | ({"classes": list(classes)} if classes else {}), texts, notes
+    return content | ({"classes": list(classes)} if classes else {}), texts
 
 
 def _image_tower(config: Mapping[str, Any]) -> ImageTower:

@@ -20,10 +20,9 @@ from xclip_jax.core.hub_client import ID, PREFIX
 from xclip_jax.core.run_folder import RunReader, evaluation_file
 from xclip_jax.interop import hf, open_clip, tensor_files, vocabulary
 
-CLASS_NAMES = "class_names.json"  # in our exports
 # Companion files to download if the repository has them.
 _COMPANIONS = (
-    "xclip_config.json", CLASS_NAMES, open_clip.CONFIG, hf.CONFIG, hf.PREPROCESSOR, hf.PROCESSOR,
+    "xclip_config.json", open_clip.CONFIG, hf.CONFIG, hf.PREPROCESSOR, hf.PROCESSOR,
     vocabulary.FILE, vocabulary.CLIP_FILES[0], vocabulary.OPTIONS, vocabulary.SENTENCEPIECE,
 )  # fmt: skip
 _ALIAS = "hf-hub:"  # open_clip's `PREFIX`

@@ -8,11 +8,9 @@ import numpy as np
 from xclip_jax.core.errors import BadSample, UserError, describe
 from xclip_jax.data import loader
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators import registry, tables
+from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import SetKind
-from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.sets.custom import is_holdout
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 SHOWN = 96  # side of an image on the page, pixels
@@ -36,12 +34,11 @@ def select(
     prepare: Preprocessing,
     data_dir: str | None,
     data: loader.DataConfig | None,
-    profile: Profile = PROFILES["openai"],
 ) -> Selection:
     """Select the sets with a panel, or else the first ones for classification, and one for retrieval.
 
     Args:
-      specs, profile: names of evaluation sets, and their templates and class names.
+      specs: names of evaluation sets.
       prepare: the model's preprocessing.
       data_dir: root of TFDS data sets; None or "" for `data.dir`.
       data: config of the training pairs, for held-out pairs.
@@ -60,17 +57,14 @@ def select(
         if selection.retrieval if is_retrieval else len(selection.zeroshot) == (len(panels) or ZEROSHOT_SETS):
             continue
         try:
-            sets = [registry.load(spec, view, data_dir, profile, data) for view in (prepare, prepare.with_size(SHOWN))]
+            sets = [registry.load(spec, view, data_dir, data=data) for view in (prepare, prepare.with_size(SHOWN))]
         except (UserError, OSError) as error:
             selection.missing += [str(error)] if str(error) not in selection.missing else []
             continue
         if is_retrieval:
             selection.retrieval = (sets[0], sets[1])
         elif np.ndim(sets[0].labels) == 1:
-            held_out = [other for other in kinds if is_holdout(other, "zeroshot/")]
-            short = tables.shorten(other.removeprefix("zeroshot/") for other in held_out)
-            title = f"{short[spec.removeprefix('zeroshot/')]}: which class" if spec in held_out else spec
-            title, sentence = panels.get(spec) or (title, "The model chooses among {num_classes} names.")
+            title, sentence = panels.get(spec) or (spec, "The model chooses among {num_classes} names.")
             prompts = sets[0].prompts
             each = max(1, PROMPTS // len(prompts)) if sum(map(len, prompts)) > PROMPTS else None
             few = dataclasses.replace(sets[0], prompts=[of_class[:each] for of_class in prompts])

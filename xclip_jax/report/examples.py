@@ -13,7 +13,6 @@ from xclip_jax.data import loader
 from xclip_jax.data.transforms import normalize
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder, Features
-from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import Matches, RetrievalSet
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, encode_pairs
@@ -139,7 +138,6 @@ def collect_examples(
     data: loader.DataConfig | None = None,
     data_dir: str | None = None,
     seed: int = 0,
-    profile: Profile = PROFILES["openai"],
 ) -> Examples:
     """Return all `Examples` except attention maps, drawn by the seed; all processes must call this.
 
@@ -147,7 +145,7 @@ def collect_examples(
     """
     if not encoder.similarities:
         return Examples(seed, missing=[_NO_SIMILARITY])
-    chosen = select(specs, encoder.preprocessing, data_dir, data, profile)
+    chosen = select(specs, encoder.preprocessing, data_dir, data)
     kinds = dict.fromkeys(chosen.kinds)
     credits = list(dict.fromkeys(kind.display.credit for kind in kinds if kind.display.credit))
     examples = Examples(seed, credits=credits, missing=chosen.missing)

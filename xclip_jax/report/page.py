@@ -21,7 +21,6 @@ from xclip_jax.core.errors import redact
 from xclip_jax.core.storage import write_whole
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import UNITS, Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.report import collect, picture
@@ -30,7 +29,7 @@ from xclip_jax.report.collect import ABOVE, LEVEL, Record, Run, judge, verdicts
 from xclip_jax.report.examples import Examples, attention, collect_examples
 from xclip_jax.report.sections import sections
 from xclip_jax.train import prepare
-from xclip_jax.train.build import Experiment, profile_of_run
+from xclip_jax.train.build import Experiment
 from xclip_jax.train.callbacks import Callback
 
 _TOWERS = {"img": "Image", "txt": "Text"}
@@ -196,15 +195,14 @@ def predict(
     specs: Sequence[str],
     *,
     config: Config,
-    profile: Profile,
     data_dir: str = "",
     seed: int = 0,
 ) -> Examples:
     """Return a model's examples with attention maps; all processes must call this.
 
-    `config` and `profile` decide held-out pairs, templates and class names; see `collect_examples`.
+    `config` decides the held-out pairs; see `collect_examples`.
     """
-    options = {"data": config.data, "data_dir": data_dir, "seed": seed, "profile": profile}
+    options = {"data": config.data, "data_dir": data_dir, "seed": seed}
     examples = collect_examples(encoder, variables, specs, **options)
     images = examples.gallery.images
     if images:
@@ -226,7 +224,7 @@ class ReportWriter(Callback):
         config = experiment.config
         try:
             specs = (*config.eval.sets_at_end, *config.eval.sets)
-            examples = predict(experiment, run.encoder, variables, specs, config=config, profile=profile_of_run(config))
+            examples = predict(experiment, run.encoder, variables, specs, config=config)
             if jax.process_index() != 0:
                 return
             record = collect.read(folder.path)

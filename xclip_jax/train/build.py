@@ -2,26 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from etils import epath
 from jax.sharding import Mesh
 
 from xclip_jax import optim
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
@@ -194,20 +190,3 @@ def make_encoder(experiment: Experiment, classes: Sequence[str] | None = None) -
         batches=(experiment.config.eval.batch,),
         classes=classes,
     )
-
-
-def own_profile(config: Config, name: str = "openai") -> Profile:
-    """Return the profile `name` with a run's templates and class names for custom labelled images."""
-    return prompts.with_own(PROFILES[name], config.eval.templates, config.eval.class_names)
-
-
-def profile_of_run(config: Config, name: str = "openai", changes: Mapping[str, Any] | None = None) -> Profile:
-    """Return `own_profile` with `changes` to its fields; class names among them replace the run's file."""
-    changes = changes or {}
-    file = config.eval.class_names
-    missing = bool(file) and not epath.Path(file).expanduser().exists()
-    if missing and "names" not in changes:  # the run was moved without the file
-        log0(f"WARNING: eval.class_names={file!r} does not exist; classes are named by their labels")
-    if missing or "names" in changes:
-        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, class_names=""))
-    return dataclasses.replace(own_profile(config, name), **changes)

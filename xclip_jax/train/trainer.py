@@ -146,7 +146,7 @@ def _finish(session: Session, state: TrainState, callbacks: Sequence[Callback]) 
         earlier = run.folder.read_evaluations()
         before = [record for line in earlier if line["step"] == 0 for record in line["records"]]
         if before:
-            log0(f"before -> after: {tables.headlines(results, from_json(before))}")
+            log0(f"before: {tables.headlines(from_json(before))}")
     if failed:
         multihost_utils.sync_global_devices("results are written")  # the error of another process would end process 0
         raise UserError(

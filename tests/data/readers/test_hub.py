@@ -2,7 +2,6 @@
 
 import io
 
-import numpy as np
 import pytest
 
 from tests.helpers.bad_tars import jpeg
@@ -11,10 +10,8 @@ from xclip_jax.commands import check
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records, sources
 from xclip_jax.data.base import MissingColumnError, SourceOptions
-from xclip_jax.data.config import DataConfig
 from xclip_jax.data.readers.hub import HubPairs
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.prompts import PROFILES, with_own
 
 datasets = pytest.importorskip("datasets")
 NAMES = ["cat", "dog", "hen"]
@@ -176,10 +173,8 @@ def test_columns_of_strings_and_integers_are_classes(tmp_path, capsys):
     for kind in ("hf", "parquet"):
         probe = registry.load(f"probe/{kind}:{tmp_path}?label=colour", PREPARE)
         assert [part.tolist() for part in probe.tasks[""]] == [[1, 0, 1, 2], [], [0, 2]]
-    (tmp_path / "names.json").write_text('{"9": "small", "10": "large"}')
-    profile = with_own(PROFILES["openai"], ["a {c} thing"], str(tmp_path / "names.json"))
-    sizes = registry.load(f"hf:{tmp_path}/test?label=size", PREPARE, profile=profile)
-    assert sizes.prompts == [["a small thing"], ["a large thing"]] and sizes.labels.tolist() == [1, 0, 0]
+    sizes = registry.load(f"hf:{tmp_path}/test?label=size", PREPARE)
+    assert list(sizes.names) == ["9", "10"] and sizes.labels.tolist() == [1, 0, 0]
 
 
 def test_splits_are_the_files_of_their_name(tmp_path):
@@ -201,18 +196,6 @@ def test_splits_are_the_files_of_their_name(tmp_path):
         sources.open_pairs(f"hf:{tmp_path}/saved/none")
     with pytest.raises(UserError, match="/nowhere/train: "):
         sources.open_pairs(f"hf:{tmp_path}/nowhere/train")
-
-
-def test_held_out_pairs_of_several_columns_have_labels(tmp_path):
-    left = rows(20, image="left").rename_column("label", "fine")
-    coarse = rows(20, image="right").select_columns(["right", "label"]).rename_column("label", "coarse")
-    path = saved(tmp_path / "what?", datasets.concatenate_datasets([left, coarse], axis=1))
-    data = DataConfig(sources=(f"hf:{path}?label=fine",), image_column="right", holdout=0.5)
-    named = registry.load("zeroshot/holdout", PREPARE, data=data)
-    pairs = registry.load("retrieval/holdout", PREPARE, data=data)
-    assert 0 < len(named.images) == len(pairs.images) < 20 and list(named.names) == NAMES
-    np.testing.assert_array_equal(named.images[0], pairs.images[0])
-    assert sources.open_pairs(data.sources[0], options(image_column="left"))[1]["image"] == jpeg(1)
 
 
 @pytest.mark.parametrize("layout", ["saved", "parquet"])

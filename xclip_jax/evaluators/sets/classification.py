@@ -1,7 +1,6 @@
 """Sets of labelled images and texts: zero-shot classification, probes, and tests of fine-tuned classifiers.
 
-NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN]    zero-shot: a set in `known_sets`, a source of
-                                labelled images, or held-out images of a run with labelled sources
+NAME, NAME@PATH, SOURCE, zeroshot/SOURCE    zero-shot: a set in `known_sets`, or a source of labelled images
 babel/LANGUAGE@FILE             zero-shot: ImageNet's classes in another language, from Babel-ImageNet's file
 probe/NAME, probe/SOURCE        a linear probe, trained and tested on SOURCE/train and SOURCE/test
 finetuned/SOURCE                labelled items for a model with a classifier
@@ -15,21 +14,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.core import imports
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import holdout, sources
+from xclip_jax.data import sources
 from xclip_jax.data.base import SourceOptions, choose
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import check_one_class
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import wds
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.base import HELD_OUT, SetKind, joined, pictures
+from xclip_jax.evaluators.base import SetKind, pictures
 from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet, renumber
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.sets.custom import captioned, held_out_data, is_holdout, published_layout
+from xclip_jax.evaluators.sets.custom import captioned, published_layout
 from xclip_jax.evaluators.sets.known_sets import ENTRIES, PAPER, Content, Entry, read, read_tfds
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
@@ -40,11 +38,9 @@ BABEL = "babel/"
 _IMAGES = [name for name in sources.SOURCES if sources.has_labels(f"{name}:x", "image")]
 
 
-def read_source(
-    spec: str, data_dir: str | None, image_column: str = SourceOptions.image_column, *, one_class: bool = False
-) -> Content:
-    """Open labelled images; `image_column` is their default column, `one_class` refuses several labels per image."""
-    source = sources.open_labelled(spec, SourceOptions(data_dir or "", image_column))
+def read_source(spec: str, data_dir: str | None, *, one_class: bool = False) -> Content:
+    """Open labelled images; `one_class` refuses several labels per image."""
+    source = sources.open_labelled(spec, SourceOptions(data_dir or ""))
     if source.key != "image" or not source.names:
         raise UserError(f"{spec}: expected images in classes, got {source.key}s; use another source.")
     if one_class:
@@ -52,31 +48,6 @@ def read_source(
     data = sources.parse(spec).rest
     names = list(source.names)
     return Content(source.items, source.labels(), names, data, source.version, "", source.identity, source.templates)
-
-
-def read_held_out(spec: str, data: DataConfig) -> Content:
-    """Open the labelled images that `data.holdout` keeps out of a run's training."""
-    parts = []
-    identities = []
-    for source_spec in data.sources:
-        part = read_source(source_spec, data.dir, data.image_column, one_class=True)
-        positions = holdout.selected(part.images, data.holdout)
-        identities += [holdout.image_hash(part.images[i]) for i in positions]
-        labels = np.array([part.classes[label] for label in part.labels[positions]], object)
-        parts.append(dataclasses.replace(part, images=choose(part.images, positions), labels=labels))
-    classes = sorted({name for part in parts for name in part.classes})
-    number = {name: i for i, name in enumerate(classes)}
-    names = np.concatenate([part.labels for part in parts])
-    if not len(names):
-        raise UserError(f"{spec}: none of the labelled images of {', '.join(data.sources)} is held out.")
-    return Content(
-        joined([part.images for part in parts]),
-        np.array([number[name] for name in names], int),
-        classes,
-        ", ".join(data.sources),
-        split=f"held out, {data.holdout:g}",
-        identity=identities,
-    )
 
 
 def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
@@ -129,9 +100,6 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
         origin = {"data": spec.removeprefix(WDS), "split": split.name, "version": split.version}
         return captioned(spec, images, captions, list(images.sizes()), prepare, profile, **origin)
     name = spec.removeprefix(PREFIX)
-    if is_holdout(spec, PREFIX):
-        with imports.named_by("the config of the run that holds them out"):
-            return own_set(name, read_held_out(spec, data), prepare, profile)
     if sources.has_labels(name, "image"):
         return own_set(name, read_source(name, data.dir or None), prepare, profile)
     if name.startswith(BABEL):
@@ -154,33 +122,17 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
 
 
 def own_set(name: str, content: Content, prepare: Preprocessing, profile: Profile) -> ZeroShotSet:
-    """Return the set `name` of labelled images, with the profile's templates and class names.
-
-    If the data set has templates, they and its names stay. Class names for unknown classes are ignored.
-    """
-    profile = dataclasses.replace(profile, exif_rotation=not name.startswith(WDS))
-    if content.templates:
-        prompts.check_templates(content.templates, f"{name}: {wds.TEMPLATES if name.startswith(WDS) else 'templates'}")
-        profile = dataclasses.replace(profile, templates=(), names={})
-    if profile.names and not set(profile.names) & set(content.classes):
-        raise UserError(
-            f"{name}: none of the class names, such as {min(profile.names)!r}, is among its {len(content.classes)} "
-            f"classes, such as {content.classes[0]!r}; correct the file of names, or add some of these classes."
-        )
-    # The data set's templates take its names unchanged.
-    spaced = [label if content.templates else prompts.spaced(label) for label in content.classes]
-    words = [profile.names.get(label, word) for label, word in zip(content.classes, spaced, strict=True)]
-    templates = profile.templates or content.templates or "dummy"
-    description = "dummy (1)"
-    if content.templates:
-        description = _described("the data set's", content.templates)
-    elif profile.templates:
-        description = " | ".join(profile.templates)
-    if profile.names:
-        description += f"; own names {digest(words)}"
+    """Return the set `name` of labelled images, with the data set's templates, or else "a photo of a {c}"."""
+    prepare = dataclasses.replace(profile, exif_rotation=not name.startswith(WDS)).preprocessing(prepare)
     entry = Entry(metric="map" if np.ndim(content.labels) == 2 else "top1")
-    texts = prompts.prompts(words, templates)
-    return _make(name, content, entry, texts, description, profile.preprocessing(prepare))
+    for text in content.templates:
+        if "{c}" not in text:
+            raise UserError(f"{name}: its template {text!r} has no {{c}}, where the name of the class goes; add it.")
+    if content.templates:  # they take the names unchanged
+        texts = prompts.prompts(content.classes, content.templates)
+        return _make(name, content, entry, texts, _described("the data set's", content.templates), prepare)
+    texts = prompts.prompts([prompts.spaced(label) for label in content.classes], "dummy")
+    return _make(name, content, entry, texts, "dummy (1)", prepare)
 
 
 def _described(authors: str, templates: Sequence[str]) -> str:
@@ -233,10 +185,10 @@ def load_probe(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     """Open `probe/NAME`."""
     entry, content, identity_of_splits = _read_splits(spec, data.dir or None)
     first = content[0]
-    classes: Sequence[str] = first.classes
-    for i, part in enumerate(content):  # a split may lack a class of another one
-        labels, classes = renumber(part.labels, part.classes, classes, spec)
-        content[i] = dataclasses.replace(part, labels=labels)
+    # A split may lack a class of the training items.
+    content = [
+        dataclasses.replace(part, labels=renumber(part.labels, part.classes, first.classes, spec)) for part in content
+    ]
     if len(content) == 2:
         content.insert(1, Content([], np.array([], int), first.classes, first.data))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"
@@ -286,25 +238,15 @@ class ClassSets(SetKind):
     """`NAME` and `NAME@PATH` of the table, `SOURCE` or `zeroshot/SOURCE`, and held-out images."""
 
     prefixes = (*ENTRIES, *_IMAGES, PREFIX.rstrip("/"), BABEL.rstrip("/"))
-    names = (*PAPER, PREFIX + HELD_OUT)
     suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
-    usage = f"classes in files, NAME@PATH: {', '.join(ENTRIES)}, {BABEL}LANGUAGE; your data: " + "; ".join(
-        [f"{spec}, {text}" for spec, text in sources.LABELS.items() if spec.partition(":")[0] in _IMAGES]
-        + [f"{PREFIX}{sources.OF_ANOTHER_PACKAGE}"]
-        + [f"{PREFIX}{HELD_OUT}[@RUN], held-out pairs of a run with labelled sources"]
-    )
     load = staticmethod(load)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
         name, at, path = spec.removeprefix(PREFIX).partition("@")
-        if is_holdout(spec, PREFIX) or (name in ENTRIES and bool(path or not at)) or (name.startswith(BABEL) and path):
+        if (name in ENTRIES and bool(path or not at)) or (name.startswith(BABEL) and path):
             return True
         return sources.has_labels(spec.removeprefix(PREFIX), "image")
-
-    @classmethod
-    def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
-        return held_out_data(spec, data) if is_holdout(spec, PREFIX) else data
 
     @classmethod
     def shows(cls, spec: str) -> str:
@@ -319,7 +261,6 @@ class ProbeSets(SetKind):
     """`probe/NAME` and `probe/SOURCE`."""
 
     prefixes = ("probe",)
-    usage = f"probes: probe/NAME, {', '.join(f'probe/{spec}' for spec in sources.SPLITS)}"
     load = staticmethod(load_probe)
 
     @classmethod
@@ -334,7 +275,6 @@ class FinetunedSets(SetKind):
     """`finetuned/SOURCE`: labelled items for a model with a classifier."""
 
     prefixes = (FINETUNED.rstrip("/"),)
-    usage = "for a fine-tuned model: finetuned/SOURCE"
     load = staticmethod(load_finetuned)
 
     @classmethod
