@@ -1,4 +1,4 @@
-"""Logistic regression against scikit-learn: coefficients, intercepts, probabilities and the choice of C."""
+"""Logistic regression against scikit-learn: coefficients, intercepts, and probabilities."""
 
 import warnings
 
@@ -8,8 +8,7 @@ import scipy.special
 from sklearn.linear_model import LogisticRegression
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.evaluators import feature_classifiers, logistic
-from xclip_jax.evaluators.feature_classifiers import Sweep
+from xclip_jax.evaluators import logistic
 
 CS = (1e-4, 1e-2, 1.0, 100.0)
 
@@ -73,24 +72,6 @@ def test_two_classes_of_three_have_the_penalty_of_two():
     np.testing.assert_allclose(two.objective, three.objective, rtol=1e-3)
     difference = [s.weights[..., 1] - s.weights[..., 0] for s in (two, three)]
     np.testing.assert_allclose(*difference, atol=5e-3 * np.abs(difference[0]).max())
-
-
-def test_probe_chooses_the_c_that_sklearn_would():
-    """CLIP's protocol by scikit-learn: each C of a coarse grid on validation, then a fit on both, tested once."""
-    train, held, test = (features(n, 3, seed=seed, spread=0.2) for seed, n in enumerate((100, 300, 200)))
-    sweep = Sweep(tuple(4.0**e for e in range(-6, 3)), 0, 1e-6)
-    right, extra = feature_classifiers.linear(train, held, test, 3, sweep, lambda logits, y: -_log_loss(logits, y))
-    losses = {c: _log_loss(sklearn_fit(*train, c).predict_log_proba(held[0]), held[1]) for c in sweep.coarse}
-    best = min(losses, key=losses.get)
-    assert sweep.coarse[0] < best < sweep.coarse[-1]
-    assert extra["log10_c"] == pytest.approx(np.log10(best))
-    both = (np.concatenate(pair) for pair in zip(train, held, strict=True))
-    peer = sklearn_fit(*both, best)
-    assert np.mean((peer.predict(test[0]) == test[1]) == right) >= 0.995
-
-
-def _log_loss(logits, y):
-    return -scipy.special.log_softmax(logits, axis=1)[np.arange(len(y)), y].mean()
 
 
 def overlapping(n=600, d=24, k=7, spread=0.6, seed=0):

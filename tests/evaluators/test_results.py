@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import errno
 import fcntl
 import json
 import pathlib
@@ -134,16 +133,6 @@ def test_two_commands_that_add_at_the_same_time_lose_nothing(tmp_path):
         list(threads.map(add, "ab"))
     entries, items = results.read(epath.Path(tmp_path / "x.json"))
     assert {x["set"] for x in entries} == {f"{name}{i}" for name in "ab" for i in range(5)} and len(items) == 10
-    assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.json.items.npz"}
-
-
-def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    entries, _ = added(tmp_path / "x.json", entry(set="x"), entry(set="y"))
-    assert [x["set"] for x in entries] == ["x", "y"]
     assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.json.items.npz"}
 
 

@@ -1,6 +1,5 @@
 import functools
 import itertools
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -273,19 +272,6 @@ def test_retrieval_in_blocks_is_that_of_the_whole_matrix(embedding, clusters, un
     assert ("retrieval/toy/both/text_to_image/r1" in whole) == (embedding and clusters)
     for block in (3999, 317):
         assert measured(block) == whole
-
-
-def test_retrieval_never_holds_all_scores(monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", 1 << 14)
-    n = 1500
-    vectors = rng().normal(size=(n, 4)).astype(np.float32)
-    encoder = FakeEncoder({str(i): vector for i, vector in enumerate(vectors)}, True, True)
-    data = RetrievalSet("toy", list(vectors), [[str(i)] for i in range(n)])
-    tracemalloc.start()
-    Retrieval(encoder, data).run(None)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < n * n  # bytes, a quarter of one matrix of scores
 
 
 # Evaluators on a real model.

@@ -1,8 +1,5 @@
-"""Sets with texts to choose from: SugarCrepe, ARO, Winoground, and your own tables.
+"""Sets with texts to choose from: SugarCrepe, ARO, Winoground, and your own tables; see docs/evaluate.md.
 
-sugarcrepe@FOLDER                               add_att.json ... swap_obj.json of its repository, and COCO's val2017
-aro/vg_relation@FOLDER, aro/vg_attribution@FOLDER    visual_genome_relation.json, ..._attribution.json, and images
-winoground, winoground@SOURCE                   the columns of facebook/winoground, on the Hub or in another source
 choice/SOURCE?image=COLUMN&text=RIGHT&text=WRONG    rows of a table; a second image belongs to the second text
 """
 

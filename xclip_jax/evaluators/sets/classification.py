@@ -1,9 +1,7 @@
 """Sets of labelled images and texts: zero-shot classification, probes, and tests of fine-tuned classifiers.
 
-NAME, NAME@PATH, SOURCE, zeroshot/SOURCE    zero-shot: a set in `known_sets`, or a source of labelled images
-babel/LANGUAGE@FILE             zero-shot: ImageNet's classes in another language, from Babel-ImageNet's file
-probe/NAME, probe/SOURCE        a linear probe, trained and tested on SOURCE/train and SOURCE/test
-finetuned/SOURCE                labelled items for a model with a classifier
+NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, babel/LANGUAGE@FILE, probe/NAME, probe/SOURCE, finetuned/SOURCE; NAME is in
+`known_sets`, and SOURCE a source of labelled items, of probes without its split.
 """
 
 import dataclasses

@@ -1,15 +1,4 @@
-"""Texts and captions from files in their published layout, NAME@PATH; COCO and GLUE also from TFDS, NAME.
-
-sts12@FOLDER ... sts16@FOLDER       STS: STS.input.X.txt and STS.gs.X.txt for each subset X
-stsb@sts-test.csv, sickr@SICK_test_annotated.txt
-mr@, cr@, subj@, mpqa@, sst2@, sst5@, trec@, mrpc@, sicke@FOLDER    SentEval
-glue/NAME@FOLDER, glue/NAME         GLUE: train.tsv and dev.tsv, or TFDS
-coco_retrieval@dataset_coco.json, flickr30k_retrieval@dataset_flickr30k.json    Karpathy's captions; the images are
-                                    in the JSON's folder or in folders named there
-coco_retrieval                      coco_captions of TFDS, whose test split is Karpathy's
-xm3600/LANGUAGE@FOLDER              captions.jsonl of Crossmodal-3600, and its images
-multi30k/LANGUAGE@FOLDER            the folder data of Multi30K's repository, with Flickr30k's images in FOLDER/images
-"""
+"""Texts and captions in their published layout, NAME@PATH; COCO and GLUE also from TFDS, NAME; see docs/evaluate.md."""
 
 import csv
 import dataclasses
@@ -84,7 +73,7 @@ def sts_benchmark(name: str, path: pathlib.Path) -> SimilaritySet:
 
 
 def sick(name: str, path: pathlib.Path) -> SimilaritySet:
-    """Read SICK-R."""
+    """Read SICK-R's SICK_test_annotated.txt."""
     pairs = [(row["sentence_A"], row["sentence_B"], float(row["relatedness_score"])) for row in _rows(path)]
     return _similarity(f"{name}@{path}", path.name, {"": pairs})
 
