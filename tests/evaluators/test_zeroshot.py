@@ -249,29 +249,29 @@ def test_retrieval_with_one_and_seven_captions():
         assert found[f"retrieval/toy/text_to_image/r{k}"] == pytest.approx(100 * loop_recall(scores.T, match.T, k))
 
 
-@pytest.mark.parametrize(
-    ("embedding", "clusters", "unreadable"),
-    [(True, True, ()), (True, True, (2, 3, 4, 17)), (True, True, range(40)), (True, False, (2, 3, 4, 17))],
-)
-def test_retrieval_in_blocks_is_that_of_the_whole_matrix(embedding, clusters, unreadable, monkeypatch):
-    """Captions that images share, some of them in other blocks; a block without any image that can be read."""
-    images = rng().normal(size=(40, 16))
-    captions = [[f"{i}/{j}" for j in range(1 + i % 4)] for i in range(40)]
-    captions[3][0], captions[30][1], captions[31][0] = captions[4][0], captions[7][2], "shared"
-    captions[12][0] = "shared"
+@pytest.mark.parametrize("unreadable", [[], [2, 3, 4, 17], list(range(20))])
+def test_unreadable_images_are_found_by_no_caption(unreadable):
+    """Captions that images share are right for both; if no image can be read, all queries are wrong."""
+    images = rng().normal(size=(20, 16)).astype(np.float32)
+    captions = [[f"{i}/{j}" for j in range(1 + i % 4)] for i in range(20)]
+    captions[3][0], captions[12][0] = captions[4][0], captions[17][1]
     texts = [text for of_image in captions for text in of_image]
-    table = {text: rng(i).normal(size=16) + images[i % 40] for i, text in enumerate(sorted(texts))}
-    images[list(unreadable)] = np.nan
+    table = {text: rng(i).normal(size=16) + images[i % 20] for i, text in enumerate(sorted(texts))}
+    scores = images @ np.array([table[text] for text in texts], np.float32).T
+    match = np.array([[text in of_image for text in texts] for of_image in captions])
+    images[unreadable], scores[unreadable] = np.nan, -np.inf
     data = RetrievalSet("toy", list(images), captions)
+    found = {x.key: x.items for x in Retrieval(FakeEncoder(table), data).measure(None)}
+    for direction, s, m in (("image_to_text", scores, match), ("text_to_image", scores.T, match.T)):
+        best = np.argsort(-s, axis=1, kind="stable")[:, :5]
+        right = np.take_along_axis(m & (s > -np.inf), best, axis=1).any(axis=1)
+        assert found[f"{direction}/r5"].values.tolist() == right.tolist()
 
-    def measured(block):
-        monkeypatch.setattr(retrieval, "BLOCK", block)
-        return Retrieval(FakeEncoder(table, embedding, clusters), data).run(None)
 
-    whole = measured(1 << 27)
-    assert ("retrieval/toy/both/text_to_image/r1" in whole) == (embedding and clusters)
-    for block in (3999, 317):
-        assert measured(block) == whole
+def test_too_many_scores_are_refused_before_they_are_made(monkeypatch):
+    monkeypatch.setattr(retrieval, "MOST_SCORES", 5)
+    with pytest.raises(UserError, match=r"^set: 2 images and 3 captions"):
+        RetrievalSet("set", [None] * 2, [["a", "b"], ["c"]])
 
 
 # Evaluators on a real model.

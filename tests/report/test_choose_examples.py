@@ -37,6 +37,8 @@ def test_selected_sets(monkeypatch):
 
 
 def test_a_set_whose_folder_has_moved_is_named_and_the_others_are_shown(monkeypatch):
-    monkeypatch.setattr(choose_examples.registry, "load", lambda spec, *_: choose_examples.RetrievalSet(spec, [], []))
+    monkeypatch.setattr(
+        choose_examples.registry, "load", lambda spec, *_, **__: choose_examples.RetrievalSet(spec, [], [])
+    )
     selected = choose_examples.select(["retrieval/moved", "coco_retrieval"], Preprocessing(4), None, None)
     assert "'moved'" in selected.missing[0] and selected.retrieval[0].name == "coco_retrieval"
