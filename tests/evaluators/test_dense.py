@@ -85,19 +85,6 @@ def test_a_mask_is_cut_as_its_image_is(options, shape):
     np.testing.assert_allclose(found[..., 1:], expected, atol=0.04)
 
 
-@pytest.mark.parametrize(("size", "patch"), [(384, 14), (10, 4)])
-def test_pixels_beside_the_last_patch_are_in_no_area(size, patch):
-    """Patches of one class each, and another one on the pixels that the tower ignores."""
-    grid = size // patch
-    labels = np.random.default_rng(0).integers(0, 2, (grid, grid))
-    mask = np.full((size, size), 2, np.uint8)
-    mask[: grid * patch, : grid * patch] = labels.repeat(patch, axis=0).repeat(patch, axis=1)
-    found = dense.areas(mask, 3, grid, patch, Preprocessing(size))
-    # The mask is sampled: a sample near a patch's side may be of the next patch.
-    np.testing.assert_allclose(found, np.eye(3)[labels], atol=0.13)
-    assert not found[..., 2].any()
-
-
 # The probe.
 
 

@@ -1,43 +1,29 @@
-"""Recall in both directions and its intervals, retrieval of texts by texts, similarity of sentences."""
+"""Groups of captions, retrieval of texts by texts, similarity of sentences."""
 
 import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
 
-from tests.helpers.encoding import build_encoder, by_name, make_encoder, small_model
+from tests.helpers.encoding import SIZE, build_encoder, by_name, make_encoder, small_model
 from xclip_jax.core.errors import UserError
-from xclip_jax.evaluators import retrieval, statistics
-from xclip_jax.evaluators.retrieval import SentenceSimilarity, SimilaritySet, TextRetrieval, TextRetrievalSet
-
-IMAGES, CAPTIONS = 100, 5
-
-
-def measured(monkeypatch, found, captions):
-    """Results of `Retrieval` whose queries for images have the ranks `found`."""
-    ranked = {"image_to_text": np.zeros(len(captions), int), "text_to_image": found}
-    monkeypatch.setattr(retrieval, "encode_pairs", lambda *_: (None, None))
-    monkeypatch.setattr(retrieval, "ranks_by_score", lambda *_: {"": ranked})
-    data = retrieval.RetrievalSet("x", [None] * len(captions), captions)
-    return {result.metric: result for result in retrieval.Retrieval(make_encoder(), data).measure({})}
+from xclip_jax.evaluators import retrieval
+from xclip_jax.evaluators.retrieval import (
+    Retrieval,
+    RetrievalSet,
+    SentenceSimilarity,
+    SimilaritySet,
+    TextRetrieval,
+    TextRetrievalSet,
+)
 
 
-def test_the_interval_of_captions_covers_the_true_recall(monkeypatch):
-    """Half of all images have captions that find them, the others none: single captions cover it less often."""
-    captions = [[f"{i} {j}" for j in range(CAPTIONS)] for i in range(IMAGES)]
-    covered, trials = 0, 40
-    for seed in range(trials):
-        right = np.random.default_rng(seed).random(IMAGES) < 0.5
-        item = measured(monkeypatch, np.repeat(np.where(right, 0, 50), CAPTIONS), captions)["text_to_image/r1"].items
-        low, high = statistics.bootstrap(item, samples=200)
-        covered += low <= 50 <= high
-    assert covered >= 35
-
-
-def test_captions_are_grouped_by_image(monkeypatch):
-    results = measured(monkeypatch, np.zeros(4, int), [["a"], ["b", "c"], ["d"]])
-    assert results["text_to_image/r5"].items.groups.tolist() == [0, 1, 1, 2]
-    assert results["image_to_text/r5"].items.groups is None
+def test_captions_are_grouped_by_image():
+    images = list(np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8))
+    data = RetrievalSet("x", images, [["a"], ["b", "c"], ["d"]])
+    items = by_name(Retrieval(make_encoder(), data).measure(small_model()[1]))[1]
+    assert items["retrieval/x/text_to_image/r5"].groups.tolist() == [0, 1, 1, 2]
+    assert items["retrieval/x/image_to_text/r5"].groups is None
 
 
 def pairs(n, seed):

@@ -236,16 +236,6 @@ def test_a_probe_of_a_tfds_set(name):
     assert metrics[f"visual/probe/{name}/n"] == 3 and f"visual/probe/{name}/{data.card.metric}" in metrics
 
 
-def test_a_probe_of_folders_by_slips_profile(tmp_path):
-    for part in ("train", "test"):
-        for label, value in (("cat", 20), ("dog", 220)):
-            for i in range(3):
-                write_image(tmp_path / part / label / f"{i}.png", value + i)
-    data = registry.load(f"probe/folder:{tmp_path}", SIZE, profile=PROFILES["slip"])
-    assert "bilinear" in data.card.preprocessing and data.card.protocol.startswith("CLIP's linear probe")
-    assert (data.test[0] == data.train[0]).all() and data.test[0].shape == (SIZE, SIZE, 3)
-
-
 def test_a_probe_without_a_training_split(tmp_path):
     for name in ("imagenet_a", "gtsrb"):
         with pytest.raises(UserError, match=rf"^{name} .*probe/folder:PATH"):
