@@ -20,6 +20,7 @@ from xclip_jax.data.loader import SampleOrder
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.prompts import PROFILES
 from xclip_jax.interop import hub
 from xclip_jax.train import checks, cost
 from xclip_jax.train.build import Experiment, build, make_encoder
@@ -162,7 +163,7 @@ def open_evaluators(experiment: Experiment, encoder: Encoder) -> dict[str, Evalu
     """Open all sets of `eval.sets` and `eval.sets_at_end`; return their evaluators by spec."""
     config = experiment.config
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.sets_at_end)))
-    return dict(zip(specs, registry.open_all(specs, encoder, data=config.data), strict=True))
+    return dict(zip(specs, registry.open_all(specs, encoder, None, PROFILES["openai"], config.data), strict=True))
 
 
 def open_initial(
