@@ -162,7 +162,7 @@ def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
         results |= found
     shares = {key: value for key, value in results.items() if not key.endswith("log10_c")}
     assert all(0 <= value <= 100 for value in shares.values()), [k for k, v in shares.items() if not 0 <= v <= 100]
-    with pytest.raises(UserError, match="--help lists the names"):
+    with pytest.raises(UserError, match="unknown evaluation set"):
         registry.load("emoji/test_lines", SIZE)
 
 
