@@ -127,7 +127,7 @@ def test_texts_of_the_demo(small_demo):
 
 
 def test_every_set_says_where_it_is_from(small_demo):
-    for spec in emoji_sets.EmojiSets.names:
+    for spec in emoji_sets._MAKERS:
         card = registry.load(spec, SIZE).card
         assert card.data == "emoji_pairs" and len(card.split_hash) == 16 and card.protocol, spec
     assert registry.load("emoji/test_line", SIZE).card == registry.load("emoji/test_line", SIZE).card
@@ -156,7 +156,7 @@ def test_each_family_has_a_first_set(small_demo):
 def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
     _, variables = small_model()
     encoder, results = make_encoder(), {}
-    for spec in emoji_sets.EmojiSets.names:
+    for spec in emoji_sets._MAKERS:
         found = registry.open_all([spec], encoder)[0].run(variables)
         assert not results.keys() & found.keys()
         results |= found
