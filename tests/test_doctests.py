@@ -46,6 +46,12 @@ def test_examples_of_a_model(name, loaded, tmp_path, monkeypatch):
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
+@pytest.mark.parametrize("name", ["retrieval", "zeroshot"])
+def test_public_scores_have_examples(name):
+    module = f"xclip_jax.evaluators.{name}"
+    assert PUBLIC[module] == importlib.import_module(module).__all__
+
+
 @pytest.mark.parametrize("name", [name for name in xclip_jax.__all__ if name[0].islower()])
 def test_rooms_are_attributes(name):
     """Each name is listed for completion, and what a room lists exists."""

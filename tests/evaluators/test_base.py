@@ -15,7 +15,7 @@ def test_an_unreadable_image_of_pairs_is_named_by_its_file(tmp_path):
     for number in (3, 4, 5):
         (pairs / f"{number:03d}.png").write_bytes(b"no image %d" % number)
     spec = f"retrieval/folder:{pairs}"
-    with pytest.raises(UserError, match=rf"3 of .*40 images cannot be read, .*image '{pairs}/003\.png'"):
+    with pytest.raises(UserError, match=rf"3 of 40 images cannot be read, .*image '{pairs}/003\.png'"):
         measure(spec)
 
 

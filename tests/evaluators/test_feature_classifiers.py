@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.neighbors import KNeighborsClassifier
 
 from tests.evaluators.test_logistic import overlapping
@@ -22,11 +23,8 @@ def test_knn_equals_sklearn(chunk, monkeypatch):
     share = votes / votes.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(share, peer.predict_proba(held - 1), atol=1e-3)
     assert (votes.argmax(axis=1) == peer.predict(held - 1)).all()
-
-
-def test_knn_of_fewer_items_than_neighbours():
-    votes = feature_classifiers.knn(np.eye(3), np.array([0, 1, 1]), np.array([[1.0, 0.1, 0.0]]), 2)
-    assert votes.argmax() == 0 and votes.shape == (1, 2)
+    few = feature_classifiers.knn(np.eye(3), np.array([0, 1, 1]), np.array([[1.0, 0.1, 0.0]]), 2)
+    assert few.argmax() == 0 and few.shape == (1, 2)  # fewer items than neighbours
 
 
 def test_knn_of_other_features_is_the_same_program():
@@ -102,18 +100,16 @@ def test_fewer_items_than_folds():
 
 
 def test_nested_folds_equal_sklearns():
-    """scikit-learn's grid search inside of its cross-validation, on the same folds."""
-    from sklearn.model_selection import GridSearchCV, PredefinedSplit
-
-    x, y = overlapping(n=99, d=6, k=3, spread=0.4)
+    """scikit-learn's grid search inside its cross-validation, on the same folds."""
+    x, y = overlapping(n=60, d=6, k=3, spread=0.4)
     cs = [1e-3, 0.1, 10.0]
-    right, extra = feature_classifiers.nested(x, y, 3, cs, 3, 1e-7)
-    of, chosen = feature_classifiers.folds(y, 3), []
-    for fold in range(3):
+    right, extra = feature_classifiers.nested(x, y, 3, cs, 2, 1e-6)
+    of, chosen = feature_classifiers.folds(y, 2), []
+    for fold in range(2):
         train, test = of != fold, of == fold
-        inner = PredefinedSplit(feature_classifiers.folds(y[train], 3))
+        inner = PredefinedSplit(feature_classifiers.folds(y[train], 2))
         search = GridSearchCV(LogisticRegression(max_iter=5000, tol=1e-6), {"C": cs}, cv=inner)
         search.fit(x[train].astype(np.float64), y[train])
         chosen.append(np.log10(search.best_params_["C"]))
-        assert np.mean((search.predict(x[test]) == y[test]) == right[test]) >= 0.99
+        assert np.mean((search.predict(x[test]) == y[test]) == right[test]) >= 0.96
     assert extra["log10_c"] == pytest.approx(np.mean(chosen))

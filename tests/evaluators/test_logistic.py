@@ -1,6 +1,5 @@
-"""Logistic regression against scikit-learn: coefficients, intercepts, probabilities and the choice of C."""
+"""Logistic regression against scikit-learn: coefficients, intercepts, and probabilities."""
 
-import tracemalloc
 import warnings
 
 import numpy as np
@@ -9,8 +8,7 @@ import scipy.special
 from sklearn.linear_model import LogisticRegression
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.evaluators import feature_classifiers, logistic
-from xclip_jax.evaluators.feature_classifiers import Sweep
+from xclip_jax.evaluators import logistic
 
 CS = (1e-4, 1e-2, 1.0, 100.0)
 
@@ -48,16 +46,16 @@ def check_against_sklearn(x, y, classes, held):
         assert np.mean(logits.argmax(axis=1) == peer.predict(held)) >= 0.995
 
 
-@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("classes", [2, 5])
 def test_solution_equals_sklearns(classes):
-    x, y = features(500, classes)
-    check_against_sklearn(x, y, classes, features(400, classes, seed=1)[0])
+    x, y = features(300, classes)
+    check_against_sklearn(x, y, classes, features(200, classes, seed=1)[0])
 
 
 @pytest.mark.parametrize("classes", [2, 4])
 def test_shares_of_classes_are_sklearns_weights(classes):
     """An item with shares is one item of each class with that weight."""
-    x, _ = features(300, classes)
+    x, _ = features(150, classes)
     y = np.random.default_rng(0).dirichlet(np.full(classes, 0.5), len(x)).astype(np.float32)
     solution = logistic.fit(x, y, (1.0,), classes, tolerance=1e-6)
     peer = LogisticRegression(C=1.0, max_iter=20_000, tol=1e-9)
@@ -76,27 +74,6 @@ def test_two_classes_of_three_have_the_penalty_of_two():
     np.testing.assert_allclose(*difference, atol=5e-3 * np.abs(difference[0]).max())
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-def test_probe_chooses_the_c_that_sklearn_would(classes):
-    """CLIP's protocol by scikit-learn: each C of a coarse grid on validation, then a fit on both, tested once."""
-    train, held, test = (features(n, classes, seed=seed, spread=0.2) for seed, n in enumerate((100, 300, 500)))
-    sweep = Sweep(tuple(2.0**e for e in range(-12, 5)), 0, 1e-6)
-    right, extra = feature_classifiers.linear(
-        train, held, test, classes, sweep, lambda logits, y: -_log_loss(logits, y)
-    )
-    losses = {c: _log_loss(sklearn_fit(*train, c).predict_log_proba(held[0]), held[1]) for c in sweep.coarse}
-    best = min(losses, key=losses.get)
-    assert sweep.coarse[0] < best < sweep.coarse[-1]
-    assert extra["log10_c"] == pytest.approx(np.log10(best))
-    both = (np.concatenate(pair) for pair in zip(train, held, strict=True))
-    peer = sklearn_fit(*both, best)
-    assert np.mean((peer.predict(test[0]) == test[1]) == right) >= 0.995
-
-
-def _log_loss(logits, y):
-    return -scipy.special.log_softmax(logits, axis=1)[np.arange(len(y)), y].mean()
-
-
 def overlapping(n=600, d=24, k=7, spread=0.6, seed=0):
     return features(n, k, d, seed, spread, longest=3)
 
@@ -113,48 +90,36 @@ def test_it_stops_at_a_small_gradient():
             assert max(slopes.max(), np.abs(wrong.mean(axis=0)).max()) <= 1.1 * tolerance
 
 
-def test_separable_classes_do_not_go_on_for_ever():
-    x, y = np.eye(4, dtype=np.float32)[np.arange(400) % 4], np.arange(400) % 4
-    assert np.isfinite(logistic.fit(x, y, [1.0, 1e3, 1e6], 4).objective).all()
-
-
 def test_each_c_is_solved_as_if_alone(monkeypatch):
-    x, y = overlapping(n=300)
-    cs = [1e-2, 1.0, 1e2, 1e4]
+    x, y = overlapping(n=150, d=8)
+    cs = [1e-2, 1.0, 1e3]
     together = logistic.fit(x, y, cs, 7, tolerance=1e-7)
-    monkeypatch.setattr(logistic, "_SMALL", 0)  # those that are done are left behind
-    dropped = logistic.fit(x, y, cs, 7, tolerance=1e-7)
-    monkeypatch.setattr(logistic, "_SCORES", 2 * 300 * 7)  # in turns
+    monkeypatch.setattr(logistic, "_SCORES", 2 * 150 * 7)  # in turns
     turns = logistic.fit(x, y, cs, 7, tolerance=1e-7)
     for i, c in enumerate(cs):
         alone = logistic.fit(x, y, [c], 7, tolerance=1e-7)
-        for other in (together, dropped, turns):
+        for other in (together, turns):
             assert other.objective[i] == pytest.approx(alone.objective[0], rel=1e-4)
 
 
-def test_logistic_regression_of_constant_features_and_absent_classes():
+def test_constant_features_absent_and_separable_classes():
     x, y = overlapping(n=200, d=5)
     x[:, 2] = 3
     solution = logistic.fit(x, y, [1.0, 1e6], 9)  # classes 7 and 8 do not occur
     assert np.isfinite(solution.weights).all() and np.isfinite(solution.bias).all()
     assert solution.logits(x).argmax(axis=2).max() <= 6
+    y = np.arange(40) % 4
+    assert np.isfinite(logistic.fit(np.eye(4)[y], y, [1.0, 1e6], 4).objective).all()
 
 
-def test_features_are_rotated_in_blocks_beside_one_result(monkeypatch):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((6000, 64), np.float32) + 5
+def test_features_are_rotated_in_blocks(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((100, 8), np.float32) + 5
     whole = [np.asarray(part) for part in logistic._rotate(x)]
-    monkeypatch.setattr(logistic, "_BLOCK", 1 << 14)
-    tracemalloc.start()
-    blocks = [np.asarray(part) for part in logistic._rotate(x)]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1.4 * x.nbytes
-    np.testing.assert_allclose(blocks[2], whole[2], rtol=1e-5)
-    np.testing.assert_allclose(np.abs(blocks[0]), np.abs(whole[0]), atol=1e-3)
-    back = blocks[0][:, :-1] @ blocks[3].T.astype(np.float32) + blocks[1]
-    np.testing.assert_allclose(back, x, atol=1e-4)
-    assert (blocks[0][:, -1] == 1).all()
+    monkeypatch.setattr(logistic, "_BLOCK", 8 * 30)
+    rotated, mean, spectrum, axes = (np.asarray(part) for part in logistic._rotate(x))
+    np.testing.assert_allclose(spectrum, whole[2], rtol=1e-4)
+    np.testing.assert_allclose(rotated[:, :-1] @ axes.T + mean, x, atol=1e-4)
+    assert (rotated[:, -1] == 1).all()
 
 
 def test_features_of_a_model_that_diverged():

@@ -1,12 +1,14 @@
 """Probes of images and texts."""
 
+import types
+
 import numpy as np
 import pytest
 
 from tests.helpers.encoding import SIZE, by_name, make_encoder, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators.feature_classifiers import Sweep
-from xclip_jax.evaluators.probe import ClassificationSet, Probe, ProbeSet, renumber
+from xclip_jax.evaluators.probe import ClassificationSet, ClassifierEvaluator, Probe, ProbeSet, renumber
 from xclip_jax.evaluators.results import Provenance
 
 
@@ -31,13 +33,13 @@ def test_a_probe_finds_what_is_easy_to_see(held):
     assert Probe(make_encoder(), data).run(small_model()[1]) == metrics
 
 
-def test_a_probe_gives_the_same_on_1_and_8_devices():
-    labels = [np.arange(n) % 3 for n in (60, 9, 30)]
+def test_a_probe_gives_the_same_on_1_and_2_devices():
+    labels = [np.arange(n) % 3 for n in (30, 9, 15)]
     rng = np.random.default_rng(0)
     pictures = [list(rng.integers(0, 256, (len(y), SIZE, SIZE, 3), dtype=np.uint8)) for y in labels]
     data = ProbeSet("set", *pictures, {"": tuple(labels)}, Sweep((1e-2, 1.0), 1))
-    one, eight = (Probe(make_encoder(devices=n), data).run(small_model()[1]) for n in (1, 8))
-    assert one == pytest.approx(eight, abs=1e-3)
+    one, two = (Probe(make_encoder(devices=n), data).run(small_model()[1]) for n in (1, 2))
+    assert one == pytest.approx(two, abs=1e-3)
 
 
 def test_a_class_that_training_lacks_counts():
@@ -61,8 +63,7 @@ class Encoder:
         return {"features": np.array([self.of(text) for text in texts], np.float32)}
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize(("folds", "tested"), [(0, True), (3, True), (3, False)])
+@pytest.mark.parametrize(("value", "folds", "tested"), [(np.nan, 0, True), (np.inf, 3, True), (np.nan, 3, False)])
 def test_a_model_that_diverged_is_wrong_everywhere(value, folds, tested):
     """Also where validation chooses C, and in SentEval's folds."""
     texts, y = ["a"] * 12, np.arange(12) % 2
@@ -99,16 +100,6 @@ def test_c_is_chosen_by_the_sets_own_metric():
         assert Probe(make_encoder(), data)._score(logits, labels) == value
 
 
-def test_cola_chooses_c_by_matthews():
-    """Three in four are acceptable: to call all of them so has the better accuracy, and a correlation of 0."""
-    y = np.array([1, 1, 1, 0])
-    constant, other = np.array([[0, 1]] * 4), np.array([[0, 1], [1, 0], [1, 0], [1, 0]])
-    for metric, better in (("linear/top1", constant), ("linear/matthews", other)):
-        data = ProbeSet("set", ["a"] * 4, [], ["a"] * 4, {"": (y, y[:0], y)}, card=Provenance(metric=metric))
-        scores = [Probe(make_encoder(), data)._score(logits, y) for logits in (constant, other)]
-        assert (constant, other)[int(np.argmax(scores))] is better
-
-
 def test_a_probe_of_pairs():
     features = {text: np.random.default_rng(i).normal(size=3).astype(np.float32) for i, text in enumerate("abc")}
     pairs, y = [("a", "b"), ("c", "a")], np.array([0, 1])
@@ -121,28 +112,17 @@ def test_a_probe_of_pairs():
         np.testing.assert_allclose(found[2][1], expected)
 
 
-def test_classes_are_their_numbers_where_two_have_one_name():
-    names, labels = ["a", "crane", "b", "crane"], np.arange(4)
-    assert renumber(labels, names, names, "set")[0].tolist() == [0, 1, 2, 3]
-    assert renumber(np.array([1, 0]), ["b", "a"], ["a", "b", "c"], "set")[0].tolist() == [0, 1]
-    data = ClassificationSet("set", ["x"] * 4, labels, 4, names=names)
-    assert data.renumbered(names).labels.tolist() == [0, 1, 2, 3]
-    with pytest.raises(UserError, match="set: two classes are named 'crane'"):
-        renumber(np.array([1, 0]), ["b", "a"], names, "set")
-    with pytest.raises(UserError, match="class 'crane' is not among the 2 classes"):
-        ClassificationSet("set", ["x"] * 2, np.array([0, 1]), 2, names=["a", "crane"]).renumbered(["a", "b"])
+def test_classes_are_matched_by_their_names():
+    names = ["a", "crane", "b", "crane"]
+    assert renumber(np.arange(4), names, names, "set").tolist() == [0, 1, 2, 3]
+    assert renumber(np.array([1, 0]), ["b", "a", "unused"], ["a", "b", "c"], "set").tolist() == [0, 1]
+    for of, to, named in ((["b", "a"], names, "one name"), (["b", "elk"], ["a", "b"], "'elk'")):
+        with pytest.raises(UserError, match=rf"^set .*{named}"):
+            renumber(np.array([1, 0]), of, to, "set")
 
 
-def test_a_few_items_may_have_a_class_that_training_lacks_and_are_wrong(capsys):
-    names, labels = ["b", "new", "a"], np.array([2, 1, *[0, 2] * 9])
-    numbers, every = renumber(labels, names, ["a", "b"], "set")
-    assert numbers.tolist() == [0, 2, *[1, 0] * 9] and list(every) == ["a", "b", "new"]
-    assert "WARNING: set: class 'new' is not among the 2 classes" in capsys.readouterr().out
-    with pytest.raises(UserError, match="1 of 19 items have such a class, more than 5%"):
-        renumber(labels[:-1], names, ["a", "b"], "set")
-    train = np.array([[0.0, 1.0], [1.0, 0.0]] * 6)
-    test = np.array([[0.0, 1.0], [0.0, 1.0], *[[1.0, 0.0], [0.0, 1.0]] * 9])
-    labels = (np.array([0, 1] * 6), np.array([], int), numbers)
-    data = ProbeSet("set", [""] * 12, [], [""] * 20, {"": labels}, Sweep((1.0,), 0))
-    for values, _ in Probe(make_encoder(), data)._task((train, train[:0], test), labels).values():
-        assert values.tolist() == [1, 0, *[1] * 18]
+def test_another_number_of_classes_than_the_classifiers_is_refused():
+    encoder = types.SimpleNamespace(classes=None, texts=lambda *_: {"class_logits": np.eye(2)[[1, 1, 0]]})
+    data = ClassificationSet("set", ["x"] * 3, np.array([0, 0, 1]), 3)
+    with pytest.raises(UserError, match="set has 3 classes, the model's classifier 2"):
+        ClassifierEvaluator(encoder, data).measure(None)

@@ -21,15 +21,16 @@ from xclip_jax.evaluators.prompts import PROFILES, Profile
 
 
 def test_clips_own_templates_follow_from_their_rules():
-    counts = {"ucf101": 48, "kinetics700": 28, "clip_resisc45": 18, "clip_pcam": 1}
-    for name, count in counts.items():
-        assert len(prompts.templates(name)) == len(set(prompts.templates(name))) == count, name
-    assert prompts.templates("ucf101")[:5:4] == ["a photo of a person {c}.", "a photo of the person {c}."]
-    assert prompts.templates("ucf101")[-1] == "a demonstration of the person practicing {c}."
-    assert prompts.templates("kinetics700")[:2] == ["a photo of {c}.", "a photo of a person {c}."]
-    assert prompts.templates("kinetics700")[-1] == "a demonstration of a person practicing {c}."
-    assert prompts.templates("clip_resisc45")[:2] == ["satellite imagery of {c}.", "aerial imagery of {c}."]
-    assert prompts.templates("clip_resisc45")[-1] == "aerial view of the {c}."
+    ends = {
+        "ucf101": (48, "a photo of a person {c}.", "a demonstration of the person practicing {c}."),
+        "kinetics700": (28, "a photo of {c}.", "a demonstration of a person practicing {c}."),
+        "clip_resisc45": (18, "satellite imagery of {c}.", "aerial view of the {c}."),
+        "clip_pcam": (1, "this is a photo of {c}", "this is a photo of {c}"),
+    }
+    for name, (count, first, last) in ends.items():
+        texts = prompts.templates(name)
+        assert len(texts) == len(set(texts)) == count and (texts[0], texts[-1]) == (first, last)
+    assert prompts.templates("ucf101")[4] == "a photo of the person {c}."
     chosen = {key: prompts.chosen("resisc45", profile) for key, profile in PROFILES.items()}
     assert chosen == {"openai": "clip_resisc45", "slip": "clip_resisc45", "open_clip": "resisc45"}
 
@@ -68,9 +69,8 @@ def test_masks_equal_clip_benchmarks():
 
 def test_readable():
     names = {
-        "/a/airplane_cabin": "airplane cabin", "/c/church/outdoor": "church outdoor",
-        "001.Black_footed_Albatross": "Black footed Albatross", "ApplyEyeMakeup": "Apply Eye Makeup",
-        "AM General Hummer SUV 2000": "AM General Hummer SUV 2000",
+        "/a/airplane_cabin": "airplane cabin", "001.Black_footed_Albatross": "Black footed Albatross",
+        "ApplyEyeMakeup": "Apply Eye Makeup", "AM General Hummer SUV 2000": "AM General Hummer SUV 2000",
     }  # fmt: skip
     assert {label: prompts.readable(label) for label in names} == names
 
@@ -79,8 +79,7 @@ def test_class_names_follow_the_labels_order(monkeypatch):
     monkeypatch.setattr(prompts, "_read", lambda kind: {"x": ["Big Cat", "dog", "red fox"]})
     assert prompts.class_names("x", ["dog", "red_fox", "big_cat"]) == ["dog", "red fox", "Big Cat"]
     assert prompts.class_names("x", ["0", "1", "2"]) == ["Big Cat", "dog", "red fox"]
-    assert prompts.class_names("x", ["cat", "dog", "fox"]) == ["Big Cat", "dog", "red fox"]
-    with pytest.raises(UserError, match="3 class names and the data set 2"):
+    with pytest.raises(UserError, match=r"^x has 3 class names"):
         prompts.class_names("x", ["dog", "cat"])
 
 
@@ -101,15 +100,6 @@ def test_a_profiles_captions():
         assert dataclasses.replace(published, prefix=prefix).texts(captions) == [expected]
 
 
-@pytest.mark.parametrize(
-    "content", ['{"0": ["cat", 7]}', '{"0": ["cat", ""]}', '{"0": []}', '{"0": ""}', '["cat"]', '{"0": 7}']
-)
-def test_class_names_that_are_none(content, tmp_path):
-    (tmp_path / "names.json").write_text(content)
-    with pytest.raises(UserError, match=r"names\.json' cannot be read"):
-        prompts.read_class_names(str(tmp_path / "names.json"))
-
-
 @pytest.fixture(scope="module")
 def turned(tmp_path_factory):
     """A photograph with an EXIF tag of rotation in sets of many kinds: {set: whether it is data of one's own}."""
@@ -122,8 +112,6 @@ def turned(tmp_path_factory):
     (root / "pairs" / "0.txt").write_text("a fox")
     split = {"images": [{"filename": "0.jpg", "filepath": "pairs", "split": "test", "sentences": [{"raw": "a fox"}]}]}
     (root / "split.json").write_text(json.dumps(split))
-    item = {"filename": "0.jpg", "caption": "a fox", "negative_caption": "a hen"}
-    (root / "add_att.json").write_text(json.dumps({"0": item}))
     (root / "rows.csv").write_text("image,right,wrong\nval2017/0.jpg,a fox,a hen\n")
     box = {"bbox_x": 0, "bbox_y": 0, "bbox_w": SIZE, "bbox_h": SIZE, "image_path": "0.jpg", "relation_name": "on"}
     texts = {"true_caption": "a fox on a hen", "false_caption": "a hen on a fox"}
@@ -133,14 +121,13 @@ def turned(tmp_path_factory):
     names = ("angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised")
     (root / "fer.csv").write_text("path,label\n" + "".join(f"images/0.jpg,{name}\n" for name in names))
     published = [f"fer2013@{root / 'fer.csv'}", f"coco_retrieval@{root / 'split.json'}", f"aro/vg_relation@{root}",
-                 f"sugarcrepe/add_att@{root}", f"wds:{root / 'classes'}", f"wds:{root / 'captions'}"]  # fmt: skip
+                 f"wds:{root / 'classes'}", f"wds:{root / 'captions'}"]  # fmt: skip
     own = [f"folder:{root / 'test'}", f"probe/folder:{root}", f"retrieval/{root / 'pairs'}",
            f"choice/{root / 'rows.csv'}?text=right&text=wrong"]  # fmt: skip
     return data, dict.fromkeys(published, False) | dict.fromkeys(own, True)
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("rotation", [True, False])
+@pytest.mark.parametrize(("profile", "rotation"), [("openai", True), ("slip", True), ("open_clip", False)])
 def test_only_images_of_ones_own_are_rotated_and_only_if_the_models_are(profile, rotation, turned):
     """The pixels are Pillow's, which open_clip, clip_benchmark and torchvision leave as they are stored."""
     data, sets = turned

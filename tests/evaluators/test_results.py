@@ -1,150 +1,89 @@
 """Results as records, evaluation.json, and what commands add to it."""
 
+import concurrent.futures
 import dataclasses
-import errno
 import fcntl
 import json
 import pathlib
-import shutil
-import subprocess
-import sys
+import threading
 
 import numpy as np
-import PIL.Image
 import pytest
 from etils import epath
 
 from tests.demo.test_emoji_sets import small_demo  # noqa: F401
+from tests.evaluators.test_registry import folder
 from tests.helpers.encoding import make_encoder, small_model
 from tests.helpers.made_results import entry
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.results import SHIFTED, Provenance, Result, flat, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
-from xclip_jax.report import card as model_card
 from xclip_jax.report import collect
 
-STEPS = 4
+
+def added(path, *entries, own=True):
+    """Entries and items of a file to which entries were added one after the other."""
+    for x in entries:
+        results.add(epath.Path(path), x, {f"{x['name']}/top1": PerExample(np.full(2, x["value"]))}, {}, own=own)
+    return results.read(epath.Path(path))
 
 
-@pytest.fixture(scope="module")
-def root(trained, tmp_path_factory):
-    """A run with two checkpoints, and three folders of pictures in two classes."""
-    root = tmp_path_factory.mktemp("results")
-    shutil.copytree(trained, root / "run")
-    rng = np.random.default_rng(0)
-    for name in ("one", "two", "with, comma"):
-        for label in ("cat", "dog"):
-            (root / name / label).mkdir(parents=True)
-            for i in range(5):
-                image = PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
-                image.save(root / name / label / f"{i}.png")
-    return root
-
-
-def entries(path):
-    return {
-        (entry["set"].rpartition("/")[2], entry["step"], entry["profile"], json.dumps(entry["changes"]))
-        for entry in results.read(epath.Path(path))[0]
-    }
-
-
-def test_later_commands_add_to_the_file(root):
-    run, one, two = str(root / "run"), f"folder:{root / 'one'}", f"folder:{root / 'two'}"
-    file = root / "run" / "evaluation.json"
-    file.unlink(missing_ok=True)
-    evaluate.evaluate(run, one, step=2)
-    evaluate.evaluate(run, one)
-    evaluate.evaluate(run, two)
+def test_later_commands_add_to_the_file(tmp_path):
+    file = tmp_path / "x.json"
+    one, two = entry(set="one", step=4), entry(set="two", step=4)
+    others = [
+        one | {"step": 2},
+        one | {"profile": "slip"},
+        one | {"changes": {"prefix": "a "}},
+        one | {"fingerprint": "2"},
+    ]
+    added(file, others[0], one, two)
     written = json.loads(file.read_text())
-    assert [r["set"] for r in written["results"]] == [one, two] and written["step"] == STEPS
+    assert [r["set"] for r in written["results"]] == ["one", "two"] and written["step"] == 4
     assert [r["step"] for r in written["other_results"]] == [2]
-    # What shows the newest shows both, and nothing of the earlier step.
-    assert flat(results.read_entries(written["results"])).keys() == {
-        f"{r['name']}/{key}" for r in written["results"] for key in r["metrics"]
-    }
-    evaluate.evaluate(run, one, profile="slip")
-    evaluate.evaluate(run, one, changes={"prefix": "a "})
-    assert entries(file) == {
-        ("one", 2, "openai", "{}"),
-        ("one", 4, "openai", "{}"),
-        ("two", 4, "openai", "{}"),
-        ("one", 4, "slip", "{}"),
-        ("one", 4, "openai", '{"prefix": "a "}'),
-    }
+    added(file, *others[1:])
     # A repeated one is replaced, and is the one to show again.
-    again = evaluate.evaluate(run, one)
-    entries_, items = results.read(epath.Path(file))
-    shown = json.loads(file.read_text())["results"]
-    assert len(entries_) == 5 and [r["set"] for r in shown] == [two, one]
-    assert again["results"][0]["value"] == shown[1]["value"]
-    # Every entry still has its items.
-    for each in entries_:
-        name = f"{each['name']}/{each['metric']}"
-        assert items[each["items"]][name].value() == pytest.approx(each["value"])
-    (measured,) = model_card.measured(RunReader(run), STEPS, 2)
-    assert model_card.evaluations([measured])[0][0] == "`folder:one`"
-
-
-def test_results_of_two_runs_in_one_file(root, tmp_path):
-    one, file = f"folder:{root / 'one'}", tmp_path / "all.json"
-    copy = root / "copy"
-    copy.exists() or copy.symlink_to(root / "run")
-    for run in ("run", "copy"):
-        evaluate.evaluate(str(root / run), one, output=str(file))
+    entries, items = added(file, one | {"value": 25.0})
     written = json.loads(file.read_text())
-    assert written["checkpoint"] == str(copy) and len(written["results"]) == len(written["other_results"]) == 1
+    assert len(entries) == 6 and [(r["set"], r["value"]) for r in written["results"]] == [("two", 50.0), ("one", 25.0)]
+    assert (written["profile"], written["changes"], written["fingerprint"]) == ("openai", {}, "1")
+    # Every entry still has its items.
+    assert [items[x["items"]][f"{x['name']}/top1"].values[0] for x in entries] == [x["value"] for x in entries]
 
 
-def test_a_run_that_was_moved_keeps_its_results(root):
-    one, two = f"folder:{root / 'one'}", f"folder:{root / 'two'}"
-    evaluate.evaluate(str(root / "run"), one)
-    (root / "run").rename(root / "moved")
-    try:
-        evaluate.evaluate(str(root / "moved"), two)
-        assert {one, two} <= {r["set"] for r in json.loads((root / "moved" / "evaluation.json").read_text())["results"]}
-        rows = evaluate.compare(str(root / "moved"), str(root / "moved"))
-        assert all(row["low"] == row["high"] == 0 for row in rows) and len(rows) >= 2
-    finally:
-        (root / "moved").rename(root / "run")
+def test_other_checkpoints_stay_unless_the_folder_was_moved(tmp_path):
+    one, two = entry(set="one", checkpoint="run"), entry(set="two", checkpoint="moved")
+    assert [x["checkpoint"] for x in added(tmp_path / "own.json", one, two)[0]] == ["moved", "moved"]
+    added(tmp_path / "all.json", one, two, own=False)
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert written["checkpoint"] == "moved" and [r["set"] for r in written["other_results"]] == ["one"]
 
 
-def test_all_sets_are_opened_before_the_first_is_evaluated(root, monkeypatch, tmp_path):
-    suite = [f"folder:{root / 'one'}", f"folder:{root / 'none'}", "dtd", "birdsnap"]
-    monkeypatch.setattr(registry, "measure", None)
+def test_all_sets_are_opened_before_the_first_is_evaluated(tmp_path):
     with pytest.raises(UserError) as error:
-        evaluate.evaluate(str(root / "run"), suite, data_dir=str(tmp_path), output=str(tmp_path / "x.json"))
-    faults = str(error.value).splitlines()[1:]
-    expected = (f"folder:{root / 'none'}: ", "'dtd:3.0.1'", "birdsnap is not in TFDS")
-    assert all(words in fault for fault, words in zip(faults, expected, strict=True))
-    assert not (tmp_path / "x.json").exists()
+        registry.open_all([f"folder:{tmp_path}/none", "dtd", "birdsnap"], make_encoder(), str(tmp_path))
+    expected = (f"folder:{tmp_path}/none", "'dtd:3.0.1'", "birdsnap")
+    assert all(name in fault for fault, name in zip(str(error.value).splitlines()[1:], expected, strict=True))
 
 
-def test_results_are_written_as_soon_as_they_are_there(root, monkeypatch, tmp_path):
-    one, two = f"folder:{root / 'one'}", f"folder:{root / 'two'}"
+def test_results_are_written_as_soon_as_they_are_there(run, monkeypatch, tmp_path):
+    suite = [f"folder:{folder(tmp_path / name, n=1)}" for name in ("one", "with, comma")]
     original = registry.measure
 
     def killed(evaluator, variables):
-        if "two" in evaluator.name:
+        if "comma" in evaluator.name:
             raise KeyboardInterrupt
         return original(evaluator, variables)
 
     monkeypatch.setattr(registry, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(str(root / "run"), [one, two], output=str(tmp_path / "x.json"))
-    assert [r["set"] for r in json.loads((tmp_path / "x.json").read_text())["results"]] == [one]
-
-
-def test_a_name_with_commas_is_one_of_a_list(root, tmp_path):
-    comma, one, two = (f"folder:{root / name}" for name in ("with, comma", "one", "two"))
-    assert registry.expand_suites(f"{one},{one}, mnist") == (one, "mnist")
-    assert registry.expand_suites([comma, "mnist", one]) == (comma, "mnist", one)
-    output = str(tmp_path / "deep" / "x.json")
-    evaluate.main(["--checkpoint", str(root / "run"), "--suite", two, "--suite", one, "--output", output])
-    assert [r["set"] for r in json.loads(pathlib.Path(output).read_text())["results"]] == [two, one]
+        evaluate.evaluate(str(run), suite, output=str(tmp_path / "x.json"))
+    assert [r["set"] for r in json.loads((tmp_path / "x.json").read_text())["results"]] == suite[:1]
+    assert registry.expand_suites(f"{suite[0]},{suite[0]}, mnist") == (suite[0], "mnist")
+    assert registry.expand_suites([suite[1], "mnist"]) == (suite[1], "mnist")
 
 
 # The file.
@@ -166,7 +105,7 @@ def test_items_survive_the_file(tmp_path):
     assert back["zeroshot/x/rank"].groups.tolist() == [3, 3, 0] and back["zeroshot/x/top1"].groups is None
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"results": [{"set": "x"}]}', '{"results": 3}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"results": [{"set": "x"}]}'])
 def test_damaged_files(content, tmp_path):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match=r"x\.json is not"):
@@ -182,37 +121,18 @@ def test_damaged_items(change, tmp_path):
         results.read(epath.Path(tmp_path / "x.json"))
 
 
-ADDING = """
-import pathlib, sys, time
-from tests.evaluators import test_results as t
-folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
-(folder / name).touch()
-until = time.monotonic() + 60
-while len(list(folder.glob("adds*"))) < 2 and time.monotonic() < until:
-    time.sleep(0.01)
-for i in range(10):
-    items = {f"zeroshot/{name}{i}/top1": t.PerExample(t.np.ones(2))}
-    t.results.add(t.epath.Path(folder / "x.json"), t.entry(set=f"{name}{i}"), items, {}, own=True)
-"""
-
-
 def test_two_commands_that_add_at_the_same_time_lose_nothing(tmp_path):
-    names = ("adds_a", "adds_b")
-    commands = [subprocess.Popen([sys.executable, "-c", ADDING, str(tmp_path), name]) for name in names]
-    assert [command.wait(100) for command in commands] == [0, 0]
-    entries_, items = results.read(epath.Path(tmp_path / "x.json"))
-    assert {e["set"] for e in entries_} == {f"{name}{i}" for name in names for i in range(10)} and len(items) == 20
-    assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.json.items.npz", *names}
+    both = threading.Barrier(2)  # a lock belongs to an open file, so threads exclude each other like processes
 
+    def add(name):
+        both.wait()
+        for i in range(5):
+            added(tmp_path / "x.json", entry(f"zeroshot/{name}{i}", set=f"{name}{i}"))
 
-def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    for name in ("x", "y"):
-        results.add(epath.Path(tmp_path / "x.json"), entry(set=name), {}, {}, own=True)
-    assert [e["set"] for e in results.read(epath.Path(tmp_path / "x.json"))[0]] == ["x", "y"]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        list(threads.map(add, "ab"))
+    entries, items = results.read(epath.Path(tmp_path / "x.json"))
+    assert {x["set"] for x in entries} == {f"{name}{i}" for name in "ab" for i in range(5)} and len(items) == 10
     assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.json.items.npz"}
 
 
@@ -276,19 +196,15 @@ def test_a_record_has_its_name_and_survives_json():
     assert (back.set, back.family, back.metric, back.value, back.unit) == ("emoji/x", "zeroshot", "top1", 12.5, "%")
 
 
-def test_precision_and_correlations_are_no_shares_of_the_items():
+def test_precision_is_no_share_of_the_items():
     """A binomial interval over the images would be several times too narrow for a mean average precision."""
     rng = np.random.default_rng(0)
     labels, pixels = rng.random((40, 3)) < 0.3, list(rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
     data = ZeroShotSet("voc", pixels, labels, [["a"], ["b"], ["c"]], card=Provenance(metric="map"))
-    results = ZeroShot(make_encoder(8, 0), data).measure(small_model(8, 0)[1])
-    units = {result.metric: result.unit for result in results}
-    assert units == {"n": "", "ways": "", "map": "x 100", "map11": "x 100"}
-    first = next(result for result in results if result.metric == "map11")
-    assert str(collect.judge(first))
-    # results.json has no values of items.
-    (without,) = from_json(to_json([first]))
-    assert without.unit == "x 100" and str(collect.judge(without)) == ""
+    measured = ZeroShot(make_encoder(8, 0), data).measure(small_model(8, 0)[1])
+    assert {x.metric: x.unit for x in measured} == {"n": "", "ways": "", "map": "x 100", "map11": "x 100"}
+    (without,) = from_json(to_json(measured[-1:]))  # results.json has no values of items
+    assert str(collect.judge(measured[-1])) and str(collect.judge(without)) == ""
 
 
 def test_results_of_a_family_without_a_layout_have_their_headline():
@@ -297,5 +213,5 @@ def test_results_of_a_family_without_a_layout_have_their_headline():
         Result("a", "colour", "lightness", 45.5, n=50, headline=True),
         Result("b", "colour", "hue", 1.2, unit="radians", n=5, headline=True),
     ]
-    (table,) = tables.build(results)
-    assert table.rows == [("a", ["lightness", "45.5"]), ("b", ["hue, radians", "1.2"])]
+    lines = [line.split() for line in tables.render(results).splitlines()[1:]]
+    assert lines == [["a", "lightness", "45.5"], ["b", "hue,", "radians", "1.2"]]

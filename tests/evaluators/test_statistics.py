@@ -7,9 +7,8 @@ import sklearn.metrics
 from etils import epath
 
 from tests.helpers.made_results import entry
-from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
-from xclip_jax.evaluators import results, statistics
+from xclip_jax.evaluators import results, statistics, tables
 
 
 def test_average_precision_against_sklearn_and_ties():
@@ -20,15 +19,6 @@ def test_average_precision_against_sklearn_and_ties():
     peer = [sklearn.metrics.average_precision_score(y[:, k], s[:, k]) for k in range(5)]
     np.testing.assert_allclose(mine, [*peer, 0], atol=1e-9)
     assert statistics.average_precision(np.zeros((2, 1)), np.array([[False], [True]])) == [0.5]
-
-
-def test_average_precision_equals_clip_benchmark():
-    torch = pytest.importorskip("torch")
-    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
-    rng = np.random.default_rng(1)
-    s, y = rng.normal(size=(50, 4)).astype(np.float32), rng.random((50, 4)) < 0.3
-    theirs = peer.average_precision_per_class(torch.from_numpy(s), torch.from_numpy(y))
-    np.testing.assert_allclose(statistics.average_precision(s, y), theirs, atol=1e-6)
 
 
 def test_eleven_points():
@@ -68,7 +58,7 @@ def test_the_bootstrap_covers_and_is_paired():
         statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(a[:3]))
 
 
-@pytest.mark.parametrize("statistic", ["map", "map11", "roc_auc", "spearman", "pearson", "f1", "matthews"])
+@pytest.mark.parametrize("statistic", ["map", "map11", "roc_auc", "spearman", "f1", "matthews"])
 def test_the_bootstrap_of_other_statistics(statistic):
     """Items are drawn again and the statistic is computed anew, on the same items for both sides."""
     rng = np.random.default_rng(0)
@@ -125,11 +115,10 @@ def test_a_comparison_without_an_interval_leaves_it_out(tmp_path):
     fields = entry("zeroshot/pcam", set="pcam", metric="roc_auc", value=60.0)
     for name, values in (("a", [1.0, 2]), ("b", [2.0, 1])):
         items = statistics.PerExample(np.array(values), other=np.array([True, True]), statistic="roc_auc")
-        path = epath.Path(tmp_path / f"{name}.json")
-        results.add(path, fields, {"zeroshot/pcam/roc_auc": items}, {}, own=True)
-    rows = evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"))
-    assert [(row["difference"], "low" in row) for row in rows] == [(0.0, False)]
-    assert evaluate.render_comparison(rows, "a", "b").splitlines()[-1].endswith("+0.0")
+        results.add(epath.Path(tmp_path / name), fields, {"zeroshot/pcam/roc_auc": items}, {}, own=True)
+    (row,) = tables.compare(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert row["difference"] == 0 and "low" not in row
+    assert tables.render_comparison([row], "a", "b").splitlines()[-1].endswith("+0.0")
 
 
 def test_scores_that_are_not_numbers_have_no_precision():

@@ -1,5 +1,5 @@
 import functools
-import tracemalloc
+import itertools
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def loop_recall(scores, positives, k):
     return np.mean(hits)
 
 
-@pytest.mark.parametrize("k", [1, 2, 5, 7, 9])
+@pytest.mark.parametrize("k", [1, 5, 9])
 def test_accuracy_against_a_loop_with_ties(k):
     logits = rng().integers(0, 3, (200, 7)).astype(np.float32)
     labels = rng(1).integers(0, 7, 200)
@@ -83,9 +83,9 @@ def test_classifier_and_accuracy_equal_clip_benchmark(monkeypatch):
     assert [zeroshot.accuracy(logits, labels, k) for k in (1, 5)] == pytest.approx(acc)
 
 
-@pytest.mark.parametrize("counts", [[1] * 12, [7] * 12, [1, 7, 5, 5, 6, 2]])
 @pytest.mark.parametrize("k", [1, 5])
-def test_recall_equals_clip_benchmark(counts, k):
+def test_recall_equals_clip_benchmark(k):
+    counts = [1, 7, 5, 5, 6, 2]
     torch = pytest.importorskip("torch")
     peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
     of = np.repeat(np.arange(len(counts)), counts)
@@ -99,8 +99,7 @@ def test_recall_equals_clip_benchmark(counts, k):
 # Retrieval: pure functions.
 
 
-@pytest.mark.parametrize("k", [1, 5, 10, 50])
-@pytest.mark.parametrize("chunk", [1, 70, 1 << 22])
+@pytest.mark.parametrize(("k", "chunk"), [(1, 1 << 22), (5, 70), (50, 1)])
 def test_recall_against_a_loop_with_ties(k, chunk, monkeypatch):
     monkeypatch.setattr(statistics, "_CHUNK", chunk)
     scores = rng().integers(0, 4, (60, 35)).astype(np.float32)
@@ -115,29 +114,27 @@ def test_recall_of_a_query_without_positives_raises(positives):
         retrieval.recall_at_k(np.zeros((2, 3)), positives, 1)
 
 
-@pytest.mark.parametrize("k", [1, 5, 10, 50])
 @pytest.mark.parametrize(
     "captions",
     [
-        [[f"{i}/{j}" if i % 4 else f"{i % 3}" for j in range(1 + i % 7)] for i in range(9)],  # 1 to 7, some shared
-        [[f"{i // 9}", f"{i * i % 12}"] for i in range(84)],  # 12 texts, some twice for an image
-        [["the same" if i < 6 else f"{i}"] for i in range(40)],
+        [["a", "b", "b"], ["b", "e"], ["c", "d"], ["d", "d", "d"]],  # some shared, some twice for an image
+        [["a"], ["b"], ["c", "d", "e"], ["f"]],
         [["a", "a"], ["a"]],
     ],
 )
-def test_chance_of_recall_equals_random_orders(k, captions):
-    """A random score for each text, which its copies share, and for each image."""
+def test_chance_of_recall_is_the_mean_over_all_orders(captions):
+    """Copies of a text rank together; images are all distinct."""
     matches = retrieval.Matches(captions)
     positive = matches.of_images()
     texts, places = np.unique([text for of_image in captions for text in of_image], return_inverse=True)
-    draws = {
-        "image_to_text": (positive, lambda i: rng(i).random((len(captions), len(texts)))[:, places]),
-        "text_to_image": (positive.T, lambda i: rng(i).random(positive.T.shape)),
+    orders = {
+        "image_to_text": (positive, [np.array(x, float)[places] for x in itertools.permutations(range(len(texts)))]),
+        "text_to_image": (positive.T, [np.array(x, float) for x in itertools.permutations(range(len(captions)))]),
     }
-    for direction, (m, scores) in draws.items():
-        recalls = [retrieval.recall_at_k(scores(i), m, k) for i in range(2000)]
-        error = np.std(recalls) / np.sqrt(len(recalls))
-        assert matches.chance(k)[direction] == pytest.approx(np.mean(recalls), abs=max(4 * error, 1e-12)), direction
+    for direction, (m, scores) in orders.items():
+        for k in (1, 2, 3, 5, 10):
+            recalls = [retrieval.recall_at_k(np.broadcast_to(x, m.shape), m, k) for x in scores]
+            assert matches.chance(k)[direction] == pytest.approx(np.mean(recalls)), (direction, k)
 
 
 # Evaluators on an encoder with known answers.
@@ -196,36 +193,32 @@ def test_classes_of_equal_prompts_tie_exactly_and_the_first_wins():
 
 @pytest.mark.parametrize(("embedding", "clusters"), [(True, False), (False, True), (True, True)])
 def test_names_of_scores(embedding, clusters):
-    table = {"a": [9, 0, 0], "b": [0, 9, 0]}
-    data = ZeroShotSet("toy", [np.array([8, 0, 0.0])], np.array([0]), [["a"], ["b"]])
-    metrics = ZeroShot(FakeEncoder(table, embedding, clusters), data).run(None)
-    assert metrics["zeroshot/toy/top1"] == 100
-    for score in ("cosine", "cross_entropy"):
-        assert (f"zeroshot/toy/{score}/top1" in metrics) == clusters
-    assert ("zeroshot/toy/both/top1" in metrics) == (embedding and clusters)
-    pairs = RetrievalSet("toy", [np.array([8, 0, 0.0]), np.array([0, 8, 0.0])], [["a"], ["b"]])
-    metrics = Retrieval(FakeEncoder(table, embedding, clusters), pairs).run(None)
-    assert metrics["retrieval/toy/text_to_image/r1"] == 100
-    assert ("retrieval/toy/cosine/image_to_text/r1" in metrics) == clusters
+    encoder = FakeEncoder({"a": [9, 0, 0], "b": [0, 9, 0]}, embedding, clusters)
+    images = [np.array([8, 0, 0.0]), np.array([0, 8, 0.0])]
+    expected = (
+        {""} | ({"cosine/", "cross_entropy/"} if clusters else set()) | ({"both/"} if embedding and clusters else set())
+    )
+    metrics = ZeroShot(encoder, ZeroShotSet("toy", images, np.array([0, 1]), [["a"], ["b"]])).run(None)
+    assert {f"zeroshot/toy/{score}top1" for score in expected} == {key for key in metrics if key.endswith("/top1")}
+    recalls = Retrieval(encoder, RetrievalSet("toy", images, [["a"], ["b"]])).run(None)
+    names = {key for key in recalls if key.endswith("text_to_image/r1") and "chance" not in key}
+    assert {f"retrieval/toy/{score}text_to_image/r1" for score in expected} == names
+    assert metrics["zeroshot/toy/top1"] == recalls["retrieval/toy/text_to_image/r1"] == 100
 
 
 def test_both_heads_of_xclip_are_scored_together():
-    rng_z, rng_p = rng(1), rng(2)
-    z, txt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng_z.normal(size=(2, 6, 4)))
-    s, q = rng_p.normal(size=(6, 5)), scipy.special.softmax(rng_p.normal(size=(6, 5)), axis=1)
-    scores = zeroshot.compare(similarities(True, True, tau=0.5), {"embedding": z, "cluster_logits": s}, [txt, q])
+    z, txt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng(1).normal(size=(2, 6, 4)))
+    s, q = rng(2).normal(size=(6, 5)), scipy.special.softmax(rng(3).normal(size=(6, 5)), axis=1)
+    features = {"embedding": z, "cluster_logits": s}
+    scores = zeroshot.compare(similarities(True, True, tau=0.5), features, [txt, q])
     entropy = ClusterSimilarity(0.5).scores(s, q)["cross_entropy"]
     cosine = z @ txt.T
     np.testing.assert_allclose(scores["both"], cosine / cosine.std() + entropy / entropy.std(), rtol=1e-5)
     assert list(scores) == ["", "cosine", "cross_entropy", "both"]
-
-
-def test_a_single_score_that_is_not_the_models_own_has_the_name_of_its_similarity():
-    x, q = np.eye(3), np.full((3, 3), 1 / 3)
-    scores = zeroshot.compare((ClusterSimilarity(), CosineSimilarity()), {"embedding": x, "cluster_logits": x}, [q, x])
-    assert list(scores) == ["", "cosine", "cross_entropy", "embedding", "both"]
-    assert scores[""] is scores["cosine"]
-    np.testing.assert_array_equal(scores["embedding"], np.eye(3))
+    # A single score other than the model's default has the name of its similarity.
+    swapped = zeroshot.compare((ClusterSimilarity(), CosineSimilarity()), features, [q, txt])
+    assert list(swapped) == ["", "cosine", "cross_entropy", "embedding", "both"]
+    assert swapped[""] is swapped["cosine"] and (swapped["embedding"] == scores[""]).all()
 
 
 def test_the_distribution_of_a_class_is_the_mean_over_its_prompts():
@@ -256,52 +249,41 @@ def test_retrieval_with_one_and_seven_captions():
         assert found[f"retrieval/toy/text_to_image/r{k}"] == pytest.approx(100 * loop_recall(scores.T, match.T, k))
 
 
-@pytest.mark.parametrize(("embedding", "clusters"), [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("unreadable", [(), (2, 3, 4, 17), range(40)])
-def test_retrieval_in_blocks_is_that_of_the_whole_matrix(embedding, clusters, unreadable, monkeypatch):
-    """Captions that images share, some of them in other blocks; a block without any image that can be read."""
-    images = rng().normal(size=(40, 16))
-    captions = [[f"{i}/{j}" for j in range(1 + i % 4)] for i in range(40)]
-    captions[3][0], captions[30][1], captions[31][0] = captions[4][0], captions[7][2], "shared"
-    captions[12][0] = "shared"
+@pytest.mark.parametrize("unreadable", [[], [2, 3, 4, 17], list(range(20))])
+def test_unreadable_images_are_found_by_no_caption(unreadable):
+    """Captions that images share are right for both; if no image can be read, all queries are wrong."""
+    images = rng().normal(size=(20, 16)).astype(np.float32)
+    captions = [[f"{i}/{j}" for j in range(1 + i % 4)] for i in range(20)]
+    captions[3][0], captions[12][0] = captions[4][0], captions[17][1]
     texts = [text for of_image in captions for text in of_image]
-    table = {text: rng(i).normal(size=16) + images[i % 40] for i, text in enumerate(sorted(texts))}
-    images[list(unreadable)] = np.nan
+    table = {text: rng(i).normal(size=16) + images[i % 20] for i, text in enumerate(sorted(texts))}
+    scores = images @ np.array([table[text] for text in texts], np.float32).T
+    match = np.array([[text in of_image for text in texts] for of_image in captions])
+    images[unreadable], scores[unreadable] = np.nan, -np.inf
     data = RetrievalSet("toy", list(images), captions)
-
-    def measured(block):
-        monkeypatch.setattr(retrieval, "BLOCK", block)
-        return Retrieval(FakeEncoder(table, embedding, clusters), data).run(None)
-
-    whole = measured(1 << 27)
-    assert ("retrieval/toy/both/text_to_image/r1" in whole) == (embedding and clusters)
-    for block in (3999, 317, 1):
-        assert measured(block) == whole
+    found = {x.key: x.items for x in Retrieval(FakeEncoder(table), data).measure(None)}
+    for direction, s, m in (("image_to_text", scores, match), ("text_to_image", scores.T, match.T)):
+        best = np.argsort(-s, axis=1, kind="stable")[:, :5]
+        right = np.take_along_axis(m & (s > -np.inf), best, axis=1).any(axis=1)
+        assert found[f"{direction}/r5"].values.tolist() == right.tolist()
 
 
-def test_retrieval_never_holds_all_scores(monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", 1 << 16)
-    n = 3000
-    vectors = rng().normal(size=(n, 4)).astype(np.float32)
-    encoder = FakeEncoder({str(i): vector for i, vector in enumerate(vectors)}, True, True)
-    data = RetrievalSet("toy", list(vectors), [[str(i)] for i in range(n)])
-    tracemalloc.start()
-    Retrieval(encoder, data).run(None)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < n * n  # bytes, a quarter of one matrix of scores
+def test_too_many_scores_are_refused_before_they_are_made(monkeypatch):
+    monkeypatch.setattr(retrieval, "MOST_SCORES", 5)
+    with pytest.raises(UserError, match=r"^set: 2 images and 3 captions"):
+        RetrievalSet("set", [None] * 2, [["a", "b"], ["c"]])
 
 
 # Evaluators on a real model.
 
 
-def test_evaluators_on_a_real_model_agree_on_1_and_8_devices():
+def test_evaluators_on_a_real_model_agree_on_1_and_2_devices():
     _, variables = small_model()
     images, labels = list(rng(21).integers(0, 256, (21, SIZE, SIZE, 3), np.uint8)), rng(3).integers(0, 5, 21)
     zero_shot = ZeroShotSet("toy", images, labels, [[t] for t in ["fox", "a", "dog"]] + [["cat", "kitten"], ["fox"]])
     pairs = RetrievalSet("toy", images, [[str(i % 11), "shared"] for i in range(21)])
     results = []
-    for devices in (1, 8):
+    for devices in (1, 2):
         encoder = make_encoder(8, K, devices, 16, (-1, 1, 1))
         results.append(ZeroShot(encoder, zero_shot).run(variables) | Retrieval(encoder, pairs).run(variables))
     assert results[0] == pytest.approx(results[1])

@@ -220,6 +220,6 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
     )
     assert items.keys() == {f"{name}/finetuned/{key}" for key in found} and metrics[f"{name}/majority"] == 50
     assert "Matthews" in tables.render(results)
-    for logits, message in ((None, "no classifier"), (np.zeros((100, 3)), "a classifier of 3 classes")):
+    for logits, message in ((None, "classifier 0"), (np.zeros((100, 3)), "classifier 3")):
         with pytest.raises(UserError, match=message):
             ClassifierEvaluator(FakeEncoder(logits), data).run(None)

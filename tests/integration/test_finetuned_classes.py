@@ -49,18 +49,8 @@ def test_classes_of_the_set_are_numbered_as_those_of_the_model():
     ("names", "first"), [(("ant", "bee", "cow"), "cow"), (("ant", "bee", "cat", ".git"), ".git"), (("Ant",), "Ant")]
 )
 def test_a_class_that_the_model_did_not_learn_is_refused(names, first):
-    with pytest.raises(UserError, match=f"class '{first}' is not among the 3 classes .*such as 'ant'"):
+    with pytest.raises(UserError, match=f"has the class '{first}'"):
         ClassifierEvaluator(encoder(("ant", "bee", "cat")), labelled(names, [len(names) - 1]))
-
-
-def test_a_few_items_of_a_class_that_the_model_did_not_learn_are_wrong():
-    fake = encoder(("ant", "bee"))
-    fake.logits = np.eye(2)[[0, 1] * 10 + [1]]
-    evaluator = ClassifierEvaluator(fake, labelled(("ant", "bee", "cow"), [0, 1] * 10 + [2]))
-    metrics, items = by_name(evaluator.measure(None))
-    assert items["textual/finetuned/x/finetuned/top1"].values.tolist() == [1] * 20 + [0]
-    assert metrics["textual/finetuned/x/finetuned/top5"] == pytest.approx(100 * 20 / 21)
-    assert metrics["textual/finetuned/x/ways"] == 3
 
 
 def test_runs_that_do_not_say_their_classes_are_tested_by_number():
@@ -86,9 +76,9 @@ def test_the_runs_data_json_names_its_classes(run, tmp_path, capsys):
     new = evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))["results"][0]
     assert new["metrics"] == old["metrics"] and RunReader(run).read_classes() == tuple(names)
     write_json(epath.Path(run / "data.json"), [{"samples": 6, "hash": "x", "classes": ["bright", "grey", "white"]}])
-    with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
+    with pytest.raises(UserError, match="has the class 'dark'"):
         registry.open_all([spec], make_encoder(weights.load(str(run))[1], ["bright", "grey", "white"]))
-    with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
+    with pytest.raises(UserError, match="has the class 'dark'"):
         evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))
 
 

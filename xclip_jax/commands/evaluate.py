@@ -29,11 +29,19 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.core import environment
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, check_count, check_writable, exit_with_message, redact
+from xclip_jax.core.errors import (
+    Parser,
+    UserError,
+    check_choice,
+    check_count,
+    check_writable,
+    exit_with_message,
+    redact,
+)
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import is_remote
 from xclip_jax.evaluators import registry, results, tables
-from xclip_jax.evaluators.prompts import read_class_names
+from xclip_jax.evaluators.prompts import PROFILES, read_class_names
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
 from xclip_jax.interop import hub
@@ -59,7 +67,7 @@ def evaluate(
     Args:
       run, step: see `weights.load`.
       suite: see `registry.expand_suites`.
-      profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
+      profile: one of `PROFILES`: templates, resizing and retrieval protocol together.
       changes: fields of `Profile` to change; templates and names of your classes default to the run's config.
       data_dir: root of the data sets; by default the run's.
       output: file of the results, `hub.results_file(run)` by default.
@@ -73,7 +81,8 @@ def evaluate(
     began = time.perf_counter()
     names = registry.expand_suites(suite)
     changes = json.loads(json.dumps(changes or {}))  # like in the file
-    dataclasses.replace(registry.profile(profile), **changes)  # raises errors before the work
+    check_choice("--profile", profile, PROFILES)
+    dataclasses.replace(PROFILES[profile], **changes)  # raises errors before the work
     place = hub.locate(run)
     config, experiment, variables, loaded_step, classes = weights.load(place, step)
     path = epath.Path(output) if output else hub.results_file(place.name)
@@ -117,13 +126,17 @@ def evaluate(
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="xclip-jax evaluate", description=__doc__, epilog=registry.listing())
+    parser = Parser(prog="xclip-jax evaluate", description=__doc__)
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or weights")
     model.add_argument("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, weights, or results files")
-    add("--suite", action="append", help="demo (the default), paper, or names from the list below, joined by commas")
-    add("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
+    add(
+        "--suite",
+        action="append",
+        help="demo (the default), paper, or names of sets (docs/evaluate.md), joined by commas",
+    )
+    add("--profile", help=f"{', '.join(PROFILES)}; openai by default")
     add("--prefix", help="text before captions in retrieval; by default the profile's, for published sets only")
     add("--lower", action="store_true", default=None, help="captions in lower case")
     add("--captions", type=int, help="number of captions per image; 0 for all")
@@ -142,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)
     with exit_with_message(), trusting(flags.trust):
         if flags.compare:
-            rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
+            rows = compare(*flags.compare, step=flags.step)
             log0(render_comparison(rows, *flags.compare))
             return
         if flags.captions is not None:

@@ -40,8 +40,7 @@ SOURCES: Mapping[str, type[SourceKind]] = LazyClassTable(
     },
 )
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
-# {form of a spec: its content} for messages and --help: image-text pairs, labelled items, and labelled items with
-# splits, named SPEC/SPLIT.
+# {form of a spec: its content} for messages and --help: image-text pairs, and labelled items.
 PAIRS = {
     "tar:PATTERN": "tars of KEY.jpg (or another image) with KEY.txt or KEY.json",
     "folder:PATH": "images, sub-folders too, each with a .txt file of the same name: one caption per line",
@@ -61,13 +60,6 @@ LABELS = {
     "wds:PATH": "tars in clip_benchmark's layout",
     "wds:hf:ORG/NAME": "the same on the Hugging Face Hub",
     "hf:ORG/NAME/SPLIT": "a data set of the Hugging Face Hub, columns of images and classes",
-}
-SPLITS = {
-    "folder:PATH": "images, one sub-folder per split, inside it one per class",
-    "parquet:FOLDER": "tables of images and classes, SPLIT.parquet or SPLIT-*.parquet",
-    "tfds:NAME": LABELS["tfds:NAME/SPLIT"],
-    "wds:PATH": LABELS["wds:PATH"],
-    "hf:ORG/NAME": LABELS["hf:ORG/NAME/SPLIT"],
 }
 
 _IMPORTED = re.compile(r"(?P<class>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)(?::(?P<rest>.*))?", re.S)

@@ -180,7 +180,6 @@ class EmojiSets(SetKind):
     """`emoji/NAME`."""
 
     prefixes = ("emoji",)
-    names = tuple(_MAKERS)
     suites: ClassVar = {"demo": TESTS}
     display = Display(_PANELS, _QUERIES, _CREDIT)
 

@@ -2,8 +2,9 @@
 
 import abc
 import dataclasses
+import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,16 +31,14 @@ class Column:
 
     Attributes:
       title: title of the column, and name of the metric in one-line summaries.
-      label: name of the metric in a report; "" for columns that accompany metrics, such as the size of the set.
+      label: name of the metric in a report; "" for sizes of the set and the like.
       chance: whether to show the chance level after the value.
-      width: minimum width.
     """
 
     title: str
     metric: str
     label: str = ""
     chance: bool = False
-    width: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,15 +133,11 @@ class SetKind(abc.ABC):
 
     Attributes:
       prefixes: first words of the names, up to "/", ":" or "@".
-      names: complete names, for --help.
-      usage: forms of all other names, for --help.
       suites: {name: sets evaluated together}.
       display: how a report shows the sets.
     """
 
     prefixes: ClassVar[Sequence[str]] = ()
-    names: ClassVar[Sequence[str]] = ()
-    usage: ClassVar[str] = ""
     suites: ClassVar[Mapping[str, Sequence[str]]] = {}
     display: ClassVar[Display] = Display()
 
@@ -159,7 +154,7 @@ class SetKind(abc.ABC):
         Args:
           spec: name of the set.
           prepare: preprocessing of the model's images.
-          data: the group that `data_of` returns, with the command's root of TFDS data sets in `data.dir`.
+          data: group `data` of the model's run, with the command's root of TFDS data sets in `data.dir`.
           profile: protocol of the published sets.
         """
 
@@ -167,11 +162,6 @@ class SetKind(abc.ABC):
     def extras(cls, spec: str) -> tuple[str, ...]:
         """Return the package's extras (setup.py) required by the set `spec`; nothing is opened."""
         return ()
-
-    @classmethod
-    def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
-        """Return the `data` group for reading the set: by default `data`, the group of the model's run."""
-        return data
 
     @classmethod
     def shows(cls, spec: str) -> str:
@@ -200,10 +190,9 @@ def joined(parts: Sequence[Sequence[Any]]) -> LazySequence:
     """Concatenate sequences without loading their items."""
     starts = np.cumsum([0, *map(len, parts)])
 
-    def place(index: int) -> tuple[Sequence[Any], int]:
+    def at(read: Callable[[Any, int], Any], index: int) -> Any:
         part = int(np.searchsorted(starts, index, side="right")) - 1
-        return parts[part], index - int(starts[part])
+        return read(parts[part], index - int(starts[part]))
 
-    return LazySequence(
-        int(starts[-1]), lambda index: operator.getitem(*place(index)), lambda index: display_name(*place(index))
-    )
+    name = functools.partial(at, display_name)
+    return LazySequence(int(starts[-1]), functools.partial(at, operator.getitem), name)

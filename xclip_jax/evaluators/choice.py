@@ -59,12 +59,12 @@ class ChoiceSet:
 
     def __post_init__(self) -> None:
         paired = np.shape(self.pictures)[1:] == (2,)
-        wrong = [i for i, texts in enumerate(self.texts) if len(texts) != 2 and (paired or len(texts) < 2)]
-        if wrong or not self.texts or np.shape(self.pictures) != (len(self.texts), 1 + paired):
-            item = f"item {wrong[0]} has {len(self.texts[wrong[0]])} texts" if wrong else f"{len(self.texts)} items"
+        ways = {len(texts) for texts in self.texts}
+        fits = ways == {2} if paired else min(ways, default=0) >= 2
+        if not fits or np.shape(self.pictures) != (len(self.texts), 1 + paired):
             raise UserError(
-                f"{self.name}: {item}, {np.size(self.pictures)} images in all; an item is one image and two or more "
-                "texts, or two images and two texts."
+                f"{self.name}: {len(self.texts)} items with {np.size(self.pictures)} images; an item is one image with "
+                "two or more texts, or two images with two texts."
             )
 
     @property
@@ -117,11 +117,7 @@ class Choice(Evaluator):
         groups = self.data.groups
         ways = np.array([len(item) for item in self.data.texts])
         results = [self.count("n", n), self.count("ways", ways.mean())]
-        compared = self.scores(variables)
-        for group in groups:
-            if group in compared:
-                raise UserError(f"{self.data.name}: the part {group!r} has the name of a score; give it another name.")
-        for score, scores in compared.items():
+        for score, scores in self.scores(variables).items():
             for metric, right in _right(scores).items():
                 level = np.full(n, PAIRED[metric]) if metric in PAIRED else 100 / ways
                 averages: dict[str, Any] = {metric: None}  # weights of the items

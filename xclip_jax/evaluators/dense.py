@@ -278,7 +278,7 @@ class DenseProbe(Evaluator):
         """{metric: value} of the probe of pixels and positions, independent of the model."""
         return {key: item.value() for key, item in self._items(self._predict(self._pixels)[0]).items()}
 
-    def _pixels(self, images: Sequence[np.ndarray], first: int) -> Iterator[tuple[int, np.ndarray]]:
+    def _pixels(self, images: Sequence[np.ndarray], _: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield each patch's pixels, between 0 and 1, and one-hot position, batch by batch like `Encoder.patches`."""
         grid, side = self.encoder.grid, self._patch
         position = np.eye(grid**2, dtype=np.float32).reshape(grid, grid, -1)
@@ -288,8 +288,6 @@ class DenseProbe(Evaluator):
                 try:
                     image = images[start + i][: grid * side, : grid * side]
                 except BadSample:
-                    if first + start + i not in self.encoder.unreadable:
-                        raise  # the encoder could read it, and `_of_pixels` is kept
                     continue
                 block[i] = image.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid, grid, -1) / 255
             yield start, np.concatenate([block, np.broadcast_to(position, (len(block), *position.shape))], axis=-1)

@@ -209,10 +209,9 @@ class Encoder:
             # Raised before the end: all devices would wait for each image of an unavailable store.
             if len(unreadable) > MAX_UNREADABLE * n:
                 first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
-                tried = start + len(valid)
                 raise TooManyUnreadable(
-                    f"{len(unreadable)} of {n if tried == n else f'the first {tried} of {n}'} images cannot be read, "
-                    f"more than {MAX_UNREADABLE:.0%}; the first is: {first}; see xclip-jax check"
+                    f"at least {len(unreadable)} of {n} images cannot be read, more than {MAX_UNREADABLE:.0%}; the "
+                    f"first is: {first}; see xclip-jax check"
                 )
             return start, fetched
 

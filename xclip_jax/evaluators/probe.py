@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, joined
-from xclip_jax.evaluators.encoder import MAX_UNREADABLE, Encoder
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.feature_classifiers import Fit, Sweep, choose, is_right, knn, linear, nested, together
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights, ranks
@@ -166,36 +165,20 @@ def _items(values: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Pe
     return items
 
 
-def renumber(
-    labels: np.ndarray, names: Sequence[str], to: Sequence[str], spec: str
-) -> tuple[np.ndarray, Sequence[str]]:
+def renumber(labels: np.ndarray, names: Sequence[str], to: Sequence[str], spec: str) -> np.ndarray:
     """Map `labels`, int (n,), from positions in `names` to positions in `to`, the classes of training.
 
-    Also returns `to`, extended by missing classes. Their items count as wrong, with a warning.
-
     Raises:
-      UserError: more than `MAX_UNREADABLE` of the items have a missing class, or the lists differ and two classes share
-        a name; `spec` begins the message.
+      UserError: the lists differ, and `to` lacks an item's class or has two of one name; `spec` begins the message.
     """
     if list(names) == list(to):
-        return labels, to
-    known = set(to)
-    every = [*to, *(name for name in names if name not in known)]
-    number = {name: i for i, name in enumerate(every)}
-    if len(number) < len(every):
-        twice = next(name for i, name in enumerate(every) if number[name] != i)
-        raise UserError(f"{spec}: two classes are named {twice!r}, and splits differ in their classes; rename one.")
-    numbers = np.array([number[name] for name in names])[labels]
-    unknown = numbers[numbers >= len(to)]
-    if len(unknown):
-        fault = (
-            f"{spec}: class {every[unknown.min()]!r} is not among the {len(to)} classes of the training items, such as "
-            f"{to[0]!r}; {len(unknown):,} of {len(labels):,} items have such a class"
-        )
-        if len(unknown) > MAX_UNREADABLE * len(labels):
-            raise UserError(f"{fault}, more than {MAX_UNREADABLE:.0%}: test on items of the same classes.")
-        log0(f"WARNING: {fault} and count as wrong")
-    return numbers, every
+        return labels
+    number = {name: i for i, name in enumerate(to)}
+    unknown = [names[label] for label in np.unique(labels) if names[label] not in number]
+    if unknown or len(number) < len(to):
+        fault = f"has the class {unknown[0]!r}" if unknown else "has two classes of one name"
+        raise UserError(f"{spec} {fault}, unlike the training items; give both the same classes, {to[0]!r} and so on.")
+    return np.array([number.get(name, -1) for name in names])[labels]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,7 +190,6 @@ class ClassificationSet:
       labels: classes int (n,), or targets of a regression fp32 (n,).
       classes: number of classes; 1 for a regression.
       names: names of the classes; empty for a regression.
-      unknown: number of classes, the last ones, missing from the model's classifier.
     """
 
     evaluator: ClassVar[str] = "classifier"
@@ -218,13 +200,6 @@ class ClassificationSet:
     classes: int
     card: Provenance = dataclasses.field(default_factory=Provenance)
     names: Sequence[str] = ()
-    unknown: int = 0
-
-    def renumbered(self, names: Sequence[str]) -> "ClassificationSet":
-        """Return the set with `names` as its first classes, see `renumber`; some of them may have no item."""
-        labels, every = renumber(self.labels, self.names, names, self.name)
-        unknown = len(every) - len(names)
-        return dataclasses.replace(self, labels=labels, classes=len(every), names=tuple(every), unknown=unknown)
 
 
 class ClassifierEvaluator(Evaluator):
@@ -237,8 +212,11 @@ class ClassifierEvaluator(Evaluator):
     layouts = (Layout("fine-tuned, %", _FINETUNED),)
 
     def __init__(self, encoder: Encoder, data: ClassificationSet) -> None:
-        """Raise `UserError` if too many items have a class missing from the model's classifier, see `renumber`."""
-        super().__init__(encoder, data.renumbered(encoder.classes) if encoder.classes and data.names else data)
+        """Raise `UserError` if an item has a class missing from the model's classifier, see `renumber`."""
+        if encoder.classes and data.names:
+            labels = renumber(data.labels, data.names, encoder.classes, data.name)
+            data = dataclasses.replace(data, labels=labels, classes=len(encoder.classes), names=encoder.classes)
+        super().__init__(encoder, data)
         self.images = not _are_texts(data.items)
         self.family = "visual" if self.images else "textual"
 
@@ -246,11 +224,9 @@ class ClassifierEvaluator(Evaluator):
         """Return the results listed in the class docstring."""
         encode = self.encoder.images if self.images else self.encoder.texts
         logits = encode(variables, self.data.items, ("class_logits",)).get("class_logits")
-        known = self.data.classes - self.data.unknown
-        if logits is None or logits.shape[1] != known:
-            model = "no classifier" if logits is None else f"a classifier of {logits.shape[1]} classes"
-            raise UserError(f"{self.data.name} has {known} classes and the model {model}; see finetune.py.")
-        logits = np.pad(logits, ((0, 0), (0, self.data.unknown)), constant_values=-np.inf)
+        if logits is None or logits.shape[1] != self.data.classes:
+            known = 0 if logits is None else logits.shape[1]
+            raise UserError(f"{self.data.name} has {self.data.classes} classes, the model's classifier {known}.")
         labels = self.data.labels
         n = len(labels)
         if self.data.classes == 1:

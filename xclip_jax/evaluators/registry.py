@@ -6,7 +6,6 @@ The prefix of a set's name selects a kind in `KINDS`; the prefix "package.module
 
 import dataclasses
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, check_choice, describe
+from xclip_jax.core.errors import UserError, describe
 from xclip_jax.core.imports import LazyClassTable, class_name, import_class, is_imported
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
@@ -70,7 +69,7 @@ def load(
       data: group `data` of the model's run, with the columns of pairs.
     """
     kind = check(spec)
-    data = kind.data_of(spec, data or DataConfig())
+    data = data or DataConfig()
     prepare = Preprocessing(prepare) if isinstance(prepare, int) else prepare
     return kind.load(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
 
@@ -84,25 +83,14 @@ def check(spec: str) -> type[SetKind]:
     if kind and kind.knows(spec):
         return kind
     raise UserError(
-        f"unknown evaluation set {spec!r}. xclip-jax evaluate --help lists the names; your own images are "
-        "folder:PATH, csv:PATH or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
+        f"unknown evaluation set {spec!r}. docs/evaluate.md lists the names; your own images are folder:PATH, csv:PATH "
+        "or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
     )
 
 
 def all_suites() -> dict[str, Sequence[str]]:
     """Return {suite: sets} of all kinds."""
     return {name: sets for kind in KINDS.values() for name, sets in kind.suites.items()}
-
-
-def listing() -> str:
-    """List all sets and suites, for --help."""
-    lines = (
-        f"suites: {', '.join(all_suites())}",
-        f"sets: {', '.join(name for kind in KINDS.values() for name in kind.names)}",
-        *(kind.usage for kind in KINDS.values() if kind.usage),
-        "sets of another package: package.module:Class",
-    )
-    return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
 def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
@@ -115,12 +103,6 @@ def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
     for name in names:
         check(name)
     return tuple(names)
-
-
-def profile(name: str) -> Profile:
-    """Return the profile `name`; raise `UserError` if it is unknown."""
-    check_choice("--profile", name, PROFILES)
-    return PROFILES[name]
 
 
 def open_all(

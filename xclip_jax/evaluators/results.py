@@ -19,7 +19,6 @@ import io
 import json
 import math
 import os
-import shlex
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -100,9 +99,9 @@ class Result:
 
     Attributes:
       set: name of the evaluation set; addresses are without passwords and signatures.
-      family: kind of the measurement: "zeroshot", "retrieval", "visual", "textual", or a custom evaluator's name.
+      family: "zeroshot", "retrieval", "choice", "visual", "textual", "dense", or a custom evaluator's name.
       metric: "top1", "image_to_text/r1"; also the sizes of the set, such as "n".
-      value: a share in percent, a correlation times 100, or a plain number.
+      value: the number in `unit`.
       unit: "%" for shares of the items, which have a binomial interval; "x 100" for other numbers times 100, such as
         correlations; "rank" from 1; "" for plain numbers.
       n: number of measured items, 0 if unknown.
@@ -194,8 +193,7 @@ def read_entries(entries: Iterable[Entry]) -> list[Result]:
 def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
     """Return all entries of a results file, oldest first and the entries of "results" last, and their items."""
     if not path.exists():
-        run = shlex.quote(str(path.parent)) if path.name == "evaluation.json" else "RUN"
-        raise UserError(f"{path} does not exist; make it with xclip-jax evaluate --checkpoint {run} --suite NAME.")
+        raise UserError(f"{path} does not exist; make it with xclip-jax evaluate --checkpoint RUN --suite NAME.")
     try:
         record = json.loads(path.read_text())
         entries = [*record.get("other_results", ()), *record["results"]]
@@ -204,9 +202,7 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
             _ = [entry[key] for key in (*KEY, "name", "metric", "items")]
         read_entries(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        damaged = path.name.endswith("evaluation.json")
-        remedy = "delete it, and evaluate again" if damaged else "evaluate these weights first"
-        raise UserError(f"{path} is not a file of results ({error}); {remedy} with --checkpoint.") from error
+        raise UserError(f"{path} is not a file of results ({error}); delete it, and evaluate again.") from error
     return entries, read_items(path)
 
 

@@ -17,18 +17,19 @@ from xclip_jax.evaluators.base import Column, Evaluator, Layout
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, pearson, row_blocks, spearman
-from xclip_jax.evaluators.zeroshot import compare, encode_pairs, spreads_of
+from xclip_jax.evaluators.zeroshot import compare, encode_pairs
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import Similarity, features
+
+__all__ = ("recall_at_k",)  # documented; all other names may change
 
 Pair = tuple[str, str, float]  # two sentences and their similarity, rated by humans
 
 KS = (1, 5, 10)
-# Numbers in memory at once, per score: COCO's 5,000 images and 25,000 captions are one block.
-BLOCK = 1 << 27
+MOST_SCORES = 1 << 29  # images times captions, two gigabytes per score; COCO's test split has a quarter
 
 _OF_IMAGES = (
-    Column("images", "images", width=6),
+    Column("images", "images"),
     Column("texts", "captions"),
     Column("i2t@1", "image_to_text/r1", "image to text, R@1", chance=True),
     Column("i2t@5", "image_to_text/r5", "image to text, R@5", chance=True),
@@ -36,7 +37,7 @@ _OF_IMAGES = (
     Column("t2i@5", "text_to_image/r5", "text to image, R@5", chance=True),
 )
 _OF_TEXTS = (
-    Column("texts", "texts", width=6),
+    Column("texts", "texts"),
     Column("queries", "queries"),
     Column("R@1", "r1", "R@1", chance=True),
     Column("R@5", "r5", "R@5", chance=True),
@@ -83,34 +84,14 @@ def ranks_by_score(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return `ranks` of both directions by each score of `compare`: {score: {direction: int (queries,)}}.
 
-    Large sets are compared in blocks of queries, so their whole scores are never in memory. `rows` are the captions of
-    all images, in order.
+    `rows` are the captions of all images, in order.
     """
-    matches = Matches(captions)
-    images = len(captions)
-    texts = len(rows[0])
-    whole = compare(similarities, img, rows) if images * texts <= BLOCK else {}
-    spreads = () if whole else spreads_of(similarities, img, rows, max(1, BLOCK // texts))
-    ranked: dict[str, dict[str, list[np.ndarray]]] = {}
-    for direction, queries, items in (("image_to_text", images, texts), ("text_to_image", texts, images)):
-        step = max(1, BLOCK // items)
-        for start in range(0, queries, step):
-            console.report_progress()
-            part = slice(start, start + step)
-            if direction == "image_to_text":
-                positive = matches.of_images(part)
-                scores = whole or compare(similarities, {key: x[part] for key, x in img.items()}, rows, spreads)
-            else:
-                positive = matches.of_captions(part)
-                scores = whole or compare(similarities, img, [x[part] for x in rows], spreads)
-                scores = {score: x.T for score, x in scores.items()}
-            for score, x in scores.items():
-                ranked.setdefault(score, {}).setdefault(direction, []).append(ranks(x, positive))
-            del scores  # frees memory for the next block
-    return {
-        score: {direction: np.concatenate(parts) for direction, parts in of_score.items()}
-        for score, of_score in ranked.items()
-    }
+    positive = Matches(captions).of_images()
+    ranked = {}
+    for score, x in compare(similarities, img, rows).items():
+        console.report_progress()
+        ranked[score] = {"image_to_text": ranks(x, positive), "text_to_image": ranks(x.T, positive.T)}
+    return ranked
 
 
 def chance(right: Any, copies: np.ndarray, k: int) -> float:
@@ -158,6 +139,14 @@ class RetrievalSet:
     captions: list[list[str]]
     card: Provenance = dataclasses.field(default_factory=Provenance)
 
+    def __post_init__(self) -> None:
+        texts = sum(map(len, self.captions))
+        if len(self.images) * texts > MOST_SCORES:
+            raise UserError(
+                f"{self.name}: {len(self.images):,} images and {texts:,} captions are too many to compare all of them; "
+                "hold out or name fewer."
+            )
+
 
 class Retrieval(Evaluator):
     """r1, r5 and r10 in percent, named "retrieval/<set>[/<score>]/image_to_text/r1" and ".../text_to_image/r1".
@@ -201,13 +190,9 @@ class Matches:
         shape = len(captions), len(numbers)
         self._has = scipy.sparse.csr_array((np.ones(len(image), bool), (image, self._text)), shape)
 
-    def of_images(self, part: slice = slice(None)) -> np.ndarray:
-        """Return the captions that match each image of a part, bool (images of the part, captions)."""
-        return self._has[part].toarray()[:, self._text]
-
-    def of_captions(self, part: slice) -> np.ndarray:
-        """Return the images that match each caption of a part, bool (captions of the part, images)."""
-        return self._has.T.tocsr()[self._text[part]].toarray()
+    def of_images(self) -> np.ndarray:
+        """Return the captions that match each image, bool (images, captions)."""
+        return self._has.toarray()[:, self._text]
 
     def chance(self, k: int) -> dict[str, float]:
         """Return `chance` by direction; equal captions are copies of one text, and images are all distinct."""
@@ -310,9 +295,7 @@ class TextRetrieval(Evaluator):
         groups = self.data.groups
         e = embeddings(self.encoder, variables, [*self.data.texts, *(text for text, _ in queries)])
         targets = np.array([target for _, target in queries])
-        step = max(1, BLOCK // n)
-        blocks = (slice(start, start + step) for start in range(0, len(queries), step))
-        rank = np.concatenate([statistics.ranks(e[n:][block] @ e[:n].T, targets[block]) for block in blocks])
+        rank = statistics.ranks(e[n:] @ e[:n].T, targets)
         weights = sum(mask / mask.sum() for mask in groups.values()) if groups else np.ones(len(queries))
         chance = {k: 100 * min(k / n, 1) for k in KS}
         results = []

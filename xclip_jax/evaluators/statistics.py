@@ -178,10 +178,8 @@ def class_weights(labels: np.ndarray) -> np.ndarray:
     return 1 / np.bincount(labels)[labels]
 
 
-def bootstrap(
-    a: PerExample, b: PerExample | None = None, *, samples: int = 2000, ratio: bool = False
-) -> tuple[float, float]:
-    """Return the 95 % percentile interval of a's value, or of b - a (b / a if `ratio`) of two models, by resampling.
+def bootstrap(a: PerExample, b: PerExample | None = None, *, samples: int = 2000) -> tuple[float, float]:
+    """Return the 95 % percentile interval of a's value, or of b - a of two models, by resampling.
 
     Both models have the same items in the same order. The groups of `a`, if any, are resampled as a whole. Resamples
     with an undefined statistic, such as ROC AUC of positive items only or a mean with zero weights, are left out. The
@@ -205,9 +203,6 @@ def bootstrap(
             chosen = np.concatenate([members[i] for i in chosen])
         with contextlib.suppress(UserError, ZeroDivisionError):
             value = a.value(chosen)
-            if b is not None:
-                other = b.value(chosen)
-                value = other / value if ratio else other - value
-            defined.append(value)
+            defined.append(value if b is None else b.value(chosen) - value)
     low, high = np.percentile(defined, [2.5, 97.5]) if defined else (np.nan, np.nan)
     return float(low), float(high)

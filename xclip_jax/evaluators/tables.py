@@ -1,11 +1,12 @@
 """Results as text tables or as one line, and comparisons of two evaluations with bootstrap intervals."""
 
+import collections
 import dataclasses
 import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
@@ -26,25 +27,10 @@ _FAMILIES = {
     "textual": "textual representation",
     "dense": "dense representation",
 }
-_EXTRA_COLUMNS = (("own metric", ">18"), ("value", ">8"))  # for headlines without a column
 # Sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
-_PATH = re.compile(r"([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)")
+_PATH = re.compile(r"^([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)$")
 # Must be equal in compared entries.
 _COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol", "profile")
-
-
-class Table(NamedTuple):
-    """A table whose rows are sets.
-
-    Attributes:
-      title: title of the column with the sets' names.
-      columns: name and format, such as ">8", of each further column; "" for chance levels of the previous column.
-      rows: name of the set and the cells; a name that begins with spaces continues the set above.
-    """
-
-    title: str
-    columns: tuple[tuple[str, str], ...]
-    rows: list[tuple[str, list[str]]]
 
 
 @dataclasses.dataclass
@@ -113,100 +99,75 @@ def short_names(results: Sequence[Result]) -> dict[str, str]:
 
 
 def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
-    """Return {name: short name}; absolute paths and URLs keep the last parts needed to distinguish the sets.
+    """Return {name: short name}; absolute paths and URLs keep their last part if that distinguishes the sets.
 
     The sets "holdout" and "holdout@RUN" are "held-out pairs" and "held-out pairs of RUN".
     """
     names = {name: redact(name) for name in names_of_sets}
-    matches = {name: _PATH.fullmatch(shown) for name, shown in names.items()}
-
-    def end(match: re.Match[str], depth: int) -> str:
-        return match[1] + "/".join(match[2].rstrip("/").split("/")[-depth:])
-
-    paths = [match for match in matches.values() if match]
-    for name, match in matches.items():
-        if match:
-            depth = 1
-            while depth <= name.count("/") and [end(x, depth) for x in paths].count(end(match, depth)) > 1:
-                depth += 1
-            names[name] = end(match, depth)
-    for name, short in names.items():
-        held_out, _, run = short.partition("@")
-        if held_out == HELD_OUT:
-            names[name] = f"held-out pairs of {run}" if run else "held-out pairs"
-    return names
+    ends = {name: _PATH.sub(_last_part, shown) for name, shown in names.items()}
+    counts = collections.Counter(ends.values())
+    names |= {name: end for name, end in ends.items() if counts[end] == 1}
+    held_out = {HELD_OUT: "held-out pairs"}
+    return {name: held_out.get(x, x.replace(f"{HELD_OUT}@", "held-out pairs of ")) for name, x in names.items()}
 
 
-def headlines(results: Sequence[Result], before: Sequence[Result] = ()) -> str:
-    """Return one line with the first two metrics of each set; empty without results.
+def _last_part(path: re.Match[str]) -> str:
+    return path[1] + path[2].rstrip("/").rpartition("/")[2]
 
-    The run's held-out pairs, often the only set, are named by their family. Metrics in `before`, too, show both
-    values: "R@1 12.5 -> 50.0".
-    """
+
+def headlines(results: Sequence[Result]) -> str:
+    """Return one line with the first two metrics of each set; empty without results."""
     parts = []
     short = short_names(results)
-    earlier = {result.name: f"{result.value:.1f} -> " for result in before}
     for row in rows(results):
-        shown = ", ".join(f"{column.title} {earlier.get(x.name, '')}{x.value:.1f}" for column, x in row.shown[:2])
-        name = short[row.name]
-        if row.name == HELD_OUT:
-            name = "zero-shot" if row.family == "zeroshot" else row.family
-        parts.append(f"{name} {shown}")
+        shown = ", ".join(f"{column.title} {result.value:.1f}" for column, result in row.shown[:2])
+        parts.append(f"{short[row.name]} {shown}")
     return " | ".join(parts)
 
 
-def build(results: Sequence[Result]) -> list[Table]:
-    """Return one table per layout; chance levels are in brackets."""
+def render(results: Sequence[Result]) -> str:
+    """Return one table per layout as text, with chance levels in brackets; empty without results."""
     everything = rows(results)
     short = short_names(results)
     layouts = {layout.title: layout for layout in registry.layouts()}
     layouts |= {row.layout.title: row.layout for row in everything}
     chosen = [(layout, [row for row in everything if row.layout.title == title]) for title, layout in layouts.items()]
-    return [_grid(layout, some, short) for layout, some in chosen if some]
-
-
-def render(results: Sequence[Result]) -> str:
-    """Return the tables as text, each column as wide as its longest cell; empty without results."""
-    shown = build(results)
+    tables = [_grid(layout, some, short) for layout, some in chosen if some]
+    width = max([42, *(len(cells[0]) + 2 for table in tables for cells in table)])
     lines = []
-    width = max([42, *(len(name) + 2 for table in shown for name, _ in table.rows)])
-    for title, columns, table_rows in shown:
-        texts = [[title, *(column for column, _ in columns)], *([name, *cells] for name, cells in table_rows)]
-        lines += _align(texts, [f"<{width}", *(form for _, form in columns)], [2, 0, *[1] * (len(columns) - 1)])
-    if any(cell.startswith("(") for table in shown for _, cells in table.rows for cell in cells):
+    for table in tables:
+        lines += _align(table, [f"<{width}", *[">8"] * (len(table[0]) - 1)])
+    if any(cell.startswith("(") for table in tables for cells in table for cell in cells):
         lines.append("in brackets: the chance level, what guessing gives")
     return "\n".join(lines)
 
 
-def _align(lines: Sequence[Sequence[str]], formats: Sequence[str], gaps: Sequence[int]) -> list[str]:
-    """Return lines of cells as text; columns have the alignment and minimum width of `formats`, and gaps."""
+def _align(lines: Sequence[Sequence[str]], formats: Sequence[str]) -> list[str]:
+    """Return lines of cells as text; columns have the alignment and minimum width of `formats`."""
     columns = [
-        f"{form[0]}{max(int(form[1:]), *(len(cells[i]) + gap for cells in lines))}"
-        for i, (form, gap) in enumerate(zip(formats, gaps, strict=True))
+        f"{form[0]}{max(int(form[1:]), *(len(cells[i]) + 2 for cells in lines))}" for i, form in enumerate(formats)
     ]
     return ["".join(f"{cell:{form}}" for cell, form in zip(cells, columns, strict=True)).rstrip() for cells in lines]
 
 
-def _grid(layout: Layout, chosen: Sequence[Row], short: Mapping[str, str]) -> Table:
-    """Return a table with one row per set, and further rows for its scores."""
-    columns: list[tuple[str, str]] = []
+def _grid(layout: Layout, chosen: Sequence[Row], short: Mapping[str, str]) -> list[list[str]]:
+    """Return the titles of a layout's columns, one line of cells per set, and further ones for its scores."""
+    head = [layout.title]
     for column in layout.columns:
-        columns += [(column.title, f">{column.width}"), *([("", ">7")] if column.chance else [])]
-    columns += _EXTRA_COLUMNS if any(row.set_specific for row in chosen) else ()
-    texts = []
+        head += [column.title, ""] if column.chance else [column.title]
+    if any(row.set_specific for row in chosen):
+        head += ["own metric", "value"]
+    lines = []
     for row in chosen:
-        cells = _cells(layout, row.results)
+        cells = [short[row.name], *_cells(layout, row.results)]
         for column, result in row.set_specific:
             unit = "" if result.unit in UNITS else f", {result.unit}"
             cells += [column.metric + unit, _number(result)]
-        texts.append((short[row.name], cells))
-        texts += [
-            (f"  by {label}", _cells(layout, row.scores[score], levels=False))
-            for score, label in layout.scores.items()
-            if score in row.scores
-        ]
-    texts = [(name, cells + [""] * (len(columns) - len(cells))) for name, cells in texts]
-    return Table(layout.title, tuple(columns), texts)
+        lines.append(cells)
+        for score, label in layout.scores.items():
+            if score in row.scores:
+                lines.append([f"  by {label}", *_cells(layout, row.scores[score], levels=False)])
+    return [head, *(cells + [""] * (len(head) - len(cells)) for cells in lines)]
 
 
 def _cells(layout: Layout, results: Mapping[str, Result], levels: bool = True) -> list[str]:
@@ -234,23 +195,20 @@ def first_set_of_each_family(results: Sequence[Result]) -> dict[str, Row]:
     return {title(family): first[family] for family in dict.fromkeys((*_FAMILIES, *first)) if family in first}
 
 
-def compare(
-    a: str, b: str, *, step: int | None = None, profile: str | None = None, refused: list[str] | None = None
-) -> list[dict[str, Any]]:
-    """Compare two evaluations set by set.
+def compare(a: str, b: str, *, step: int | None = None, refused: list[str] | None = None) -> list[dict[str, Any]]:
+    """Compare two evaluations set by set, by the last evaluated profile that both have for a set.
 
     Returns {set, metric, unit, a, b, difference, low, high, step_a, step_b, profile, preprocessing_a, preprocessing_b}
-    for each set; the unit is `Result.unit`. Ranks have "ratio", b / a, instead of the difference b - a. The interval,
-    low to high, is the 95 % percentile bootstrap of the paired difference or ratio, absent for metrics without items.
+    for each set; the unit is `Result.unit`. The interval, low to high, is the 95 % percentile bootstrap of the paired
+    difference b - a, absent for metrics without items.
 
     Args:
       a, b: runs' folders, evaluated weights, or results files.
       step: step of both; by default the newest in each file.
-      profile: profile of both; by default the last evaluated profile that both files have for a set.
       refused: collects a sentence per set with different data or protocols; without it the first one is an error.
     """
-    entries_a, items_a = _select(a, step, profile)
-    entries_b, items_b = _select(b, step, profile)
+    entries_a, items_a = _select(a, step)
+    entries_b, items_b = _select(b, step)
     compared = []
     for name in dict.fromkeys(entry["set"] for entry in entries_a):
         of_a, of_b = ([entry for entry in entries if entry["set"] == name] for entries in (entries_a, entries_b))
@@ -260,26 +218,25 @@ def compare(
         same = [(x, y) for x in of_a for y in of_b if all(x[key] == y[key] for key in ("profile", "changes"))]
         left, right = same[-1] if same else (of_a[-1], of_b[-1])
         if different := [key for key in _COMPARED_KEYS if left.get(key) != right.get(key)]:
-            values = " and ".join(map(repr, _different_parts(left.get(different[0]), right.get(different[0]))))
+            key = different[0]
             fault = (
-                f"{name} is not the same in {a} and {b}: {different[0]} is {values}; evaluate both again alike, or "
-                "without it and with another --output."
+                f"{name} is not the same in {a} and {b}: {key} is {left.get(key)!r} and {right.get(key)!r}; evaluate "
+                "both again alike, or without it and with another --output."
             )
             if refused is None:
                 raise UserError(fault)
             refused.append(fault)
             continue
         unit = next((result.unit for result in read_entries([left]) if result.headline), "%")
-        ratio = unit == "rank"  # a geometric mean: half the rank is as good at 200 as at 20
         row = {"set": name, "metric": left["metric"], "unit": unit, "a": left["value"], "b": right["value"]}
         row |= {"step_a": left["step"], "step_b": right["step"], "profile": left["profile"]}
         row |= {f"preprocessing_{side}": x.get("preprocessing", "") for side, x in (("a", left), ("b", right))}
-        row |= {"ratio": right["value"] / left["value"]} if ratio else {"difference": right["value"] - left["value"]}
+        row["difference"] = right["value"] - left["value"]
         key = f"{left['name']}/{left['metric']}"
         of_a = items_a.get(left["items"], {})
         of_b = items_b.get(right["items"], {})
         if key in of_a and key in of_b:
-            low, high = bootstrap(of_a[key], of_b[key], ratio=ratio)
+            low, high = bootstrap(of_a[key], of_b[key])
             row |= {} if math.isnan(low) else {"low": low, "high": high}
         compared.append(row)
     if not compared and not refused:
@@ -287,15 +244,7 @@ def compare(
     return compared
 
 
-def _different_parts(a: str | None, b: str | None) -> tuple[str | None, str | None]:
-    """Return two values of entries, without their common parts between semicolons."""
-    if a is None or b is None:
-        return a, b
-    parts = a.split("; "), b.split("; ")
-    return "; ".join(x for x in parts[0] if x not in parts[1]), "; ".join(x for x in parts[1] if x not in parts[0])
-
-
-def _select(path: str, step: int | None, profile: str | None) -> tuple[list[Entry], ItemsOf]:
+def _select(path: str, step: int | None) -> tuple[list[Entry], ItemsOf]:
     """Return the entries of one step, by default the newest, of the checkpoint and model evaluated last."""
     file = epath.Path(path)
     own = results_file(path)
@@ -304,44 +253,32 @@ def _select(path: str, step: int | None, profile: str | None) -> tuple[list[Entr
     file = own if file.is_dir() or own.exists() else file
     entries, items = read(file)
     entries = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
-    known = sorted({(entry["step"], entry["profile"]) for entry in entries})
-    selected = known[-1][0] if step is None else step
+    known = sorted({entry["step"] for entry in entries})
+    selected = known[-1] if step is None else step
     entries = [entry for entry in entries if entry["step"] == selected]
-    entries = [e for e in entries if e["fingerprint"] == entries[-1]["fingerprint"] and profile in (None, e["profile"])]
     if not entries:
-        missing = f"step {selected}" + (f" with profile {profile}" if profile else "")
-        existing = ", ".join(f"step {step} with {profile}" for step, profile in known)
-        raise UserError(f"{file} has no results of {missing}, only of {existing}; name one of these, or evaluate it.")
-    return entries, items
+        raise UserError(
+            f"{file} has results of the steps {known}, not of {selected}; name one of these, or evaluate it."
+        )
+    return [entry for entry in entries if entry["fingerprint"] == entries[-1]["fingerprint"]], items
 
 
 def render_comparison(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
-    """Return the rows of `compare` as a table; ratios follow an "x", and a star marks intervals without equality."""
+    """Return the rows of `compare` as a table; a star marks intervals without zero."""
     lines = [f"{side.upper()}: {file}, step {compared[0][f'step_{side}']}" for side, file in (("a", a), ("b", b))]
     short = shorten(row["set"] for row in compared)
     texts = [["set", "metric", "unit", "A", "B", "B - A", "   95 % interval"]]
     for row in compared:
-        ratio = "ratio" in row
-        equal, number = (1, ".2f") if ratio else (0, "+.1f")
-        change = f"x {row['ratio']:.2f}" if ratio else f"{row['difference']:+.1f}"
-        interval = f"   {row['low']:{number}} to {row['high']:{number}}" if "low" in row else ""
-        interval += " *" if interval and not row["low"] <= equal <= row["high"] else ""
-        values = (f"{row[key]:.{2 if ratio else 1}f}" for key in ("a", "b"))
-        texts.append([short[row["set"]], row["metric"], row["unit"], *values, change, interval])
-    lines += _align(texts, ("<36", "<24", "<6", ">8", ">8", ">8", "<0"), (2,) * 7)
-    if any("ratio" in row for row in compared):
-        lines.append("x: B / A, of ranks from 1; less is better")
+        interval = f"   {row['low']:+.1f} to {row['high']:+.1f}" if "low" in row else ""
+        interval += " *" if interval and not row["low"] <= 0 <= row["high"] else ""
+        values = (f"{row[key]:{form}}" for key, form in (("a", ".1f"), ("b", ".1f"), ("difference", "+.1f")))
+        texts.append([short[row["set"]], row["metric"], row["unit"], *values, interval])
+    lines += _align(texts, ("<36", "<24", "<6", ">8", ">8", ">8", "<0"))
     return "\n".join([*lines, *prepared_differently(compared, "A", "B")])
 
 
 def prepared_differently(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> list[str]:
-    """Return one line per difference in preprocessing between sides `a` and `b` of rows of `compare`."""
-    sets: dict[tuple[str, str], list[str]] = {}
-    for row in compared:
-        sets.setdefault((row.get("preprocessing_a", ""), row.get("preprocessing_b", "")), []).append(row["set"])
+    """Return one line per set of `compare` whose images are preprocessed differently on sides `a` and `b`."""
     short = shorten(row["set"] for row in compared)
-    return [
-        f"{', '.join(short[name] for name in names)}: images in {a}: {of_a}; in {b}: {of_b}"
-        for (of_a, of_b), names in sets.items()
-        if of_a != of_b
-    ]
+    views = {short[row["set"]]: (row.get("preprocessing_a"), row.get("preprocessing_b")) for row in compared}
+    return [f"{name}: images in {a}: {x}; in {b}: {y}" for name, (x, y) in views.items() if x != y]

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from xclip_jax.core import console
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout
 from xclip_jax.evaluators.encoder import Encoder, Features
@@ -14,6 +13,8 @@ from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights, ranks
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import CosineSimilarity, Similarity, features
+
+__all__ = ("accuracy", "classifier", "mean_per_class")  # documented; all other names may change
 
 
 def classifier(text_embeddings: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
@@ -70,7 +71,7 @@ def compare(
       similarities: the model's similarities, its default first.
       img: the similarities' features of n images.
       rows: m texts or classes for each similarity.
-      spreads: `spreads_of` the whole set if images or texts are only a part of it, else empty.
+      spreads: standard deviations of the first two logits in the whole set if this is only a part of it, else empty.
 
     Returns:
       Score "" is the first score of the default similarity, for tables. The others are named by their similarity; an
@@ -97,29 +98,6 @@ def compare(
         for x in scores.values():
             x[unreadable] = -np.inf
     return scores
-
-
-def spreads_of(
-    similarities: Sequence[Similarity], img: Features, rows: Sequence[np.ndarray], step: int
-) -> tuple[float, ...]:
-    """Return the standard deviations of the first two similarities' logits, over readable images and all texts.
-
-    Compares `step` images at once, to bound memory; empty for a single similarity.
-    """
-    if len(similarities) < 2:
-        return ()
-    readable = np.flatnonzero(~np.isnan(img[similarities[0].feature]).any(axis=1))
-    spreads = []
-    for similarity, texts in zip(similarities[:2], rows[:2], strict=True):
-        moments = []  # number of logits, mean and variance of each block
-        for start in range(0, len(readable), step):
-            console.report_progress()
-            x = similarity.scores(img[similarity.feature][readable[start : start + step]], texts)[similarity.logits]
-            moments.append((x.size, float(x.mean()), float(x.var())))
-        count, mean, variance = np.array(moments or [(1, np.nan, np.nan)]).T
-        whole = np.average(mean, weights=count)
-        spreads.append(float(np.sqrt(np.average(variance + (mean - whole) ** 2, weights=count))))
-    return tuple(spreads)
 
 
 def class_scores(

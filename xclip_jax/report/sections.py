@@ -139,7 +139,7 @@ def _differences(
     except UserError as error:
         return [], [str(error)]
     short = tables.shorten([*short_set_names(runs), *(row["set"] for row in rows)])
-    ends = [row.get(key, math.nan) for row in rows if "ratio" not in row for key in ("difference", "low", "high")]
+    ends = [row.get(key, math.nan) for row in rows if row["unit"] != "rank" for key in ("difference", "low", "high")]
     end = max((abs(value) for value in ends if math.isfinite(value)), default=0.0)
     last = (first.record.steps, run.record.steps)
     refused += tables.prepared_differently(rows, first.name, run.name)
@@ -151,26 +151,23 @@ def _difference(row: Mapping[str, Any], name: str, end: float, last: tuple[int, 
 
     Results before the runs' last steps show their step.
     """
-    ratio = "ratio" in row
-    value = row["ratio" if ratio else "difference"]
+    ranks = row["unit"] == "rank"
+    value = row["difference"]
     low = row.get("low", math.nan)
     high = row.get("high", math.nan)
-    even = 1 if ratio else 0
     verdict = "not distinguishable"
-    if low > even or high < even:
-        verdict = "better" if (low > even) != ratio else "worse"  # of ranks the smaller is better
+    if low > 0 or high < 0:
+        verdict = "better" if (low > 0) != ranks else "worse"  # of ranks the smaller is better
     steps = [row["step_a"], row["step_b"]]
     if steps == [*last]:
         steps = [None, None]
-    form = ".2f" if ratio else ".1f"
-    signed = ".2f" if ratio else "+.1f"
-    drawn = end and not ratio
+    drawn = end and not ranks
     return {
         "set": name,
         "metric": row["metric"],
-        "values": [(decimals(row[side], form), step) for side, step in zip(("a", "b"), steps, strict=True)],
-        "change": f"x {value:.2f}" if ratio else decimals(value, "+.1f"),
-        "interval": f"{low:{signed}} to {high:{signed}}" if math.isfinite(low) else "",
+        "values": [(decimals(row[side], ".1f"), step) for side, step in zip(("a", "b"), steps, strict=True)],
+        "change": decimals(value, "+.1f"),
+        "interval": f"{low:+.1f} to {high:+.1f}" if math.isfinite(low) else "",
         "verdict": verdict,
         # On an axis of 200 units; None if off the axis.
         "bar": [100 + 94 * v / end if drawn and math.isfinite(v) else None for v in (value, low, high)],

@@ -3,8 +3,7 @@
 import dataclasses
 import io
 import json
-import re
-import shutil
+import os
 import tarfile
 
 import numpy as np
@@ -24,7 +23,7 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import sources
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.probe import Sweep
-from xclip_jax.evaluators.prompts import PROFILES, Profile
+from xclip_jax.evaluators.prompts import PROFILES
 from xclip_jax.evaluators.sets import known_sets
 
 NAMES = ["tree frog", "espresso machine", "hand-held_computer", "go-kart", "moving van", "wok", "viaduct"]
@@ -64,8 +63,8 @@ def classified(n=50, seed=0):
     return [{ending: picture(rng, ending), "cls": str(rng.integers(len(NAMES))).encode()} for ending in endings]
 
 
-def write_classified(root, **options):
-    return write(root, classified(), classnames=NAMES, zeroshot_classification_templates=TEMPLATES, **options)
+def write_classified(root, n=50):
+    return write(root, classified(n), classnames=NAMES, zeroshot_classification_templates=TEMPLATES)
 
 
 @pytest.fixture(scope="module")
@@ -113,35 +112,19 @@ def test_classification_equals_clip_benchmarks(weights, tmp_path, monkeypatch):
 
 
 def test_prompts_and_names_of_the_data_set_are_kept(tmp_path):
-    spec = f"wds:{write_classified(tmp_path / 'set')}"
+    spec = f"wds:{write_classified(tmp_path / 'set', 5)}"
     plain = registry.load(spec, PREPARE)
-    own = Profile(templates=("art of a {c}",), names={"my class": "thing"})
-    data = registry.load(spec, PREPARE, profile=own)
-    assert data.prompts == plain.prompts and data.prompts[1][1] == "itap of the espresso machine."
-    assert data.card == plain.card
+    assert plain.prompts[1] == ["a photo of a espresso machine.", "itap of the espresso machine.", "espresso machine"]
     path = tmp_path / "set" / "zeroshot_classification_templates.txt"
-    for line in ("a photo of a {}.", "", "art of a {c}"):
-        path.write_text(f"{{c}}\n{line}\n{{c}}!\n")
-        if "{c}" not in line:
-            assert sources.open_labelled(spec).names == NAMES  # probes and training do without prompts
-            with pytest.raises(UserError, match=f"{path.name}, line 2: template {re.escape(repr(line))} has no"):
-                registry.load(spec, PREPARE)
+    path.write_text("{c}\na photo of a {}.\n")
+    assert sources.open_labelled(spec).names == NAMES  # probes and training do without prompts
+    with pytest.raises(UserError, match=rf"^{spec}: .*'a photo of a {{}}.'"):
+        registry.load(spec, PREPARE)
+    path.write_text("{c}\nart of a {c}\n")
     edited = registry.load(spec, PREPARE).card  # so that --compare refuses results by edited prompts
     assert edited == dataclasses.replace(plain.card, templates=edited.templates) != plain.card
     path.unlink()
-    own = dataclasses.replace(own, names={"wok": "pan"})
-    assert registry.load(spec, PREPARE, profile=own).prompts[5] == ["art of a pan"]
-
-
-def test_several_labels_equal_clip_benchmarks(weights, tmp_path, monkeypatch):
-    rng = np.random.default_rng(1)
-    samples = [{"png": picture(rng, "png"), "npy": array(rng.integers(0, 2, len(NAMES)))} for _ in range(30)]
-    texts = {"classnames": NAMES, "zeroshot_classification_templates": TEMPLATES, "dataset_type": ["multilabel"]}
-    root = write(tmp_path / "set", samples, **texts)
-    theirs = peers(weights, root, "zeroshot_classification", tmp_path / "theirs.json", monkeypatch)
-    metrics, entry = ours(weights, f"wds:{root}", tmp_path / "ours.json")
-    assert metrics["map"] == pytest.approx(theirs["mean_average_precision"], abs=0.01) and entry["metric"] == "map"
-    assert 30 < metrics["map"] < 80
+    assert registry.load(spec, PREPARE).prompts[2] == ["a photo of a hand-held computer"]
 
 
 def array(values):
@@ -172,115 +155,68 @@ def test_retrieval_equals_clip_benchmarks(weights, tmp_path, monkeypatch):
     assert loaded.card.split == "test" and registry.check(f"wds:{root}").shows(f"wds:{root}") == "captions"
 
 
-def test_splits_are_those_of_a_source(tmp_path):
-    root = write_classified(tmp_path / "set")
-    write(root, classified(28, seed=1), split="train")
-    test, train = sources.open_labelled(f"wds:{root}"), sources.open_labelled(f"wds:{root}/train")
-    assert (len(test), len(train), test.names) == (50, 28, NAMES)
-    expected = classified()
-    for i in (0, 19, 20, 49):
-        content = {key: value for key, value in expected[i].items() if key != "cls"}
-        assert [test.items[i]] == list(content.values()) and test.labels()[i] == int(expected[i]["cls"])
-    assert test.describe(21) == {"file": f"{root}/test/1.tar#s0100001"}
+def test_a_probe_reads_two_splits(tmp_path):
+    root = write_classified(tmp_path / "set", 25)
+    write(root, classified(8, seed=1), split="train")
     probe = registry.load(f"probe/wds:{root}", PREPARE)
-    assert len(probe.train) == 28 and not len(probe.validation) and len(probe.test) == 50
+    assert len(probe.train) == 8 and not len(probe.validation) and len(probe.test) == 25
+    expected = [[int(sample["cls"]) for sample in classified(n, seed)] for n, seed in ((8, 1), (25, 0))]
+    assert [part.tolist() for part in probe.tasks[""][::2]] == expected
 
 
 def test_a_copy_is_the_same_set_and_other_labels_another(tmp_path):
-    hashes = [registry.load(f"wds:{write_classified(tmp_path / name)}", PREPARE).card.split_hash for name in "ab"]
-    other = [*classified()[:-1], classified()[-1] | {"cls": b"0"}]
+    hashes = [registry.load(f"wds:{write_classified(tmp_path / name, 5)}", PREPARE).card.split_hash for name in "ab"]
+    other = [*classified(5)[:-1], classified(5)[-1] | {"cls": b"0"}]
     write(tmp_path / "c", other, classnames=NAMES, zeroshot_classification_templates=TEMPLATES)
     assert hashes[0] == hashes[1] != registry.load(f"wds:{tmp_path / 'c'}", PREPARE).card.split_hash
 
 
 def test_of_the_hub_only_the_split_is_fetched_and_the_cache_is_enough(server, tmp_path, monkeypatch):
-    root = write_classified(tmp_path / "set")
-    write(root, classified(20, seed=1), split="train")
+    root = write_classified(tmp_path / "set", 25)
+    write(root, classified(5, seed=1), split="train")
     commit = server.add("lab/wds_own", root)
     loaded = registry.load("wds:hf:lab/wds_own", PREPARE)
-    assert [name for name in server.fetched() if name.endswith("tar")] == ["test/0.tar", "test/1.tar", "test/2.tar"]
-    assert (len(loaded.images), loaded.card.version) == (50, commit)
-    assert len(registry.load("probe/wds:hf:lab/wds_own@main", PREPARE).train) == 20
+    assert [name for name in server.fetched() if name.endswith("tar")] == ["test/0.tar", "test/1.tar"]
+    assert (len(loaded.images), loaded.card.version) == (25, commit)
+    assert len(registry.load("probe/wds:hf:lab/wds_own@main", PREPARE).train) == 5
+    for spec, named in {"none": "lab/none", "wds_own@v2": "'v2'", "wds_own/validation": "its splits are test"}.items():
+        with pytest.raises(UserError, match=named):
+            registry.load(f"wds:hf:lab/{spec}", PREPARE)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert registry.load("wds:hf:lab/wds_own", PREPARE).card.split_hash == loaded.card.split_hash
-    with pytest.raises(UserError, match="wds:hf:lab/other: it is not in the cache"):
+    with pytest.raises(UserError, match=r"^wds:hf:lab/other: it is not in the cache"):
         registry.load("wds:hf:lab/other", PREPARE)
     assert registry.check("wds:hf:lab/other").shows("wds:hf:lab/other") == "classes"
 
 
-@pytest.mark.parametrize(
-    "spec, message",
-    [
-        ("hf:lab/none", "the Hub has no repository lab/none, or it is private"),
-        ("hf:lab/wds_own@v2", "lab/wds_own has no revision 'v2'"),
-        ("hf:lab/wds_own/validation", "no file '.*validation/nshards.txt'"),
-        ("hf:lab", "write wds:hf:ORG/NAME"),
-    ],
-)
-def test_what_the_hub_lacks(server, tmp_path, spec, message):
-    server.add("lab/wds_own", write_classified(tmp_path / "set"))
-    with pytest.raises(UserError, match=message):
-        registry.load(f"wds:{spec}", PREPARE)
-
-
-def cut_off(tar):
-    tar.write_bytes(tar.read_bytes()[:-20_000])
-
-
-def damage(tar):
-    tar.write_bytes(b"x" * 512 + tar.read_bytes()[512:])
-
-
 FAULTS = {
-    "no folder": (lambda root: root.rename(root.with_name("elsewhere")), "no file '.*set/classnames.txt'; expected"),
-    "empty folder": (lambda root: [shutil.rmtree(root), root.mkdir()], "no file '.*set/classnames.txt'; expected"),
-    "no names": (lambda root: (root / "classnames.txt").unlink(), "no file '.*set/classnames.txt'"),
-    "few names": (lambda root: (root / "classnames.txt").write_text("a"), r"label b'\d'; expected a number below 1"),
-    "no tar": (lambda root: (root / "test/1.tar").unlink(), "cannot be read .*1.tar'"),
-    "cut off": (lambda root: cut_off(root / "test/1.tar"), "1.tar' is damaged at byte .* or cut off"),
-    "damaged": (lambda root: damage(root / "test/0.tar"), "0.tar' is damaged at byte 0"),
-    "number": (lambda root: (root / "test/nshards.txt").write_text("x"), "nshards.txt contains 'x'"),
-    "type": (
-        lambda root: (root / "dataset_type.txt").write_text("image_caption_selection"),
-        "dataset_type.txt is 'image_caption_selection'; it must be one of 'classification', ",
-    ),
-    "no captions": (
-        lambda root: (root / "dataset_type.txt").write_text("retrieval"),
-        "sample 's0000000' of .*0.tar' has the files .webp, .cls; type retrieval needs .txt",
-    ),
+    "folder": (lambda root: root.rename(root.with_name("elsewhere")), "no file '.*set/classnames.txt'"),
+    "tar": (lambda root: (root / "test/1.tar").unlink(), "1.tar' does not exist"),
+    "end": (lambda root: os.truncate(root / "test/1.tar", 2000), "1.tar' is damaged at byte .* or cut off"),
+    "type": (lambda root: (root / "dataset_type.txt").write_text("winogavil"), "type 'winogavil' are not supported"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_sentences(tmp_path, fault):
-    change, message = FAULTS[fault]
-    root = write_classified(tmp_path / "set")
+@pytest.mark.parametrize("missing", FAULTS)
+def test_faults_are_named(tmp_path, missing):
+    change, named = FAULTS[missing]
+    root = write_classified(tmp_path / "set", 25)
     change(root)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=named):
         registry.load(f"wds:{root}", PREPARE)
 
 
-def test_labels_that_are_none(tmp_path):
-    image = picture(np.random.default_rng(0), "png")
-    for i, label in enumerate((b"cat", b"", b"-1")):
-        root = write(tmp_path / str(i), [{"png": image, "cls": label}], classnames=NAMES)
-        with pytest.raises(UserError, match="expected a number below 7"):
-            sources.open_labelled(f"wds:{root}")
-    for label in (array(np.ones(3)), array(np.full(7, 2)), b"no array", array(np.array([None] * 7))):
-        i += 1
-        root = write(tmp_path / str(i), [{"png": image, "npy": label}], classnames=NAMES, dataset_type=["multilabel"])
-        with pytest.raises(UserError, match="expected an array of zeros and ones"):
-            sources.open_labelled(f"wds:{root}")
-    root, _ = write_captions(tmp_path / "captions", 3)
-    with pytest.raises(UserError, match=r"no file '.*classnames\.txt'"):
+@pytest.mark.parametrize("label", [np.ones(3), np.full(7, 2), np.array([None] * 7)])
+def test_labels_that_are_none(tmp_path, label):
+    sample = {"png": picture(np.random.default_rng(0), "png"), "npy": array(label)}
+    root = write(tmp_path / "set", [sample], classnames=NAMES, dataset_type=["multilabel"])
+    with pytest.raises(UserError, match="expected an array of zeros and ones"):
         sources.open_labelled(f"wds:{root}")
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
-    samples = classified(6)
-    samples[4] = {"jpg": b"no image", "cls": b"1"}
+    samples = [*classified(4), {"jpg": b"no image", "cls": b"1"}]
     loaded = registry.load(f"wds:{write(tmp_path / 'set', samples, classnames=NAMES)}", PREPARE)
-    assert loaded.card.templates == "dummy (1)"
     with pytest.raises(BadSample) as error:
         loaded.images[4]
     assert error.value.__notes__ == [f"image '{tmp_path}/set/test/0.tar#s0000004'"]
@@ -289,7 +225,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
 # --- probes of published sets
 
 
-@pytest.mark.parametrize("name", ["cifar10", "dtd", "pcam"])
+@pytest.mark.parametrize("name", ["cifar10", "dtd"])
 def test_a_probe_of_a_tfds_set(name):
     with tfds.testing.mock_data(as_data_source_fn=records):
         data = registry.load(f"probe/{name}", SIZE)
@@ -300,27 +236,14 @@ def test_a_probe_of_a_tfds_set(name):
     assert metrics[f"visual/probe/{name}/n"] == 3 and f"visual/probe/{name}/{data.card.metric}" in metrics
 
 
-def test_a_probe_of_folders_by_slips_profile(tmp_path):
-    for part in ("train", "test"):
-        for label, value in (("cat", 20), ("dog", 220)):
-            for i in range(6):
-                write_image(tmp_path / part / label / f"{i}.png", value + i)
-    data = registry.load(f"probe/folder:{tmp_path}", SIZE, profile=PROFILES["slip"])
-    assert "bilinear" in data.card.preprocessing and data.card.protocol.startswith("CLIP's linear probe")
-    assert (data.test[0] == data.train[0]).all() and data.test[0].shape == (SIZE, SIZE, 3)
-    assert evaluated(data)[f"visual/probe/folder:{tmp_path}/linear/mean_per_class"] > 50
-
-
 def test_a_probe_without_a_training_split(tmp_path):
-    for name in ("imagenet_a", "eurosat", "gtsrb", "voc2007"):
-        with pytest.raises(UserError, match=f"{name} has no training split for probes in TFDS"):
+    for name in ("imagenet_a", "gtsrb"):
+        with pytest.raises(UserError, match=rf"^{name} .*probe/folder:PATH"):
             registry.load(f"probe/{name}", SIZE)
     write_image(tmp_path / "train" / "cat" / "0.png", 0)
     write_image(tmp_path / "test" / "dog" / "0.png", 0)
-    with pytest.raises(UserError, match="same classes"):
+    with pytest.raises(UserError, match=r"^probe/folder:.* has the class 'dog'"):
         registry.load(f"probe/folder:{tmp_path}", SIZE)
-    with pytest.raises(UserError, match="unknown evaluation set 'probe/nothing'"):
-        registry.check("probe/nothing")
 
 
 # Babel-ImageNet.
@@ -371,33 +294,27 @@ def test_babel_imagenet_in_english_is_imagenet_of_openai(babel):
     assert slip.prompts == english.prompts
 
 
-def test_babel_imagenet_with_a_number_that_is_no_class(babel):
-    babel.write_text(json.dumps({"DE": [[1, 1000], ["Goldfisch", "Einhorn"]]}))
-    with pytest.raises(UserError, match=r"is not in the published layout \(index 1000 is out of bounds"):
-        registry.load(f"babel/de@{babel}", SIZE)
-
-
 def test_babel_imagenet_of_tfds(babel):
+    path = babel.parent / "tfds" / babel.name
+    path.parent.mkdir()
+    path.write_text(json.dumps({"DE": [[1, 999], ["Goldfisch", "Klopapier"]]}))
     with tfds.testing.mock_data(as_data_source_fn=records):
-        names = {"DE": [[1, 999], ["Goldfisch", "Klopapier"]]}
-        (babel.parent / "tfds").mkdir()
-        (babel.parent / "tfds" / babel.name).write_text(json.dumps(names))
-        data = registry.load(f"babel/de@{babel.parent / 'tfds' / babel.name}", SIZE)
+        data = registry.load(f"babel/de@{path}", SIZE)
     assert data.labels.tolist() == [0, 1] and data.prompts == [["Goldfisch"], ["Klopapier"]]
     assert data.card.data == "imagenet2012" and data.card.version == "5.1.0"
 
 
 @pytest.mark.parametrize(
-    "language, change, message",
+    ("language", "change", "named"),
     [
-        ("fr", None, r"its languages are DE, EN, NE"),
-        ("de", "[1]", r"is not in the published layout"),
-        ("de", '{"DE": 5}', r"is not in the published layout"),
-        ("de", "{", r"is not in the published layout"),
+        ("fr", None, "'FR'"),
+        ("de", '{"DE": 5}', r"'.*babel_imagenet\.json' is not in the published layout"),
+        ("de", "{", r"'.*babel_imagenet\.json' is not in the published layout"),
+        ("de", '{"DE": [[1, 1000], ["Goldfisch", "Einhorn"]]}', "index 1000 is out of bounds"),
     ],
 )
-def test_what_is_not_babel_imagenets_file(babel, language, change, message):
+def test_what_is_not_babel_imagenets_file(babel, language, change, named):
     if change:
         babel.write_text(change)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=named):
         registry.load(f"babel/{language}@{babel}", SIZE)

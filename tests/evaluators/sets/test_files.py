@@ -57,13 +57,13 @@ def test_sts_benchmark_and_sick(tmp_path):
 
 
 def test_senteval(tmp_path):
-    (tmp_path / "custrev.neg").write_text("".join(f"bad {i}\n" for i in range(20)))
-    (tmp_path / "custrev.pos").write_text("".join(f"zzz {i}\n" for i in range(20)))
+    (tmp_path / "custrev.neg").write_text("".join(f"bad {i}\n" for i in range(12)))
+    (tmp_path / "custrev.pos").write_text("".join(f"zzz {i}\n" for i in range(12)))
     data = load(f"cr@{tmp_path}")
-    assert (len(data.train), len(data.validation), len(data.test), data.folds) == (40, 0, 0, 10)
+    assert (len(data.train), len(data.validation), len(data.test), data.folds) == (24, 0, 0, 10)
     assert [text.startswith("zzz") for text in data.train] == data.tasks[""][0].astype(bool).tolist()
-    metrics = evaluate(dataclasses.replace(data, sweep=Sweep((1.0, 8.0), 0), folds=4))
-    assert metrics[f"textual/cr@{tmp_path}/linear/top1"] == 100 and metrics[f"textual/cr@{tmp_path}/n"] == 40
+    metrics = evaluate(dataclasses.replace(data, sweep=Sweep((1.0, 8.0), 0), folds=3))
+    assert metrics[f"textual/cr@{tmp_path}/linear/top1"] == 100 and metrics[f"textual/cr@{tmp_path}/n"] == 24
 
 
 SICK = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
@@ -96,30 +96,24 @@ def test_sentevals_own_splits(name, tmp_path):
     assert data.test[0] == expected
     # TREC's and SICK's classes in alphabetical order.
     assert data.tasks[""][2][:2].tolist() == ([1, 0] if name in ("trec", "sicke") else [0, 1])
-    small = dataclasses.replace(data, sweep=Sweep((1.0, 8.0), 0), folds=2 if data.folds else 0)
-    metrics = evaluate(small)
-    assert metrics[f"textual/{name}@{tmp_path}/linear/top1"] == 100
-    assert metrics[f"textual/{name}@{tmp_path}/linear/f1"] == 100
+    if name in ("sst2", "mrpc"):  # without and with pairs
+        metrics = evaluate(dataclasses.replace(data, sweep=Sweep((1.0, 8.0), 0), folds=2 if data.folds else 0))
+        assert metrics[f"textual/{name}@{tmp_path}/linear/top1"] == 100
+        assert metrics[f"textual/{name}@{tmp_path}/linear/f1"] == 100
     (tmp_path / files_of[-1]).write_text(head + row.format(w="b", i=9, L="X"))
     with pytest.raises(UserError, match=f"{name}: .* is not in the published layout .*'[9X]'"):
         load(f"{name}@{tmp_path}")
 
 
-def test_trec_of_tfds(monkeypatch):
-    records = [{"text": b"How ?", "label-coarse": 0}, {"text": b"Who ?", "label-coarse": 3}]
-    monkeypatch.setattr(files, "open_tfds", lambda *_: (records, None))
-    trec = load("trec")
-    assert trec.train == ["How ?", "Who ?"] and trec.tasks[""][2].tolist() == [0, 3] and trec.folds == 10
-
-
 def test_glue(tmp_path):
-    rows = [f"{word} {i}\t{label}" for i in range(10) for word, label in (("aaa", 0), ("zzz", 1))]
+    rows = [f"{word} {i}\t{label}" for i in range(6) for word, label in (("aaa", 0), ("zzz", 1))]
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
-    metrics = evaluate(load(f"glue/sst2@{tmp_path}"))
-    name = f"textual/glue/sst2@{tmp_path}"
-    assert metrics[f"{name}/linear/top1"] == metrics[f"{name}/linear/f1"] == 100
-    assert metrics[f"{name}/linear/matthews"] == pytest.approx(100) and metrics[f"{name}/n"] == 20
+    data = load(f"glue/sst2@{tmp_path}")
+    assert max(data.sweep.coarse) == 8 and min(data.sweep.coarse) == 0.25
+    metrics = evaluate(dataclasses.replace(data, sweep=Sweep((1.0, 8.0), 0)))
+    expected = {"linear/top1": 100, "linear/f1": 100, "linear/matthews": 100, "n": 12}
+    assert {key: metrics[f"textual/glue/sst2@{tmp_path}/{key}"] for key in expected} == pytest.approx(expected)
 
 
 def test_glue_without_header_and_of_two_sentences(tmp_path):
@@ -183,10 +177,8 @@ def test_coco_of_tfds(monkeypatch):
     ("spec", "content", "message"),
     [
         ("sts12@{}", None, "it needs two different similarities"),
-        ("stsb@{}/x", "a\tb\n", "is not in the published layout"),
         ("stsb@{}/x", "a\tb\tc\td\tfive\tf\tg\n", "'five'"),
-        ("stsb@{}/x", "a\tb\tc\td\tnan\tf\tg\na\tb\tc\td\t1\tf\tg\n", "all of them numbers"),
-        ("stsb@{}/x", "a\tb\tc\td\t2.5\tf\tg\n", "it needs two different similarities"),
+        ("stsb@{}/x", "a\tb\tc\td\tnan\tf\tg\na\tb\tc\td\t1\tf\tg\n", "it needs two different similarities"),
         ("sickr@{}/x", "a\tb\n1\t2\n", "'sentence_A'"),
         ("mr@{}", None, "rt-polarity.neg"),
         ("glue/sst2@{}", None, "dev.tsv'"),
@@ -221,7 +213,7 @@ def test_crossmodal_3600_in_one_language(tmp_path):
     assert evaluate(data)[f"retrieval/xm3600/quz@{tmp_path}/captions"] == 6
     first = load(f"xm3600/de@{tmp_path}", Profile(captions=1, prefix="x "))  # clip_benchmark's protocol
     assert first.captions == [["x de 0 0"], ["x de 1 0"], ["x de 2 0"]]
-    with pytest.raises(UserError, match=r"it has no captions in 'fr'; its languages are de, quz"):
+    with pytest.raises(UserError, match=r"xm3600/fr: .* is not in the published layout .*'fr'"):
         load(f"xm3600/fr@{tmp_path}")
     assert registry.check(f"xm3600/de@{tmp_path}").shows(f"xm3600/de@{tmp_path}") == "captions"
     for spec in ("xm3600", "xm3600@x", "multi30k/@x", "multi30k/de"):
@@ -249,8 +241,6 @@ def test_multi30k(tmp_path):
     assert evaluate(german)[f"retrieval/multi30k/de@{tmp_path}/captions"] == 10
     with pytest.raises(UserError, match=r"multi30k/cs: .* is not in the published layout .*test_2016_flickr\.cs\.gz"):
         load(f"multi30k/cs@{tmp_path}")
-    whole = gzip.compress(b"Un homme.\nDeux hommes.\n")
-    for damaged in (whole[:-12], whole[:12] + b"x" + whole[13:]):
-        (tmp_path / "task1/raw/test_2016_flickr.fr.gz").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"multi30k/fr: .* is not in the published layout"):
-            load(f"multi30k/fr@{tmp_path}")
+    (tmp_path / "task1/raw/test_2016_flickr.fr.gz").write_bytes(gzip.compress(b"Un homme.\nDeux hommes.\n")[:-12])
+    with pytest.raises(UserError, match=r"multi30k/fr: .* is not in the published layout"):
+        load(f"multi30k/fr@{tmp_path}")

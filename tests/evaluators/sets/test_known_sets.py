@@ -1,7 +1,7 @@
 import csv
-import dataclasses
 import io
 import os
+import re
 import shutil
 
 import numpy as np
@@ -45,22 +45,22 @@ def records(builder, split, decoders):
     return found
 
 
+WAYS = {
+    "imagenet": 1000, "imagenet_a": 200, "imagenet_r": 200, "food101": 101, "cifar100": 100, "cub200": 200,
+    "sun397": 397, "cars": 196, "voc2007": 20, "dtd": 47, "pets": 37, "caltech101": 102, "flowers": 102,
+    "eurosat": 10, "resisc45": 45,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", [name for name, entry in known_sets.ENTRIES.items() if entry.tfds])
-def test_every_tfds_set_runs_on_mock_data(name):
+def test_every_tfds_set_opens_on_mock_data(name):
     with tfds.testing.mock_data(as_data_source_fn=records):
         data = registry.load(name, SIZE, None, OPENAI)
     entry = known_sets.ENTRIES[name]
-    # The small model need not read thousands of prompts.
-    metrics = evaluate(dataclasses.replace(data, prompts=[texts[:1] for texts in data.prompts]))
-    assert metrics[f"zeroshot/{name}/n"] == 3
-    assert f"zeroshot/{name}/{entry.metric}" in metrics
     assert data.card.version and data.card.metric == entry.metric and data.card.data == entry.tfds.partition(":")[0]
-    ways = {
-        "imagenet": 1000, "imagenet_a": 200, "imagenet_r": 200, "food101": 101, "cifar100": 100, "cub200": 200,
-        "sun397": 397, "cars": 196, "voc2007": 20, "dtd": 47, "pets": 37, "caltech101": 102, "flowers": 102,
-        "eurosat": 10, "resisc45": 45,
-    }  # fmt: skip
-    assert len(data.prompts) == ways.get(name, len(data.prompts))
+    assert len(data.prompts) == WAYS.get(name, len(data.prompts)) and len(data.images) == 3
+    if entry.metric != "top1":
+        assert f"zeroshot/{name}/{entry.metric}" in evaluate(data)
 
 
 class Info:
@@ -82,8 +82,7 @@ def test_labels_of_the_thousand_are_renumbered(name, ids, monkeypatch):
     data = registry.load(name, SIZE, None, OPENAI)
     whole = prompts.class_names("imagenet1k", [str(i) for i in range(1000)])
     assert data.labels.tolist() == [0, 57, 199] and data.names == [whole[i] for i in ids]
-    assert len(data.prompts) == 200 and len(data.prompts[0]) == 80
-    assert data.prompts[57][0] == f"a bad photo of a {whole[ids[57]]}."
+    assert len(data.prompts) == 200 and data.prompts[57][0] == f"a bad photo of a {whole[ids[57]]}."
 
 
 def test_several_labels_an_image(monkeypatch):
@@ -96,9 +95,8 @@ def test_several_labels_an_image(monkeypatch):
 
 
 def test_a_set_that_is_not_prepared(tmp_path):
-    with pytest.raises(UserError, match=r"'dtd:3.0.1', split 'test', cannot be read .*`tfds build dtd:3.0.1 ") as error:
+    with pytest.raises(UserError, match=r"'dtd:3.0.1'.*`tfds build dtd:3.0.1 "):
         registry.load("dtd", SIZE, str(tmp_path), OPENAI)
-    assert "\n" not in str(error.value)
 
 
 def test_profiles_set_templates_and_resizing(monkeypatch):
@@ -130,9 +128,8 @@ def test_a_folder(tmp_path):
     data = registry.load(f"folder:{tmp_path}", SIZE)
     assert data.names == ["cat", "dog", "red_fox"] and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert [image[0, 0, 0] for image in data.images] == [10, 10, 20, 20, 0, 0]
-    assert data.prompts[0] == ["a photo of a cat"] and data.prompts[2] == ["a photo of a red fox"]
+    assert data.prompts == [["a photo of a cat"], ["a photo of a dog"], ["a photo of a red fox"]]
     assert registry.load(f"fgvc_aircraft@{tmp_path}", SIZE, None, OPENAI).card.metric == "mean_per_class"
-    assert f"zeroshot/folder:{tmp_path}/top1" in evaluate(data)
 
 
 def table(path, rows):
@@ -144,46 +141,30 @@ def table(path, rows):
 def test_a_csv_file(tmp_path):
     for i in range(3):
         write(tmp_path / "images" / f"{i}.png", i)
-    rows = [["path", "label"], ["images/0.png", "10"], ["images/1.png", "9"]]
-    data = registry.load(f"csv:{table(tmp_path / 'a.csv', rows)}", SIZE, None, OPENAI)
+    data = load(f"csv:{labelled_table(tmp_path / 'a.csv', [['images/0.png', '10'], ['images/1.png', '9']])}")
     assert data.labels.tolist() == [1, 0] and data.names == ["9", "10"]
-    rows = [["path", "label"], ["images/0.png", "cat|dog"], ["images/1.png", "fox"]]
-    several = registry.load(f"csv:{table(tmp_path / 'b.csv', rows)}", SIZE, None, OPENAI)
-    assert several.labels.tolist() == [[True, True, False], [False, False, True]]
-    rows = [["path", "label"], *([f"images/{i}.png", str(i % 2)] for i in range(3))]
-    memes = registry.load(f"hatefulmemes@{table(tmp_path / 'c.csv', rows)}", SIZE, None, OPENAI)
+    rows = [["images/0.png", "cat|dog"], ["images/1.png", "fox"]]
+    several = load(f"csv:{labelled_table(tmp_path / 'b.csv', rows)}")
+    assert several.labels.tolist() == [[True, True, False], [False, False, True]] and several.card.metric == "map"
+    rows = [[f"images/{i}.png", str(i % 2)] for i in range(3)]
+    memes = load(f"hatefulmemes@{labelled_table(tmp_path / 'c.csv', rows)}")
     assert 0 <= evaluate(memes)[f"zeroshot/{memes.name}/roc_auc"] <= 100
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("folder:{}/none", "does not exist"),
-        ("folder:{}/empty", "contain no images"),
-        ("csv:{}/wrong.csv", "columns path and label"),
-        ("csv:{}/missing.csv", "1 images do not exist"),
-        ("birdsnap", "not in TFDS; write birdsnap@PATH"),
-    ],
-)
-def test_wrong_files(spec, message, tmp_path):
-    (tmp_path / "empty").mkdir()
+@pytest.mark.parametrize("spec", ["folder:{}/none", "csv:{}/wrong.csv", "csv:{}/missing.csv", "birdsnap"])
+def test_wrong_files(spec, tmp_path):
     table(tmp_path / "wrong.csv", [["file", "label"], ["a", "b"]])
     table(tmp_path / "missing.csv", [["path", "label"], ["a.png", "b"]])
-    with pytest.raises(UserError, match=message):
-        registry.load(spec.format(tmp_path), SIZE, None, OPENAI)
-
-
-def test_unknown_profiles_list_the_known():
-    with pytest.raises(UserError, match="'openai', 'slip', 'open_clip'"):
-        registry.profile("google")
+    path = spec.partition(":")[2].format(tmp_path)
+    with pytest.raises(UserError, match=re.escape(path) if path else "birdsnap@PATH"):
+        load(spec.format(tmp_path))
 
 
 def test_top1_top5_is_their_mean(tmp_path):
     for i in range(12):
         write(tmp_path / f"act {i:02d}" / "x.png", 20 * i)
-    of = f"zeroshot/kinetics700@{tmp_path}"
-    metrics = evaluate(load(f"kinetics700@{tmp_path}"))
-    assert metrics[f"{of}/top1_top5"] == pytest.approx((metrics[f"{of}/top1"] + metrics[f"{of}/top5"]) / 2)
+    metrics = {key.rpartition("/")[2]: x for key, x in evaluate(load(f"kinetics700@{tmp_path}")).items() if "@" in key}
+    assert metrics["top1_top5"] == pytest.approx((metrics["top1"] + metrics["top5"]) / 2)
 
 
 # --- class names of labels in files
@@ -211,31 +192,19 @@ def named(data):
 
 def test_classes_named_by_numbers_get_the_name_of_their_number(tmp_path):
     whole = prompts.published("gtsrb")
-    for digits in (1, 5):
-        path = folder(tmp_path / str(digits), [f"{i:0{digits}}" for i in range(43)])
-        assert named(load(f"gtsrb@{path}")) == dict(enumerate(whole))
+    path = folder(tmp_path / "folder", [f"{i:05}" for i in range(43)])
+    assert named(load(f"gtsrb@{path}")) == dict(enumerate(whole))
     for i in (0, 2, 10):
         write(tmp_path / f"{i}.png", i)
     data = load(f"gtsrb@{labelled_table(tmp_path / 'a.csv', [[f'{i}.png', str(i)] for i in (10, 0, 2)])}")
     assert named(data) == {i: whole[i] for i in (0, 2, 10)} and len(data.prompts) == 43
 
 
-def test_folders_with_published_names_are_these_classes_and_all_are_answers(tmp_path):
-    path = folder(tmp_path, ["american_bulldog", "Abyssinian"])
-    data = load(f"pets@{path}")
-    assert named(data) == {0: "American Bulldog", 1: "Abyssinian"} and len(data.prompts) == 37
-
-
-def test_word_net_ids_are_those_of_imagenet(tmp_path):
+def test_labels_of_tfds_are_those_of_files(tmp_path):
     wnids = tfds.builder("imagenet2012:5.1.0").info.features["label"].names
     whole = prompts.published("imagenet1k")
-    data = load(f"imagenet@{folder(tmp_path / 'all', [wnids[i] for i in (999, 1, 20)])}")
-    assert named(data) == {0: whole[999], 1: whole[1], 2: whole[20]} and len(data.prompts) == 1000
     data = load(f"imagenet_r@{folder(tmp_path / 'r', [wnids[i] for i in prompts.IMAGENET_R[:3]])}")
     assert named(data) == {i: whole[prompts.IMAGENET_R[i]] for i in range(3)} and len(data.prompts) == 200
-
-
-def test_labels_of_tfds(tmp_path):
     data = load(f"eurosat@{folder(tmp_path / 'land', ['SeaLake', 'AnnualCrop'])}")
     assert named(data) == {0: "lake or sea", 1: "annual crop land"}
 
@@ -253,15 +222,11 @@ def test_labels_that_tfds_knows_once_it_has_prepared_the_set(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "classes", "message"),
-    [
-        ("cifar10", list("0123456789"), "has a class '0', a number, .*prepare cifar10:3.0.2 with TFDS"),
-        ("cifar100", list("abcdefghijklmnopqrst"), "has 20 classes, not 100, .*prepare cifar100:3.0.2"),
-        ("ucf101", ["Archery", "7"], "has a class '7', a number, .* as published, or evaluate folder:PATH"),
-    ],
+    ("name", "classes"),
+    [("cifar10", list("0123456789")), ("cifar100", list("abcdefghij")), ("ucf101", ["Archery", "7"])],
 )
-def test_numbers_and_missing_classes_are_refused_where_names_are_not_known(name, classes, message, tmp_path):
-    with pytest.raises(UserError, match=f"{name}: '{tmp_path}' {message}"):
+def test_numbers_and_missing_classes_are_refused_if_names_are_not_known(name, classes, tmp_path):
+    with pytest.raises(UserError, match=rf"^{name}: '{tmp_path}' .*folder:PATH"):
         registry.load(f"{name}@{folder(tmp_path, classes)}", SIZE, str(tmp_path))
 
 
@@ -269,28 +234,21 @@ def test_numbers_and_missing_classes_are_refused_where_names_are_not_known(name,
     ("name", "classes", "strange"),
     [
         ("gtsrb", [str(i + 1) for i in range(43)], "'1'"),  # from 1, not from 0
-        ("gtsrb", ["3", "7"], "'3'"),  # from 0 or from 1
         ("gtsrb", ["0", "00"], "'00'"),
         ("fer2013", ["angry", "disgusted", "joy"], "'joy'"),
-        ("pets", [f"class {i}" for i in range(37)], "'class 0'"),
         ("imagenet", ["missile", "tench"], "'missile'"),  # two classes have this name
-        ("country211", ["AD", "AE"], "'AD'"),
         ("dtd", ["banded", "cat"], "'cat'"),
     ],
 )
 def test_classes_that_would_have_to_be_guessed_are_refused(name, classes, strange, tmp_path):
-    with pytest.raises(UserError, match=f"{name}: {strange} is not a class of {name}.*or by number.*folder:PATH") as e:
+    with pytest.raises(UserError, match=rf"^{name}: {strange} "):
         load(f"{name}@{folder(tmp_path, classes)}")
-    assert "\n" not in str(e.value) and len(str(e.value)) < 400
 
 
 def test_own_labels_are_names_as_they_are(tmp_path):
     own = ["2.0", "3.5 inch", "1.jpg", "iPhone", "YouTube", "red_fox"]
     data = load(f"folder:{folder(tmp_path / 'folder', own)}")
     assert named(data) == dict(enumerate(own)) and "a photo of a iPhone" in data.prompts[data.names.index("iPhone")]
-    assert data.prompts[data.names.index("red_fox")] == ["a photo of a red fox"]
-    rows = [[f"folder/{name}/x.png", name] for name in own]
-    assert named(load(f"csv:{labelled_table(tmp_path / 'a.csv', rows)}")) == dict(enumerate(own))
     name = "McLaren MP4-12C Coupe 2012"
     assert named(load(f"cars@{folder(tmp_path / 'cars', [name])}")) == {0: name}
 
@@ -314,7 +272,7 @@ def test_a_probe_of_own_folders(tmp_path):
 
 @pytest.mark.parametrize("spec", ["imagenett", "imagenet@", "gtsr@/x", "folder:", "probe/cifar1", "dense/pet"])
 def test_an_unknown_set(spec):
-    with pytest.raises(UserError, match=r"unknown evaluation set .* --help lists the names"):
+    with pytest.raises(UserError, match=f"unknown evaluation set {spec!r}"):
         registry.check(spec)
 
 
@@ -322,24 +280,20 @@ def test_an_unknown_set(spec):
 
 
 def test_other_images_with_the_same_labels_have_another_hash(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in "abcd":
-        PIL.Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
-    PIL.Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "small.png")
+    for i, name in enumerate(("a", "b", "c")):
+        write(tmp_path / f"{name}.png", i)
     one, other = (
-        load(f"csv:{labelled_table(tmp_path / f'{i}.csv', [[f'{x}.png', x in 'ac'] for x in part])}").card
-        for i, part in enumerate(("ab", "cd"))
+        load(f"csv:{labelled_table(tmp_path / f'{x}.csv', [['a.png', '0'], [f'{x}.png', '1']])}").card for x in "bc"
     )
     assert one.split_hash != other.split_hash
-    shutil.copy(tmp_path / "small.png", tmp_path / "b.png")  # of another size
-    assert load(f"csv:{tmp_path / '0.csv'}").card.split_hash != one.split_hash
+    PIL.Image.new("RGB", (9, 9)).save(tmp_path / "b.png")  # of another size
+    assert load(f"csv:{tmp_path / 'b.csv'}").card.split_hash != one.split_hash
 
 
 @pytest.mark.parametrize("spec", ["folder:{}", "ucf101@{}", "finetuned/folder:{}"])
 def test_the_place_of_a_set_and_its_times_are_not_in_the_hash(spec, tmp_path):
     path = folder(tmp_path / "one", ["cat", "dog"])
-    copy = tmp_path / "far" / "away" / "two"
-    shutil.copytree(path, copy)
+    copy = shutil.copytree(path, tmp_path / "far" / "away" / "two")
     os.utime(copy / "cat" / "x.png", (0, 0))
     first, second = (load(spec.format(p)).card.split_hash for p in (path, copy))
     assert first == second

@@ -1,8 +1,5 @@
-"""Sets with texts to choose from: SugarCrepe, ARO, Winoground, and your own tables.
+"""Sets with texts to choose from: SugarCrepe, ARO, Winoground, and your own tables; see docs/evaluate.md.
 
-sugarcrepe@FOLDER, sugarcrepe/add_att@FOLDER    add_att.json ... swap_obj.json of its repository, and COCO's val2017
-aro/vg_relation@FOLDER, aro/vg_attribution@FOLDER    visual_genome_relation.json, ..._attribution.json, and images
-winoground, winoground@SOURCE                   the columns of facebook/winoground, on the Hub or in another source
 choice/SOURCE?image=COLUMN&text=RIGHT&text=WRONG    rows of a table; a second image belongs to the second text
 """
 
@@ -36,7 +33,7 @@ _PARTS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "sw
 _ARO = {"aro/vg_relation": "visual_genome_relation.json", "aro/vg_attribution": "visual_genome_attribution.json"}
 _FEWEST = 25  # ARO's mean leaves out pairs of attributes with fewer items
 _WINOGROUND = "?image=image_0&image=image_1&text=caption_0&text=caption_1&group=collapsed_tag"
-_AT_PATH = ("sugarcrepe", *(f"sugarcrepe/{part}" for part in _PARTS), *_ARO, "winoground")
+_AT_PATH = ("sugarcrepe", *_ARO, "winoground")
 
 
 class Choices(NamedTuple):
@@ -57,15 +54,14 @@ class Choices(NamedTuple):
     files: np.ndarray | None = None
 
 
-def sugarcrepe(name: str, folder: pathlib.Path) -> Choices:
-    """Read one or all of SugarCrepe's types of wrong captions."""
-    named = [name.partition("/")[2]] if "/" in name else _PARTS
-    records = [(part, record) for part in named for record in _read_json(folder / f"{part}.json").values()]
+def sugarcrepe(folder: pathlib.Path) -> Choices:
+    """Read SugarCrepe's seven types of wrong captions."""
+    records = [(part, record) for part in _PARTS for record in _read_json(folder / f"{part}.json").values()]
     number = {file: i for i, file in enumerate(dict.fromkeys(record["filename"] for _, record in records))}
     paths = Paths([folder / "val2017" / file for file in number])
     pictures = np.array([number[record["filename"]] for _, record in records], int)[:, None]
     texts = [[record["caption"], record["negative_caption"]] for _, record in records]
-    parts = [part if len(named) > 1 else "" for part, _ in records]
+    parts = [part for part, _ in records]
     return Choices(paths, pictures, texts, parts, contents(paths))
 
 
@@ -106,10 +102,10 @@ def read_rows(spec: str, data: DataConfig) -> Choices:
     name, columns = query_columns(spec)
     keys = columns.get("text", list(DataConfig.text_columns))
     group, *others = columns.get("group", [""])
-    if others or columns.keys() - {"image", "text", "group"}:
-        raise UserError(f"{spec}: its keys are image=COLUMN, text=COLUMN and one group=COLUMN; remove all others.")
     options = dataclasses.replace(sources.source_options(data), text_columns=tuple(keys), tags_key=group)
     tables: list[Any] = []
+    if others or columns.keys() - {"image", "text", "group"}:
+        raise UserError(f"{spec}: its keys are image, text and one group; write {PREFIX}SOURCE{_COLUMNS}.")
     for key in columns.get("image", [DataConfig.image_column]):
         image_options = dataclasses.replace(options, image_column=key)
         tables.append(sources.open_pairs(sources.spec_from_path(name), image_options))
@@ -142,7 +138,8 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
         items = read_rows(rows.removeprefix(PREFIX), data)
     else:
         with published_layout(name, location):
-            items = (aro if name in _ARO else sugarcrepe)(name, pathlib.Path(location).expanduser())
+            folder = pathlib.Path(location).expanduser()
+            items = aro(name, folder) if name in _ARO else sugarcrepe(folder)
     profile = dataclasses.replace(
         profile, prefix=profile.prefix or "", captions=0, exif_rotation=spec.startswith(PREFIX)
     )
@@ -186,11 +183,6 @@ class ChoiceSets(SetKind):
     """`sugarcrepe@`, `aro/NAME@`, `winoground` and `choice/SOURCE`."""
 
     prefixes = ("sugarcrepe", "aro", "winoground", PREFIX.rstrip("/"))
-    names = ("winoground",)
-    usage = (
-        f"choices in files, NAME@PATH: {', '.join(_AT_PATH)}; your texts to choose from: {PREFIX}SOURCE{_COLUMNS}, in "
-        "csv:, parquet: and hf:"
-    )
     load = staticmethod(load)
 
     @classmethod
@@ -198,7 +190,7 @@ class ChoiceSets(SetKind):
         if spec.startswith(PREFIX):
             return bool(sources.spec_from_path(query_columns(spec.removeprefix(PREFIX))[0]))
         name, _, path = spec.partition("@")
-        return spec in cls.names or (bool(path) and name in _AT_PATH)
+        return spec == "winoground" or (bool(path) and name in _AT_PATH)
 
     @classmethod
     def extras(cls, spec: str) -> tuple[str, ...]:

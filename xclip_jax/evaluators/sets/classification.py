@@ -1,10 +1,7 @@
 """Sets of labelled images and texts: zero-shot classification, probes, and tests of fine-tuned classifiers.
 
-NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN]    zero-shot: a set in `known_sets`, a source of
-                                labelled images, or held-out images of a run with labelled sources
-babel/LANGUAGE@FILE             zero-shot: ImageNet's classes in another language, from Babel-ImageNet's file
-probe/NAME, probe/SOURCE        a linear probe, trained and tested on SOURCE/train and SOURCE/test
-finetuned/SOURCE                labelled items for a model with a classifier
+NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN], babel/LANGUAGE@FILE, probe/NAME, probe/SOURCE,
+finetuned/SOURCE; NAME is in `known_sets`, and SOURCE a source of labelled items, of probes without its split.
 """
 
 import dataclasses
@@ -24,7 +21,7 @@ from xclip_jax.data.labelled import check_one_class
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import wds
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.base import HELD_OUT, SetKind, joined, pictures
+from xclip_jax.evaluators.base import SetKind, joined, pictures
 from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet, renumber
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
@@ -94,8 +91,6 @@ def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
     images = path.with_name("val")
     with published_layout(spec, location):
         names = json.loads(path.read_text(encoding="utf-8"))
-        if language not in names:
-            raise UserError(f"{spec}: its languages are {', '.join(sorted(names))}; choose one of them.")
         numbers, classes = names[language]
         translated = json.loads(prompts_path.read_text(encoding="utf-8")) if prompts_path.is_file() else {}
     _, _, content = read(f"imagenet@{images}" if images.is_dir() else "imagenet", data_dir)
@@ -131,7 +126,7 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
     name = spec.removeprefix(PREFIX)
     if is_holdout(spec, PREFIX):
         with imports.named_by("the config of the run that holds them out"):
-            return own_set(name, read_held_out(spec, data), prepare, profile)
+            return own_set(name, read_held_out(spec, held_out_data(spec, data)), prepare, profile)
     if sources.has_labels(name, "image"):
         return own_set(name, read_source(name, data.dir or None), prepare, profile)
     if name.startswith(BABEL):
@@ -233,10 +228,10 @@ def load_probe(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     """Open `probe/NAME`."""
     entry, content, identity_of_splits = _read_splits(spec, data.dir or None)
     first = content[0]
-    classes: Sequence[str] = first.classes
-    for i, part in enumerate(content):  # a split may lack a class of another one
-        labels, classes = renumber(part.labels, part.classes, classes, spec)
-        content[i] = dataclasses.replace(part, labels=labels)
+    # A split may lack a class of the training items.
+    content = [
+        dataclasses.replace(part, labels=renumber(part.labels, part.classes, first.classes, spec)) for part in content
+    ]
     if len(content) == 2:
         content.insert(1, Content([], np.array([], int), first.classes, first.data))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"
@@ -286,13 +281,7 @@ class ClassSets(SetKind):
     """`NAME` and `NAME@PATH` of the table, `SOURCE` or `zeroshot/SOURCE`, and held-out images."""
 
     prefixes = (*ENTRIES, *_IMAGES, PREFIX.rstrip("/"), BABEL.rstrip("/"))
-    names = (*PAPER, PREFIX + HELD_OUT)
     suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
-    usage = f"classes in files, NAME@PATH: {', '.join(ENTRIES)}, {BABEL}LANGUAGE; your data: " + "; ".join(
-        [f"{spec}, {text}" for spec, text in sources.LABELS.items() if spec.partition(":")[0] in _IMAGES]
-        + [f"{PREFIX}{sources.OF_ANOTHER_PACKAGE}"]
-        + [f"{PREFIX}{HELD_OUT}[@RUN], held-out pairs of a run with labelled sources"]
-    )
     load = staticmethod(load)
 
     @classmethod
@@ -301,10 +290,6 @@ class ClassSets(SetKind):
         if is_holdout(spec, PREFIX) or (name in ENTRIES and bool(path or not at)) or (name.startswith(BABEL) and path):
             return True
         return sources.has_labels(spec.removeprefix(PREFIX), "image")
-
-    @classmethod
-    def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
-        return held_out_data(spec, data) if is_holdout(spec, PREFIX) else data
 
     @classmethod
     def shows(cls, spec: str) -> str:
@@ -319,7 +304,6 @@ class ProbeSets(SetKind):
     """`probe/NAME` and `probe/SOURCE`."""
 
     prefixes = ("probe",)
-    usage = f"probes: probe/NAME, {', '.join(f'probe/{spec}' for spec in sources.SPLITS)}"
     load = staticmethod(load_probe)
 
     @classmethod
@@ -334,7 +318,6 @@ class FinetunedSets(SetKind):
     """`finetuned/SOURCE`: labelled items for a model with a classifier."""
 
     prefixes = (FINETUNED.rstrip("/"),)
-    usage = "for a fine-tuned model: finetuned/SOURCE"
     load = staticmethod(load_finetuned)
 
     @classmethod

@@ -45,20 +45,19 @@ def published_layout(name: str, location: str) -> Iterator[None]:
         raise UserError(f"{name}: {location!r} is not in the published layout ({describe(error)}).") from error
 
 
-def is_holdout(spec: str, prefix: str) -> bool:
+def is_holdout(spec: str, prefix: str = PREFIX) -> bool:
     """Whether `spec` is "holdout" or "holdout@RUN" after `prefix`."""
-    return spec.startswith(prefix) and spec.removeprefix(prefix).partition("@")[0] == HELD_OUT
+    return spec.partition("@")[0] == prefix + HELD_OUT
 
 
 def held_out_data(spec: str, data: DataConfig) -> DataConfig:
-    """Return the `data` group of the run that holds out the pairs of `spec`: FAMILY/holdout or FAMILY/holdout@RUN."""
+    """Return the `data` group of the run that holds out the pairs of `spec`."""
     name, at, run = spec.partition("@")
     if at:
         content = RunReader(run).read_config() if run else None
         data = fields.read_group(DataConfig, content["config"]["data"] if content else {}, "data", [])
     if not data.holdout or not data.sources:
-        whose = f"{run!r} is not the folder of a run that" if at else "this model"
-        raise UserError(f"{spec}: {whose} holds out pairs (data.holdout); name another run, {name}@RUN.")
+        raise UserError(f"{spec}: the run holds out no pairs (data.holdout); name another one, {name}@RUN.")
     return data
 
 
@@ -90,8 +89,7 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
     """Return {image hash: captions}, and the positions of new images in each part.
 
-    Captions of one image are often separate pairs, such as rows of a CSV file. Like in Flickr8k and COCO, all of them
-    are right answers and queries, including equal ones.
+    Like in Flickr8k and COCO, all captions of an image are right answers and queries, including equal ones.
     """
     captions: dict[str, list[str]] = {}
     positions = []
@@ -109,7 +107,8 @@ def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     """Open the set `spec`; captions get the command's prefix, not the prefix of published sets."""
     name = spec.removeprefix(PREFIX)
     where: Any = contextlib.nullcontext()
-    if is_holdout(spec, PREFIX):
+    if is_holdout(spec):
+        data = held_out_data(spec, data)
         specs = tuple(data.sources)
         share = data.holdout
         where = imports.named_by("the config of the run that holds them out")
@@ -167,20 +166,11 @@ class PairSets(SetKind):
     """`retrieval/SOURCE` and `retrieval/holdout`."""
 
     prefixes = (PREFIX.rstrip("/"),)
-    names = (PREFIX + HELD_OUT,)
-    usage = (
-        f"your pairs: {', '.join(f'{PREFIX}{spec}' for spec in sources.PAIRS)}, with other columns "
-        f"{PREFIX}SOURCE{_COLUMNS}; {PREFIX}{HELD_OUT}[@RUN]"
-    )
 
     @classmethod
     def knows(cls, spec: str) -> bool:
         source_name, _ = named_columns(spec.removeprefix(PREFIX), DataConfig())
-        return is_holdout(spec, PREFIX) or bool(sources.spec_from_path(source_name))
-
-    @classmethod
-    def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
-        return held_out_data(spec, data) if is_holdout(spec, PREFIX) else data
+        return is_holdout(spec) or bool(sources.spec_from_path(source_name))
 
     load = staticmethod(load_pairs)
 

@@ -1,15 +1,4 @@
-"""Texts and captions from files in their published layout, NAME@PATH; COCO and TREC also from TFDS, NAME.
-
-sts12@FOLDER ... sts16@FOLDER       STS: STS.input.X.txt and STS.gs.X.txt for each subset X
-stsb@sts-test.csv, sickr@SICK_test_annotated.txt
-mr@, cr@, subj@, mpqa@, sst2@, sst5@, trec@, mrpc@, sicke@FOLDER    SentEval
-glue/NAME@FOLDER                    GLUE: train.tsv and dev.tsv
-coco_retrieval@dataset_coco.json, flickr30k_retrieval@dataset_flickr30k.json    Karpathy's captions; the images are
-                                    in the JSON's folder or in folders named there
-coco_retrieval                      coco_captions of TFDS, whose test split is Karpathy's
-xm3600/LANGUAGE@FOLDER              captions.jsonl of Crossmodal-3600, and its images
-multi30k/LANGUAGE@FOLDER            the folder data of Multi30K's repository, with Flickr30k's images in FOLDER/images
-"""
+"""Texts and captions in their published layout, NAME@PATH; COCO also from TFDS, NAME; see docs/evaluate.md."""
 
 import csv
 import dataclasses
@@ -47,7 +36,6 @@ _TWO_FILES = {
 _SWEEP = Sweep(tuple(2.0**e for e in range(-2, 4)), halvings=0, refit=False)
 _SWEEP_BY_FOLDS = Sweep(tuple(2.0**e for e in range(-1, 6)), halvings=0)
 _FOLDS = 10
-_C_BY_FOLDS = "own splits, C by ten folds of the training items"
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -85,7 +73,7 @@ def sts_benchmark(name: str, path: pathlib.Path) -> SimilaritySet:
 
 
 def sick(name: str, path: pathlib.Path) -> SimilaritySet:
-    """Read SICK-R."""
+    """Read SICK-R's SICK_test_annotated.txt."""
     pairs = [(row["sentence_A"], row["sentence_B"], float(row["relatedness_score"])) for row in _rows(path)]
     return _similarity(f"{name}@{path}", path.name, {"": pairs})
 
@@ -132,7 +120,8 @@ def senteval(name: str, path: pathlib.Path) -> ProbeSet:
     parts = [_read_split(name, path / file) for file in _SPLIT_FILES[name]]
     number = {label: i for i, label in enumerate(sorted({label for _, label in parts[0]}))}
     numbered = [[(item, number[label]) for item, label in part] for part in parts]
-    return _senteval(f"{name}@{path}", numbered, "own splits" if len(parts) == 3 else _C_BY_FOLDS)
+    how = "own splits" if len(parts) == 3 else "own splits, C by ten folds of the training items"
+    return _senteval(f"{name}@{path}", numbered, how)
 
 
 def _read_split(name: str, path: pathlib.Path) -> list[tuple[Any, str]]:
@@ -158,16 +147,6 @@ _SPLIT_FILES = {
     "mrpc": ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"],
     "sicke": ["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"],
 }
-
-
-def trec(data_dir: str | None) -> ProbeSet:
-    """Read TREC from TFDS."""
-    parts = []
-    for split in ("train", "test"):
-        source, _ = open_tfds("trec", split, data_dir)
-        records = (source[i] for i in range(len(source)))
-        parts.append([(lookup(record, "text")[0], int(record["label-coarse"])) for record in records])
-    return _senteval("trec", parts, _C_BY_FOLDS)
 
 
 def glue(name: str, folder: str) -> ProbeSet | SimilaritySet:
@@ -216,9 +195,6 @@ def karpathy(name: str, path: pathlib.Path, prepare: Preprocessing, profile: Pro
 def xm3600(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]:
     """Read images and captions of Crossmodal-3600 (arXiv 2205.12522)."""
     records = [json.loads(line) for line in _lines(path / "captions.jsonl")]
-    if language not in records[0]:
-        known = ", ".join(sorted(key for key, value in records[0].items() if isinstance(value, dict)))
-        raise ValueError(f"it has no captions in {language!r}; its languages are {known}")
     images = Paths([path / "images" / f"{record['image/key']}.jpg" for record in records])
     return images, [[join_surrogates(text) for text in record[language]["caption"]] for record in records]
 
@@ -248,7 +224,7 @@ READERS: Mapping[str, Callable[[str, pathlib.Path], SimilaritySet | ProbeSet]] =
     **dict.fromkeys((*_TWO_FILES, *_SPLIT_FILES), senteval),
 }
 GLUE = tuple(f"glue/{task}" for task in tasks.TASKS)
-IN_TFDS = ("coco_retrieval", "trec")
+IN_TFDS = ("coco_retrieval",)
 RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval")
 LANGUAGES = {"xm3600": xm3600, "multi30k": multi30k}
 _AT_PATH = (*READERS, *RETRIEVAL, *GLUE)
@@ -264,8 +240,6 @@ def load(
     with published_layout(name, location):
         if name in GLUE:
             return glue(name, str(path))
-        if spec == "trec":
-            return trec(data_dir)
         family, _, language = name.partition("/")
         if family in LANGUAGES:
             images, captions = LANGUAGES[family](language, path)
@@ -282,10 +256,6 @@ class FileSets(SetKind):
     """Texts and captions in their published layout, and from TFDS."""
 
     prefixes = tuple(dict.fromkeys([*READERS, *RETRIEVAL, *LANGUAGES, "glue"]))
-    names = IN_TFDS
-    usage = (
-        f"texts and captions in files, NAME@PATH: {', '.join((*_AT_PATH, *(f'{name}/LANGUAGE' for name in LANGUAGES)))}"
-    )
     load = staticmethod(load)
 
     @classmethod

@@ -184,10 +184,10 @@ def _published(
         if number is None and expected in (0, len(classes)):
             return labels, list(classes)
         has = f"{len(classes)} classes, not {expected}" if number is None else f"a class {number!r}, a number"
-        prepare = f"prepare {entry.tfds} with TFDS, which knows their names, " if expected else ""
+        prepare = f", prepare {entry.tfds} with TFDS," if entry.tfds else ""
         raise UserError(
             f"{name}: {path!r} has {has}, and the names of {name}'s classes are not known here. Name all of the set's "
-            f"classes as published, {prepare}or evaluate folder:PATH or csv:PATH with --class-names FILE."
+            f"classes as published{prepare} or evaluate folder:PATH or csv:PATH."
         )
     else:
         whole = [prompts.readable(label) for label in tfds_labels] if entry.readable else tfds_labels
@@ -238,11 +238,10 @@ class DenseSets(SetKind):
     """`dense/pets`: pets and background of Oxford-IIIT Pet."""
 
     prefixes = ("dense",)
-    names = ("dense/pets",)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        return spec in cls.names
+        return spec == "dense/pets"
 
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> DenseSet:
