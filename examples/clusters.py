@@ -81,6 +81,12 @@ class Tower(nn.Module):
         return embeddings / jnp.linalg.norm(embeddings, axis=1, keepdims=True), nn.Dense(len(COLORS))(x)
 
 
+def heads(params: Any, inputs: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Return a tower's embeddings and cluster logits."""
+    tower: Any = Tower()
+    return tower.apply(params, inputs)
+
+
 def things(rng: np.random.Generator, count: int = 256) -> dict[str, np.ndarray]:
     """Draw points (count, 2) on one of eight sides of a place, and the numbers of their texts (count,)."""
     place = rng.integers(0, 12, count)
@@ -100,10 +106,10 @@ def compare(name: str, steps: int = 1000) -> tuple[float, float, float]:
     """
     rng = np.random.default_rng(0)
     optimizer = optax.adam(3e-3)
-    towers = {"img": Tower(), "txt": Tower()}
 
     def loss(params: Any, batch: dict[str, np.ndarray]) -> jax.Array:
-        (z_img, s_img), (z_txt, s_txt) = (towers[t].apply(params[t], batch[t]) for t in towers)
+        z_img, s_img = heads(params["img"], batch["img"])
+        z_txt, s_txt = heads(params["txt"], batch["txt"])
         contrast = losses.clip(z_img, z_txt, jnp.exp(params["log_scale"]))[0]
         clusters = losses.nclip(s_img, s_txt)[0]
         return (name != "nclip") * contrast + (name != "clip") * clusters
@@ -113,14 +119,14 @@ def compare(name: str, steps: int = 1000) -> tuple[float, float, float]:
         updates, state = optimizer.update(jax.grad(loss)(params, batch), state)
         return optax.apply_updates(params, updates), state
 
-    params: Any = {t: tower.init(jax.random.key(0), things(rng)[t]) for t, tower in towers.items()}
+    params: Any = {t: Tower().init(jax.random.key(0), things(rng)[t]) for t in ("img", "txt")}
     params["log_scale"] = jnp.log(10.0)
     state = optimizer.init(params)
     for _ in range(steps):
         params, state = step(params, state, things(rng))
     test = things(np.random.default_rng(1), 2000)
-    z_img, s_img = towers["img"].apply(params["img"], test["img"])
-    z_txt, s_txt = towers["txt"].apply(params["txt"], np.arange(24 * SIDES))
+    z_img, s_img = heads(params["img"], test["img"])
+    z_txt, s_txt = heads(params["txt"], np.arange(24 * SIDES))
     by_clusters = jax.nn.softmax(s_img) @ jax.nn.log_softmax(s_txt).T
     scores = by_clusters if name == "nclip" else z_img @ z_txt.T  # nCLIP trains no embeddings
     found = np.asarray(scores.argmax(1)) % (12 * SIDES)

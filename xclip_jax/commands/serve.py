@@ -19,7 +19,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +65,7 @@ class Match(NamedTuple):
 class Index:
     """A thread-safe model with images and their embeddings."""
 
-    def __init__(self, model: Model, source: Images, numbers: Sequence[int], columns: embeddings.Columns) -> None:
+    def __init__(self, model: Model, source: Images, numbers: Sequence[int], columns: Mapping[str, Any]) -> None:
         """Make an index of the images `numbers` of a source, whose texts and embeddings are in `columns`."""
         self._model = model
         self._source = source
