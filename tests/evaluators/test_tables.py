@@ -36,7 +36,7 @@ def test_held_out_pairs_are_named():
     [
         (["folder:/home/me/classes", "mnist"], ["folder:classes", "mnist"]),
         (["imagenet@/data/in/val/", "csv:~/a/b.csv"], ["imagenet@val", "csv:b.csv"]),
-        (["folder:/a/x/val", "folder:/a/y/val"], ["folder:/a/x/val", "folder:/a/y/val"]),
+        (["folder:/a/x/val", "folder:/a/y/val"], ["folder:x/val", "folder:y/val"]),
         (["tar:gs://bucket/pairs/000.tar", "folder:own/classes"], ["tar:000.tar", "folder:own/classes"]),
     ],
 )

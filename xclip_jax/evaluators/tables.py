@@ -1,6 +1,5 @@
 """Results as text tables or as one line, and comparisons of two evaluations with bootstrap intervals."""
 
-import collections
 import dataclasses
 import functools
 import math
@@ -28,7 +27,7 @@ _FAMILIES = {
     "dense": "dense representation",
 }
 # Sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
-_PATH = re.compile(r"^([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)$")
+_PATH = re.compile(r"([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)")
 # Must be equal in compared entries.
 _COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol", "profile")
 
@@ -99,20 +98,23 @@ def short_names(results: Sequence[Result]) -> dict[str, str]:
 
 
 def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
-    """Return {name: short name}; absolute paths and URLs keep their last part if that distinguishes the sets.
+    """Return {name: short name}; absolute paths and URLs keep the last parts needed to distinguish the sets.
 
     The sets "holdout" and "holdout@RUN" are "held-out pairs" and "held-out pairs of RUN".
     """
     names = {name: redact(name) for name in names_of_sets}
-    ends = {name: _PATH.sub(_last_part, shown) for name, shown in names.items()}
-    counts = collections.Counter(ends.values())
-    names |= {name: end for name, end in ends.items() if counts[end] == 1}
+    matches = {name: match for name, shown in names.items() if (match := _PATH.fullmatch(shown))}
+
+    def end(match: re.Match[str], depth: int) -> str:
+        return match[1] + "/".join(match[2].rstrip("/").split("/")[-depth:])
+
+    for name, match in matches.items():
+        depth = 1
+        while depth <= name.count("/") and [end(x, depth) for x in matches.values()].count(end(match, depth)) > 1:
+            depth += 1
+        names[name] = end(match, depth)
     held_out = {HELD_OUT: "held-out pairs"}
     return {name: held_out.get(x, x.replace(f"{HELD_OUT}@", "held-out pairs of ")) for name, x in names.items()}
-
-
-def _last_part(path: re.Match[str]) -> str:
-    return path[1] + path[2].rstrip("/").rpartition("/")[2]
 
 
 def headlines(results: Sequence[Result]) -> str:
