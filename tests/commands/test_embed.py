@@ -138,8 +138,8 @@ def test_a_disk_that_fails_is_no_set_of_bad_images(root, straight, tmp_path, mon
     np.testing.assert_array_equal(read(out)[0]["embedding"], read(straight)[0]["embedding"])
 
 
-def test_texts_beside_images_as_npz(root, model, straight):
-    out = root / "both.npz"
+def test_texts_beside_images(root, model, straight):
+    out = root / "both.parquet"
     embed.main(flags(root, out, texts=root / "texts.txt"))
     columns, about = read(out)
     assert list(columns["kind"]) == ["image"] * 40 + ["text"] * 4 and about["rows"] == 44 and about["bad"] == 3
@@ -148,7 +148,7 @@ def test_texts_beside_images_as_npz(root, model, straight):
     assert list(columns["id"][40:]) == [f"{root / 'texts.txt'}#{i + 1}" for i in range(4)]
     np.testing.assert_allclose(columns["embedding"][[40, 41, 43]], model.encode_text([*texts[:2], texts[3]]), atol=1e-6)
     assert not columns["embedding"][42].any()
-    listed = [json.loads(line) for line in (root / "both.npz.bad.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (root / "both.parquet.bad.jsonl").read_text().splitlines()]
     assert listed[2] == {
         "kind": "text", "id": f"{root / 'texts.txt'}#3", "index": 2, "reason": "line is empty", "detail": ""
     }  # fmt: skip
@@ -222,9 +222,8 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
         embed.embed(model, sources, str(out))
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-def test_a_damaged_file_is_named(suffix, model, tmp_path):
-    file = tmp_path / f"x{suffix}"
+def test_a_damaged_file_is_named(model, tmp_path):
+    file = tmp_path / "x.parquet"
     file.write_bytes(b"PK\x03\x04" + bytes(40))
     for read in (embeddings.read, lambda file: embed.embed(model, {"text": inputs.Lines(str(file))}, str(file))):
         with pytest.raises(UserError, match=r"x\.parquet is damaged"):
@@ -239,17 +238,17 @@ def test_a_damaged_file_is_named(suffix, model, tmp_path):
         ({"batch": 0}, "--batch is 0"),
         ({"images": "{}/run"}, "run' has 0 images"),
         ({"texts": "{}/none.txt"}, "none.txt'"),
-        ({"out": "{}/x.csv"}, "x.csv' is '.csv'"),
-        ({"out": "{}/texts.txt/x.npz"}, "--out"),
+        ({"out": "{}/x.csv"}, "--out is '.csv'"),
+        ({"out": "{}/texts.txt/x.parquet"}, "--out"),
         ({"out": "gs://bucket/x.parquet"}, "--out 'gs://bucket/x.parquet'"),
         ({"step": 9}, "step 9"),
-        ({"images": "{}/texts.txt", "out": "{}/bad.npz"}, "bad.npz.bad.jsonl"),
+        ({"images": "{}/texts.txt", "out": "{}/bad.parquet"}, "bad.parquet.bad.jsonl"),
     ],
 )
 def test_bad_input(root, changes, named):
     changes = {key: str(value).format(root) for key, value in changes.items()}
     with pytest.raises(SystemExit, match=f"^error: .*{re.escape(named)}"):
-        embed.main(flags(root, root / "y.npz", **changes))
+        embed.main(flags(root, root / "y.parquet", **changes))
 
 
 def test_images_in_a_table(root, tmp_path):

@@ -83,7 +83,7 @@ def test_a_download_imports_with_consent_alone(root, server):
 
 def test_commands_take_trust(root, tmp_path):
     commands = {
-        embed.main: ["--checkpoint", "weights", "--images", "pairs", "--out", str(tmp_path / "x.npz")],
+        embed.main: ["--checkpoint", "weights", "--images", "pairs", "--out", str(tmp_path / "x.parquet")],
         export.main: ["--checkpoint", "run", "--to", "safetensors", str(tmp_path / "out")],
         evaluate.main: ["--checkpoint", "run", "--suite", "retrieval/folder:pairs", "--output", f"{tmp_path}/e.json"],
         report.main: ["run", "--output", str(tmp_path / "page.html")],

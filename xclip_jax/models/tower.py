@@ -39,7 +39,7 @@ class Tower(abc.ABC):
     def flops(self, train: bool) -> float | None:
         """Return the FLOPs of one item's forward pass; a multiplication and an addition count as two.
 
-        None if they are unknown: runs then have no MFU, and `xclip-jax plan --mfu` estimates no time.
+        None if they are unknown: runs then have no MFU, and `xclip-jax plan` no time.
         """
         return None
 
