@@ -159,7 +159,7 @@ def test_export_keeps_the_classes(images, tuned, tmp_path):
             evaluate.evaluate(str(path), f"finetuned/folder:{tmp_path}/other")
     card = (out / export.CARD).read_text()
     assert "xclip-jax evaluate --checkpoint out --suite finetuned/folder:PATH" in card
-    assert "| source | items | share |" in card and "Classes: `bright`, `dark`, `grey`." in card
+    assert "| source | items | share |" in card and "Classes, 3 in all: `bright`, `dark`, `grey`." in card
     assert "| image |" in card and "| text |" not in card and "Texts:" not in card and "zero_shot" not in card
     # Exported again, from the export.
     export.export(str(out), str(tmp_path / "again"), to="safetensors")

@@ -170,8 +170,9 @@ def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
     text = f"One caption of each pair is drawn, from {', '.join(map(in_words, config.data.text_columns))}"
     if labelled:
         names = run.read_classes() or ()
-        text = f"{len(names):,} classes, the first of them {', '.join(map(_code, names[:_SHOWN_CLASSES]))}"
-        text = text if names else "The data name no classes"
+        text = "The data name no classes"
+        if names:
+            text = f"Classes, {len(names):,} in all: {', '.join(map(_code, names[:_SHOWN_CLASSES]))}"
     elif config.data.caption_transform:
         text += f", and changed by {in_words(config.data.caption_transform)}"
     head = ("source", "items" if labelled else "pairs", "share", "hash of the files")
