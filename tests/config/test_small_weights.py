@@ -50,7 +50,7 @@ def test_another_size_than_the_weights_shows_the_same_view(discs, run, tmp_path)
     ("weights", "more", "named"),
     [
         ("RUN", ",tokenizer=bytes,preset=S/16", r"leave tokenizer and preset"),
-        ("RUN/gone", "", r"weights=.*gone"),
+        ("RUN/gone", "", r"gone' does not exist"),
     ],
 )
 def test_what_contradicts_or_lacks_weights_is_refused(discs, run, weights, more, named):
