@@ -24,10 +24,8 @@ COLORS = {"image": "#0072b2", "text": "#e69f00", "neither": "#999999"}
 def config_page() -> str:
     """Return a table of keys, defaults, allowed values and doc strings for each group of the config."""
     lines, group = ["# All keys of a config", ""], None
-    lines += ["Each key is a flag, `--config.optim.lr=1e-3`; names in a list are quoted,"]
-    lines += [
-        "`--config.data.text_columns=\"('title','alt')\"`. The defaults are those that recipes start from; a recipe"
-    ]
+    lines += ["Each key is a flag, `--config.optim.lr=1e-3`, and names in a list need no quotes,"]
+    lines += ["`--config.data.text_columns=title,alt`. The defaults are those that recipes start from; a recipe"]
     lines += [f"changes some of them, and `config.json` in a run's folder has the values of that run. {MADE}"]
     for name, default, allowed, doc in fields.describe(schema.Config):
         if name.rpartition(".")[0] != group:

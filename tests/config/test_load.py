@@ -1,5 +1,7 @@
 """The command line of a run: wrong flags, recipes and values are one sentence."""
 
+import functools
+import operator
 import pathlib
 import re
 import subprocess
@@ -50,6 +52,22 @@ def test_bad_command_lines(line, message, own_flags, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         load.parse(["xclip-jax", *line])
     assert message in stopped.value.code and stopped.value.code.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("data.text_columns=title,alt", ("title", "alt")),
+        ("data.text_columns=('title','alt')", ("title", "alt")),
+        ("eval.sets=emoji/test_concepts,cifar10@/data/c", ("emoji/test_concepts", "cifar10@/data/c")),
+        ("data.crop_scale=0.5,1.0", (0.5, 1.0)),
+        ("run=a,b", "a,b"),
+    ],
+)
+def test_a_list_of_names_needs_no_quotes(flag, value, own_flags, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    load.parse(["xclip-jax", "--config", "demo", f"--config.{flag}"])
+    assert functools.reduce(operator.getitem, flag.partition("=")[0].split("."), flags.FLAGS.config) == value
 
 
 def test_a_recipe_is_described_with_its_flags(own_flags, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """The config of a command: loads the recipe, checks the overrides, and reports faults in one sentence."""
 
+import functools
 import importlib.util
+import operator
 import pathlib
 import re
 import sys
@@ -95,6 +97,14 @@ def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
             node = node[part]
 
 
+def quote_list(config: ml_collections.ConfigDict, override: str) -> str:
+    """Return --config.KEY=a,b for a list as --config.KEY=('a','b'), and any other argument unchanged."""
+    match = re.fullmatch(r"(--?config\.([\w.-]+)=)([a-zA-Z][\w./@-]*(?:,[a-zA-Z][\w./@-]*)+)", override)
+    if match is None or not isinstance(functools.reduce(operator.getitem, match[2].split("."), config), tuple):
+        return override
+    return f"{match[1]}{tuple(match[3].split(','))}"
+
+
 def parse(argv: list[str]) -> list[str]:
     """Parse the flags of a command; bad input ends the process with one sentence.
 
@@ -120,6 +130,7 @@ def parse(argv: list[str]) -> list[str]:
             with imports.trusting(any(re.fullmatch(r"--?trust(=(true|t|1))?", arg, re.IGNORECASE) for arg in argv)):
                 config, describe = load_recipe(spec)
             check_keys(config, argv)
+            argv = [quote_list(config, arg) for arg in argv]
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=argv)
         elif "--helpfull" not in argv:
             raise UserError("--config is missing or empty; start with --config demo")
