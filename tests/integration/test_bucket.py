@@ -61,9 +61,8 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     monkeypatch.setattr(weights, "Checkpointer", lambda _, **options: Checkpointer(tmp_path / "local", **options))
     loaded, experiment, *_ = weights.load(config.run)
     assert loaded.data.tokenizer == copy and experiment.tokenizer(TEXTS, 6).tolist() == expected.tolist()
-    for to in ("safetensors", "open_clip"):
-        export.export(config.run, str(tmp_path / to), to=to)
-        assert tokenizer.load(str(tmp_path / to / "tokenizer.json"))(TEXTS, 6).tolist() == expected.tolist()
+    export.export(config.run, str(tmp_path / "out"), to="safetensors")
+    assert tokenizer.load(str(tmp_path / "out" / "tokenizer.json"))(TEXTS, 6).tolist() == expected.tolist()
 
 
 def test_requests_for_a_digest_do_not_grow_with_the_files(bucket):

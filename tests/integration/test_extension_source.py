@@ -144,7 +144,7 @@ def test_a_classifier_has_the_classes_of_labelled_items(tmp_path):
         (f"{KIND}:/nowhere", "'/nowhere' does not exist"),
         (WAVES, rf"source '{WAVES}' has no image-text pairs; write tar:PATTERN"),
         ("foldr:pairs", "unknown source 'foldr:pairs'; write .*folder:PATH"),
-        ("folder:", "source 'folder:' ends after its type"),
+        ("folder:", "unknown source 'folder:'; write .*folder:PATH"),
     ],
 )
 def test_a_spec_that_names_no_source(spec, message):
