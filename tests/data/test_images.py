@@ -88,7 +88,6 @@ def test_every_kind_of_transparency_is_laid_on_white(name):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A folder of a transparent PNG of each kind and a photograph to rotate, with captions."""
     folder = tmp_path_factory.mktemp("pairs")
     picture = bad_tars.picture(5, w=tiny.SIZE, h=tiny.SIZE)  # neither resized nor cropped
     (folder / "9.jpg").write_bytes(bad_tars.encode(picture, quality=98, exif=bad_tars.exif(6)))

@@ -24,7 +24,6 @@ GROUPS = LengthGroups(((4, 0.5), (8, 0.75)))
 
 
 def text(rows, length, eot, lengths):
-    """Random tokens with the end of the text where `lengths` say, and other random tokens after it."""
     tokens = np.random.default_rng(0).integers(1, 200, (rows, length), np.int32)
     tokens[np.arange(rows), np.array(lengths) - 1] = eot
     return tokens
@@ -158,7 +157,6 @@ def test_groups_of_a_run_are_kept_for_the_rows_that_they_are_for(run, tmp_path, 
 
 
 def test_captions_are_counted_by_their_tokens(tmp_path):
-    """Start, bytes and end."""
     tiny.folder(tmp_path / "pairs", 5)
     for i, words in enumerate(("a", "abc", "abcdef", "b", "abcdefgh")):
         (tmp_path / "pairs" / f"{i:03d}.txt").write_text(words)

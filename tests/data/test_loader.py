@@ -8,8 +8,7 @@ from tests.helpers import bad_tars, tiny
 from tests.parallel.test_mesh import mesh as mesh_of
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import base, images, loader, sources, tokenizer, transforms
-from xclip_jax.data.readers.tfds import lookup
-from xclip_jax.parallel.mesh import batch_parts, make_mesh
+from xclip_jax.parallel.mesh import batch_parts
 
 KEYWORDS = "xclip_jax.demo.emoji:add_keywords:tags"
 
@@ -196,21 +195,6 @@ def test_captions_are_drawn_and_transformed():
     assert of_fox == {"fox", *without[1:], *(f"fox, {tail}" for tail in without[1:])}
     assert of_red == {"red fox", *tails[1:], *(f"red fox, {tail}" for tail in tails[1:])}
     assert transform.caption({"text": ["fox"], "tags": []}, rng) == "fox"
-
-
-def test_to_global_splits_the_rows():
-    mesh = make_mesh({"data": 4, "fsdp": 2, "model": 1})
-    batch = tiny.batch()
-    placed = loader.to_global(batch, mesh)
-    np.testing.assert_array_equal(placed["image"], batch["image"])
-    assert placed["image"].addressable_shards[0].data.shape[0] == tiny.BATCH // 8
-
-
-def test_lookup_of_nested_features():
-    record = {"captions": [{"text": b"one"}, {"text": b"two"}], "name": "x", "list": np.array(["a", "b"])}
-    assert lookup(record, "captions/text") == ["one", "two"]
-    assert lookup(record, "name") == ["x"]
-    assert lookup(record, "list") == ["a", "b"]
 
 
 def test_device_transforms():

@@ -25,7 +25,6 @@ from xclip_jax.report import collect
 
 
 def added(path, *entries, own=True):
-    """Entries and items of a file to which entries were added one after the other."""
     for x in entries:
         results.add(epath.Path(path), x, {f"{x['name']}/top1": PerExample(np.full(2, x["value"]))}, {}, own=own)
     return results.read(epath.Path(path))
@@ -158,7 +157,6 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "results"
 
 
 def golden(name):
-    """Results and their tables."""
     return json.loads((GOLDEN / f"{name}.json").read_text()), (GOLDEN / f"{name}.txt").read_text()
 
 

@@ -49,7 +49,6 @@ def test_sets_of_files_have_short_names(names, short):
 
 
 def pets():
-    """Results of `pets`: top-1 is not the number to report."""
     fields = {"n": 3669, "evaluator": "zeroshot"}
     values = {"top1": 90.1, "top5": 99.0, "mean_per_class": 71.2}
     results = []

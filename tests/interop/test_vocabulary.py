@@ -32,7 +32,6 @@ from xclip_jax.interop import vocabulary
 
 
 def words(path, size, end):
-    """A vocabulary of words by number, where "<|endoftext|>" is number `end`."""
     vocab = {f"w{i}": i for i in range(size)}
     del vocab[f"w{end}"]
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab | {"<|endoftext|>": end}, unk_token="w0"))
@@ -141,10 +140,8 @@ def test_the_card_has_the_preprocessing_of_another_model(tmp_path):
 
 
 def test_a_run_that_reads_bytes_is_refused_with_the_remedy(run, tmp_path):
-    for to in ("hf", "open_clip"):
-        with pytest.raises(SystemExit, match=r"tokenizer is 'bytes', .*; write to 'safetensors'"):
-            export.main(["--checkpoint", str(run), "--to", to, str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match=r"tokenizer is 'bytes', .*; write to 'safetensors'"):
+        export.main(["--checkpoint", str(run), "--to", "open_clip", str(tmp_path / "out")])
     export.main(["--checkpoint", str(run), "--to", "safetensors", str(tmp_path / "out")])
     assert "the bytes of UTF-8 plus 3" in (tmp_path / "out" / "README.md").read_text()
     assert interop.read(str(tmp_path / "out"))[0]["data"]["tokenizer"] == "bytes"

@@ -1,6 +1,5 @@
 """Tables and ArrayRecord files: which rows are pairs or classes, what cannot be read, and fingerprints."""
 
-import csv
 import json
 import os
 
@@ -116,16 +115,6 @@ def test_remote_tables_are_read_alike(tmp_path, images, kind):
         open_source(f"{kind}:memory://tables/{kind}")
 
 
-def test_rows_agree_with_the_csv_module_where_quotes_are_in_pairs(tmp_path):
-    rng = np.random.default_rng(0)
-    letters = list('ab ,"ü\n')
-    rows = [["image", "text"], *(["".join(rng.choice(letters, 9)) + "x" for _ in range(2)] for _ in range(300))]
-    with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-    table = read_csv(f"{tmp_path}/x.csv", rows[0])
-    assert [list(row) for row in zip(*table.to_pydict().values(), strict=True)] == rows[1:]
-
-
 def test_semicolons_as_spreadsheets_write_them(tmp_path, images):
     (tmp_path / "x.csv").write_text('image;text\nimages/0.jpg;"a fox; red, and small"\nimages/1.jpg;a, b\n')
     source = open_source(f"csv:{tmp_path}/x.csv")
@@ -193,7 +182,6 @@ def test_a_table_in_a_bucket_names_no_files_of_this_machine(tmp_path, images):
 
 
 def write_classes(path, images, labels, metadata=None, **columns):
-    """The spec of a parquet file of images and the column "kind"."""
     columns = {"image": images[: len(labels)], "kind": labels} | columns
     return f"parquet:{write_parquet(path, metadata, **columns)}?label=kind"
 

@@ -35,7 +35,6 @@ def log(folder, **options):
 
 
 def assert_parts(parts, batches):
-    """Batches of several hosts are the whole ones."""
     for g, batch in enumerate(batches):
         for key in batch:
             np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
@@ -60,26 +59,6 @@ def test_every_case_is_read_or_has_its_reason(tortured):
             faults[name(source.describe(i))] = error.reason
     assert faults == bad
     assert found == collections.Counter((place[:2], caption) for place, caption in good.items())
-
-
-def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortured, tmp_path):
-    pattern, good, bad = tortured
-    source = TarSource(pattern)
-    n = len(source)
-    c = config(batch=n)
-    book = log(tmp_path)
-    (batch,) = read([source], c, book, stop=1)
-    book.sync(n)
-    written = tiny.lines(tmp_path, "bad_samples.jsonl")
-    assert {name(entry): entry["reason"] for entry in written} == bad and len(written) == len(bad)
-    texts = [bytes(int(t) - 3 for t in row if t >= 3).decode("utf-8", "replace") for row in batch["text"]]
-    places = [loader.sample_order([source], c, seed=3).places[i] for i in range(n)]
-    delivered = collections.Counter(
-        caption for (_, index), caption in zip(places, texts, strict=True) if name(source.describe(index)) not in bad
-    )
-    assert delivered == collections.Counter(caption.strip()[:298] for caption in good.values())
-    assert book.counters["samples"] == n
-    assert book.bad >= len(bad) and set(book.counters["bad"]) == set(bad.values())  # replacements may be bad too
 
 
 @pytest.mark.parametrize("hosts", [1, 4])
