@@ -203,13 +203,7 @@ def test_a_run_has_a_preprocessing_of_its_own(tmp_path):
         with RunWriter(c.run).claimed(resolve(c), []):
             pass
     assert build.build(weights.run_config(RunReader(c.run))).preprocessing == Preprocessing(
-        tiny.SIZE,
-        MEAN,
-        STD,
-        resize_mode="squash",
-        interpolation="bilinear",
-        background="white",
-        exif_rotation=True,
+        tiny.SIZE, MEAN, STD, resize_mode="squash", interpolation="bilinear", background="white", exif_rotation=True
     )
 
 

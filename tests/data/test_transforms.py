@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import open_clip
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample
@@ -28,23 +28,11 @@ def test_evaluation_pixels_are_open_clips(resample):
 
 
 def test_very_long_pictures_take_little_memory():
-    """And the middle that is left of them is what open_clip sees."""
-    data = bad_tars.encode(bad_tars.picture(14, w=2000, h=4), "PNG")
-    theirs = open_clip.image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
-    there = theirs(Image.open(io.BytesIO(data))).numpy().transpose(1, 2, 0)
-    here = transforms.evaluation_image(images.decode(data), 32) / 255
-    assert np.abs(here - there).max() < 2 / 255
     line = np.zeros((1, 1_000_000, 3), np.uint8)
     assert transforms.evaluation_image(line, 224).shape == (224, 224, 3)
     for resample in transforms.RESAMPLE:
         crop = transforms.random_resized_crop(line, 224, np.random.default_rng(0), resample=resample)
         assert crop.shape == (224, 224, 3)
-
-
-def test_jpegs_are_those_of_pillow():
-    for data in (v for v in ODD.values() if v[:2] == b"\xff\xd8"):
-        there = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
-        assert np.abs(images.decode(data) - there).max() <= 3
 
 
 def test_scaled_jpegs():
@@ -131,8 +119,6 @@ def test_arrays_are_rgb_or_grey(resample):
 def test_area_is_the_mean_over_pixels():
     image = np.asarray(bad_tars.picture(2, w=64, h=64))
     rng = np.random.default_rng(0)
-    crops = [transforms.random_resized_crop(image, 16, rng, (0.3, 1.0), resample="area") for _ in range(20)]
-    assert all(crop.shape == (16, 16, 3) for crop in crops)
     whole = transforms.random_resized_crop(image, 16, rng, (1.0, 1.0), (1.0, 1.0), resample="area")
     np.testing.assert_allclose(whole, image.reshape(16, 4, 16, 4, 3).mean((1, 3)), atol=0.51)
     image = np.asarray(bad_tars.picture(0).resize((400, 300)))  # smooth: "area" moves borders by half a pixel

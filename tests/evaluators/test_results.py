@@ -33,12 +33,8 @@ def added(path, *entries, own=True):
 def test_later_commands_add_to_the_file(tmp_path):
     file = tmp_path / "x.json"
     one, two = entry(set="one", step=4), entry(set="two", step=4)
-    others = [
-        one | {"step": 2},
-        one | {"profile": "slip"},
-        one | {"changes": {"prefix": "a "}},
-        one | {"fingerprint": "2"},
-    ]
+    changes = {"step": 2}, {"profile": "slip"}, {"changes": {"prefix": "a "}}, {"fingerprint": "2"}
+    others = [one | change for change in changes]
     added(file, others[0], one, two)
     written = json.loads(file.read_text())
     assert [r["set"] for r in written["results"]] == ["one", "two"] and written["step"] == 4

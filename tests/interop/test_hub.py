@@ -67,12 +67,9 @@ def test_only_files_that_are_read_are_fetched(server, folders):
 
 def test_shards_of_an_index(server, tmp_path, monkeypatch):
     index = {"weight_map": {"x": "model-1.safetensors", "y": "model-2.safetensors", "z": "model-2.safetensors"}}
-    files = {
-        "model.safetensors.index.json": json.dumps(index).encode(),
-        "config.json": b"{}",
-        "other.safetensors": b"x",
-    }
-    server.add("lab/x", files | {"model-1.safetensors": b"1", "model-2.safetensors": b"2"})
+    names = ("config.json", "other.safetensors", "model-1.safetensors", "model-2.safetensors")
+    index_file = {"model.safetensors.index.json": json.dumps(index).encode()}
+    server.add("lab/x", dict.fromkeys(names, b"{}") | index_file)
     path = hub.locate("hf:lab/x").path
     assert path.name == "model.safetensors.index.json"
     assert server.fetched() == sorted({"config.json", path.name, "model-1.safetensors", "model-2.safetensors"})
@@ -145,8 +142,7 @@ def test_what_the_hub_refuses(server, folders, monkeypatch):
         "hf:lab/gated": f"access to lab/gated is restricted; ask for it at {server.url}/lab/gated and log in with",
         "hf:lab/other": r"has no file of weights .*: README\.md, model\.gguf; download one with its",
         "hf:lab/several": r"has no file of weights .* or several: a\.pt, b\.pt; download one with its",
-        "hf:lab": "'hf:lab' names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION",
-        "hf:a/b/c": "'hf:a/b/c' names no repository of the Hub",
+        "hf:a/b/c": "'hf:a/b/c' names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION",
     }.items():
         with pytest.raises(UserError, match=message) as error:
             weights.load(path)

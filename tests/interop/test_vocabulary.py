@@ -18,7 +18,6 @@ from tests.helpers.foreign import (
     assert_same,
     images,
     make_hf,
-    our_model,
     ours,
     shaken,
     theirs_hf,
@@ -130,13 +129,6 @@ def test_the_code_of_the_card_runs(exported, tmp_path, monkeypatch, capsys):
         else:
             expected = model.zero_shot(["picture.jpg"], ["cat", "dog"], ["a photo of a {}"]).probabilities
             np.testing.assert_allclose(names["logits"].softmax(dim=-1).numpy(), expected, atol=1e-3)
-
-
-def test_the_card_has_the_preprocessing_of_another_model(tmp_path):
-    config, variables = our_model("clip", eval__resize="squash", eval__interpolation="bilinear")
-    interop.write(variables, config, str(tmp_path / "ours"))
-    export.export(str(tmp_path / "ours"), str(tmp_path / "hf"))
-    assert "each side bilinear, 16 x 16 pixels" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_a_run_that_reads_bytes_is_refused_with_the_remedy(run, tmp_path):

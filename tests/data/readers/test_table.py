@@ -215,18 +215,14 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path, images, capsys)
             sources.open_labelled(write_classes(tmp_path / "x.parquet", images, labels))
 
 
-def test_classes_and_images_are_named_in_the_spec(tmp_path, images):
+def test_classes_are_named_in_the_spec(tmp_path, images):
     names = {"info": {"features": {"kind": {"names": ["fox", "dog"], "_type": "ClassLabel"}}}}
     spec = write_classes(tmp_path / "x.parquet", images, [1, 0, -1], {"huggingface": json.dumps(names)}, text=["a"] * 3)
     source = sources.open_labelled(spec)
     assert source.names == ["fox", "dog"] and source.labels().tolist() == [1, 0]
     assert open_source(spec)[2]["image"] == images[2]  # pairs need no label
-    picture = pyarrow.parquet.read_table(tmp_path / "x.parquet").rename_columns(["my/picture", "kind", "text"])
-    pyarrow.parquet.write_table(picture, tmp_path / "y.parquet")
-    spec = f"parquet:{tmp_path}/y.parquet?image=my%2Fpicture&label=kind"
-    assert sources.open_labelled(spec)[1]["image"] == open_source(spec)[1]["image"] == images[1]
     with pytest.raises(UserError, match=r"'label'; its columns are .*label=COLUMN"):
-        sources.open_labelled(f"parquet:{tmp_path}/y.parquet?image=my%2Fpicture")
+        sources.open_labelled(f"parquet:{tmp_path}/x.parquet")
 
 
 def test_tables_of_a_split(tmp_path, images):

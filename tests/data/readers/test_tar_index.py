@@ -92,8 +92,7 @@ def test_names_with_line_breaks(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    "size",
-    [b"-0000001000\0", b"0000_001000\0", b"99999999999\0", b"\xff" * 12, b"\x80" + b"\xff" * 11],
+    "size", [b"-0000001000\0", b"0000_001000\0", b"99999999999\0", b"\xff" * 12, b"\x80" + b"\xff" * 11]
 )
 def test_a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it(size, tmp_path):
     path = bad_tars.shard(tmp_path / "x.tar", [(key, {"jpg": b"x" * 600, "txt": b"y"}) for key in ("a", "b", "c")])

@@ -253,9 +253,6 @@ def test_babel_imagenet_has_the_classes_of_a_language(babel):
     nepali = registry.load(f"babel/NE@{babel}", SIZE)  # without translated templates
     assert nepali.prompts == [["सुनौलो माछा"]] and nepali.labels.tolist() == [0, 0]
     assert nepali.card.split_hash != data.card.split_hash
-    (babel.parent / "nllb_dist13b_prompts.json").write_text(json.dumps({"DE": ["ein Bild von {}.", "{}"]}))
-    edited = registry.load(f"babel/de@{babel}", SIZE)
-    assert edited.card == dataclasses.replace(data.card, templates=edited.card.templates) != data.card
 
 
 def test_babel_imagenet_in_english_is_imagenet_of_openai(babel):

@@ -115,14 +115,11 @@ def test_a_path_of_own_pairs_needs_no_kind_before_it(pairs, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my, pairs").symlink_to(pairs)
     (tmp_path / "a.csv").write_text(f"path,caption\n{pairs / '000.png'},a picture\n")
-    for path, spec in (
-        ("my, pairs", "folder:my, pairs"),
-        ("a.csv?image=path&text=caption", "csv:a.csv?image=path&text=caption"),
-    ):
+    for path, kind in (("my, pairs", "folder"), ("a.csv?image=path&text=caption", "csv")):
         (name,) = registry.expand_suites([f"retrieval/{path}"])
         loaded = registry.load(name, SIZE)
-        assert loaded.name == spec
-        assert loaded.card.split_hash == registry.load(f"retrieval/{spec}", SIZE).card.split_hash
+        assert loaded.name == f"{kind}:{path}"
+        assert loaded.card.split_hash == registry.load(f"retrieval/{kind}:{path}", SIZE).card.split_hash
     (tmp_path / "notes.xyz").write_text("no pairs")
     for path in ("/no/pairs", "notes.xyz"):
         with pytest.raises(UserError, match=f"'{path}'"):

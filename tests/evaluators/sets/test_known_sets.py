@@ -1,4 +1,3 @@
-import csv
 import io
 import os
 import shutil
@@ -69,8 +68,7 @@ class Info:
         self.features = features
 
 
-def fake(monkeypatch, labels, feature, key="label"):
-    picture = np.zeros((9, 12, 3), np.uint8)
+def fake(monkeypatch, labels, feature, key="label", picture=np.zeros((9, 12, 3), np.uint8)):  # noqa: B008
     source = [{"image": picture, key: label} for label in labels]
     monkeypatch.setattr(known_sets, "open_tfds", lambda *_: (source, Info(**{key: feature})))
 
@@ -95,9 +93,7 @@ def test_several_labels_an_image(monkeypatch):
 
 def test_profiles_set_templates_and_resizing(monkeypatch):
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
-    source = [{"image": picture, "label": 3}]
-    info = Info(label=tfds.features.ClassLabel(num_classes=1000))
-    monkeypatch.setattr(known_sets, "open_tfds", lambda *_: (source, info))
+    fake(monkeypatch, [3], tfds.features.ClassLabel(num_classes=1000), picture=picture)
     found = {name: registry.load("imagenet", SIZE, None, profile) for name, profile in PROFILES.items()}
     assert {name: len(data.prompts[0]) for name, data in found.items()} == {"openai": 80, "slip": 7, "open_clip": 80}
     assert (found["openai"].images[0] != found["slip"].images[0]).any()
@@ -112,12 +108,6 @@ def test_profiles_set_templates_and_resizing(monkeypatch):
 def write(path, value=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.fromarray(np.full((20, 20, 3), value, np.uint8)).save(path)
-
-
-def table(path, rows):
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return path
 
 
 def test_top1_top5_is_their_mean(tmp_path):
@@ -138,7 +128,8 @@ def folder(path, classes):
 
 
 def labelled_table(path, rows):
-    return table(path, [["path", "label"], *rows])
+    path.write_text("".join(f"{','.join(row)}\n" for row in (["path", "label"], *rows)))
+    return path
 
 
 def load(spec, profile=OPENAI):
