@@ -191,5 +191,5 @@ def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsy
 def test_flops_are_those_that_are_computed():
     config = build.build(tiny.config("clip")).config
     whole, cut = cost.step_flops(config), cost.step_flops(config, LengthGroups.parse("6:1"))
-    tower = config.model.txt
+    tower = config.model.tower("txt")
     assert whole - cut == pytest.approx(3 * config.data.batch * (tower.flops(True) - tower.cut_flops(6)))

@@ -69,7 +69,7 @@ def test_shards_of_an_index(server, tmp_path, monkeypatch):
     index = {"weight_map": {"x": "model-1.safetensors", "y": "model-2.safetensors", "z": "model-2.safetensors"}}
     names = ("config.json", "other.safetensors", "model-1.safetensors", "model-2.safetensors")
     index_file = {"model.safetensors.index.json": json.dumps(index).encode()}
-    server.add("lab/x", dict.fromkeys(names, b"{}") | index_file)
+    server.add("lab/x", {name: name.encode() for name in names} | index_file)
     path = hub.locate("hf:lab/x").path
     assert path.name == "model.safetensors.index.json"
     assert server.fetched() == sorted({"config.json", path.name, "model-1.safetensors", "model-2.safetensors"})
