@@ -1,8 +1,6 @@
 """Transparent and rotated images: they are read alike wherever a model is used, and exports say how."""
 
 import io
-import struct
-import zlib
 
 import cv2
 import numpy as np
@@ -88,7 +86,6 @@ def test_every_kind_of_transparency_is_laid_on_white(name):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A folder of a transparent PNG of each kind and a photograph to rotate, with captions."""
     folder = tmp_path_factory.mktemp("pairs")
     picture = bad_tars.picture(5, w=tiny.SIZE, h=tiny.SIZE)  # neither resized nor cropped
     (folder / "9.jpg").write_bytes(bad_tars.encode(picture, quality=98, exif=bad_tars.exif(6)))
@@ -152,22 +149,11 @@ def test_exports_keep_it_or_say_that_they_cannot(tmp_path):
         assert again["decoding"] == ("xclip" if to == "safetensors" else "open_clip")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_an_exif_block_that_cannot_be_read_costs_no_image(kind):
+def test_an_exif_block_that_cannot_be_read_costs_no_image():
     """As a program leaves it that overwrites what it should remove; the image is shown unrotated by browsers."""
-    file = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
-    picture.save(file, kind, exif=exif, **({"quality": 100} if kind == "JPEG" else {}))
-    whole = file.getvalue()
+    whole = bad_tars.encode(bad_tars.picture(0, w=24, h=16), quality=100, exif=bad_tars.exif(6))
     assert images.decode(whole).shape == (24, 16, 3)
     start = whole.index(b"II*\0" if b"II*\0" in whole else b"MM\0*")
     damaged = whole[:start] + bytes(4) + whole[start + 4 :]
-    if kind == "PNG":  # its chunks have checksums
-        begin = damaged.index(b"eXIf")
-        (length,) = struct.unpack(">I", damaged[begin - 4 : begin])
-        checksum = struct.pack(">I", zlib.crc32(damaged[begin : begin + 4 + length]))
-        damaged = damaged[: begin + 4 + length] + checksum + damaged[begin + 8 + length :]
     assert images.decode(damaged).shape == (16, 24, 3)
     assert images.open_image(damaged).size == (24, 16)

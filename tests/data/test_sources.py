@@ -15,28 +15,13 @@ def open_source(spec, data_dir="", **keys):
     return sources.open_pairs(spec, base.SourceOptions(data_dir, **keys))
 
 
-def test_a_path_without_its_prefix(tmp_path):
-    for name, meant in (("pairs", "folder"), ("a.tar", "tar"), ("a.tsv", "csv"), ("a.parquet", "parquet")):
-        path = tmp_path / name
-        path.mkdir() if meant == "folder" else path.touch()
-        assert sources.spec_from_path(str(path)) == f"{meant}:{path}"
-    (tmp_path / "pairs" / "0.tar").touch()
-    assert sources.spec_from_path(f"{tmp_path}/pairs") == f"tar:{tmp_path}/pairs"
-    (tmp_path / "page.png").touch()
-    for path in (f"{tmp_path}/page.png", "falt"):
-        with pytest.raises(UserError, match=f"'{path}'"):
-            sources.spec_from_path(path)
-
-
 @pytest.mark.parametrize("spec", ["what:x", "pairs", "tfds:", "hf://datasets/x/0.tar", "a.tar", "my_lab:Jsn:x"])
 def test_an_unknown_source_is_named(spec):
     with pytest.raises(UserError, match=rf"'{spec}'; write tar:PATTERN, .* or package.module:Class:REST\.$"):
         open_source(spec)
 
 
-def test_a_source_of_nothing_and_a_spec_without_a_split_are_named(tmp_path):
-    with pytest.raises(UserError, match="has 0 images"):
-        open_source(f"folder:{tmp_path}")
+def test_a_spec_without_a_split_is_named():
     with pytest.raises(UserError, match="does not name a split"):
         open_source("tfds:cifar10")
 

@@ -1,10 +1,8 @@
 import concurrent.futures
-import html
 import random
 import time
 import unicodedata
 
-import ftfy
 import numpy as np
 import pytest
 import tokenizers
@@ -13,28 +11,16 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import tokenizer
 
 AWKWARD = [
-    "", " ", "\n\t\r\n", "a photo of a cat.", "A  photo&amp;amp; of’s   a CAT",
-    "don't can't we'll I'd they've you're it's I'm", "DON'T CAN'T WE'LL", "don’t ‘quoted’ “double” ´acute´",
-    "'s 't 're 've 'm 'll 'd", "''''s", "rock'n'roll o'clock y'all'd've", "1 12 123 1234567890",
-    "3.14159 1,000,000 1e-5 0x7f", "½ ¾ ① ² Ⅷ ٣ ३", "e-mail: a.b+c@d-e.org https://x.org/?q=1&r=%20#top", "🦊",
-    "🦊🦊🦊 fox", "👨‍👩‍👧‍👦 family 👩🏽‍🚀", "🏴󠁧󠁢󠁥󠁮󠁧󠁿 🇩🇪 #️⃣", "日本語の文章です。", "中文字符，标点！", "한국어 문장",
-    "ไทยภาษา",
-    "हिन्दी भाषा", "العربية من اليمين", "עברית ‏rtl‎ ltr", "Ελληνικά ΣΊΣΥΦΟΣ ς", "Привет, МИР!",
-    "İstanbul ISPARTA ı", "Straße STRASSE ẞ", "café café", "ño ño ÅÅ Å", "z̷̡a̶l̵g̴o̸",
-    "e\u0345 \u0345 !\u0345! \u1fb3 α\u0345", "ﬁ ﬂ ﬆ ﬅ 'ﬆ", "it'ſ 'ſ ſ", "K Å Ω", "ａｂｃ１２３！",
-    "schÃ¶n â€œmojibakeâ€\x9d LÃ³pez", "&lt;b&gt;bold&lt;/b&gt; &copy; &#8217; &#x1f98a;",
-    "&amp;amp;amp;amp; &ampamp &notit;", "<|startoftext|> a <|endoftext|>", "<start_of_text> a <end_of_text>",
-    "a<start_of_text>b<end_of_text>", "!<start_of_text>!<end_of_text>", "<START_OF_TEXT> <End_Of_Text>",
-    "<ſtart_of_text> <end_of_text", "&lt;end_of_text&gt;",
-    "<start_of_text><start_of_text> <|endoftext|><end_of_text>",
-    "\u00a0non\u00a0breaking\u2003em\u2009thin\u3000ideographic\u200bzero\ufeffbom",
-    "line\u2028separator\u2029paragraph\x0bvt\x0cff\x85nel\x1cfs",
-    "\x00nul \x07bell \x1b[31mred\x1b[0m \x7fdel", "\ufffd \ue000 \U000f0000", "word " * 200, "🦊" * 100,
-    "a" * 1000, "ab" * 500 + " end", "supercalifragilisticexpialidocious antidisestablishmentarianism",
-    "_under_score__ --dash-- ...dots... ~tilde~ ^caret^ `tick`",
-    "!!!??? $$$ %%% ((())) [[]] {{}} \\\\ || // **", "a,b;c:d.e!f?g", "a_b a-b a/b a1b2c3 x1 1x",
-    "  leading and trailing  ", "MiXeD cAsE", "</w> a</w> Ġ Ċ ĠĠ", "™ ® © ° § ¶ † ‡ • … ‰", "→ ⇒ ∀ ∑ ∞ ≠ √",
-    "a photo of a {}, a type of pet.",
+    "", " ", "\n\t\r\n", "a photo of a cat.", "A  photo&amp;amp; of’s   a CAT", "½ ① ² Ⅷ ٣ ३", "🦊🦊 fox",
+    "DON'T we'll I'd they've you're it's I'm", "’quoted‘ “double” ´acute´ ''''s y'all'd've", "12 1234567890 3.14 1e-5",
+    "e-mail: a.b+c@d-e.org https://x.org/?q=1&r=%20#top", "👨‍👩‍👧‍👦 family 👩🏽‍🚀 🇩🇪 #️⃣", "日本語 ไทย हिन्दी العربية",
+    "Ελληνικά ΣΊΣΥΦΟΣ ς", "İstanbul ISPARTA ı", "Straße STRASSE ẞ", "café café ÅÅ Å z̷̡a̶", "K Å Ω ａｂｃ１２３！",
+    "e\u0345 \u0345 !\u0345! \u1fb3 α\u0345", "ﬁ ﬂ ﬆ 'ﬆ it'ſ 'ſ ſ", "schÃ¶n â€œmojibakeâ€\x9d", "&amp;amp;amp; &notit;",
+    "&lt;b&gt; &copy; &#8217; &#x1f98a; &ampamp", "<|startoftext|> a <|endoftext|>", "a<start_of_text>b<end_of_text>",
+    "<START_OF_TEXT> <ſtart_of_text> <end_of_text", "&lt;end_of_text&gt;", "\x00nul \x1b[31mred \x7fdel \ufffd \ue000",
+    "\u00a0non\u2003em\u3000ideographic\u200bzero\ufeffbom line\u2028separator\x0bvt\x85nel\x1cfs", "word " * 200,
+    "🦊" * 100, "a" * 1000, "ab" * 500 + " end", "_under__ --dash-- ...dots... `tick` !!!??? ((())) \\\\ // **",
+    "a,b;c:d.e!f?g a1b2c3", "</w> a</w> Ġ Ċ ĠĠ ™ → ∑ √",
 ]  # fmt: skip
 
 
@@ -164,16 +150,6 @@ def test_errors_name_the_file_or_the_value(tmp_path):
     for texts, length, named in (("a cat", 8, "'a cat'"), (["a cat"], 1, "length 1")):
         with pytest.raises(UserError, match=named):
             tokenizer.load("bytes")(texts, length)
-
-
-def test_plain_captions_need_no_mending():
-    """The short cut for printable ASCII changes nothing."""
-    rng = np.random.default_rng(0)
-    letters = [chr(i) for i in range(32, 127)]
-    for _ in range(300):
-        text = "".join(rng.choice(letters, 40))
-        mended = html.unescape(html.unescape(ftfy.fix_text(text)))
-        assert tokenizer.clean(text) == " ".join(mended.split()).lower()
 
 
 def test_ids_spell_captions_as_open_clip_does():

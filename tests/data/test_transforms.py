@@ -1,72 +1,38 @@
 import io
-import pathlib
 import subprocess
 import warnings
 
 import numpy as np
 import open_clip
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample
 from xclip_jax.data import images, transforms
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def odd_images():
-    """Twelve photographs as the web has them, with odd sizes, kinds and modes; (name, content)."""
-    big = bad_tars.picture(3, w=333, h=251).quantize(64)
-    alpha = bad_tars.picture(4, w=250, h=300).convert("RGBA")
-    alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
-    encode, picture = bad_tars.encode, bad_tars.picture
-    return {
-        "photo": encode(picture(0, w=500, h=375), quality=85),
-        "odd size": encode(picture(1, w=501, h=377), quality=85),
-        "tall": encode(picture(2, w=97, h=613), quality=95, subsampling=0),
-        "small": encode(picture(3, w=31, h=47), quality=90, subsampling=1),
-        "palette": encode(big, "PNG"),
-        "palette with a clear colour": encode(big, "PNG", transparency=3),
-        "alpha": encode(alpha, "PNG"),
-        "CMYK": encode(picture(5, w=300, h=200, mode="CMYK"), quality=90),
-        "gray": encode(picture(6, w=225, h=224, mode="L"), quality=90),
-        "progressive": encode(picture(7, w=640, h=480), quality=75, progressive=True),
-        "webp": encode(picture(8, w=400, h=260), "WEBP", quality=80),
-        "EXIF": encode(picture(9, w=300, h=200), quality=90, exif=bad_tars.exif(6)),
-    }
+# Pillow cuts 16 bits to 8.
+ODD = {name: data for name, (_, data) in bad_tars.odd_images().items() if name != "sixteen"}
 
 
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_evaluation_pixels_are_open_clips(resample):
-    theirs = open_clip.image_transform(224, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), interpolation=resample)
-    for name, data in odd_images().items():
+    theirs = open_clip.image_transform(24, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), interpolation=resample)
+    for name, data in ODD.items():
         there = theirs(Image.open(io.BytesIO(data))).numpy().transpose(1, 2, 0)
-        here = transforms.evaluation_image(data, 224, resample) / 255
+        here = transforms.evaluation_image(data, 24, resample) / 255
         assert np.abs(here - there).max() < 2 / 255, name
         if data[:2] == b"\xff\xd8" or name == "webp":
             pixels = images.decode(data, rotate=False)
-            np.testing.assert_array_equal(transforms.evaluation_image(pixels, 224, resample), here * 255)
+            np.testing.assert_array_equal(transforms.evaluation_image(pixels, 24, resample), here * 255)
 
 
 def test_very_long_pictures_take_little_memory():
-    """And the middle that is left of them is what open_clip sees."""
-    data = bad_tars.encode(bad_tars.picture(14, w=2000, h=4), "PNG")
-    theirs = open_clip.image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
-    there = theirs(Image.open(io.BytesIO(data))).numpy().transpose(1, 2, 0)
-    here = transforms.evaluation_image(images.decode(data), 32) / 255
-    assert np.abs(here - there).max() < 2 / 255
     line = np.zeros((1, 1_000_000, 3), np.uint8)
     assert transforms.evaluation_image(line, 224).shape == (224, 224, 3)
     for resample in transforms.RESAMPLE:
         crop = transforms.random_resized_crop(line, 224, np.random.default_rng(0), resample=resample)
         assert crop.shape == (224, 224, 3)
-
-
-def test_jpegs_are_those_of_pillow():
-    for data in (v for v in odd_images().values() if v[:2] == b"\xff\xd8"):
-        there = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
-        assert np.abs(images.decode(data) - there).max() <= 3
 
 
 def test_scaled_jpegs():
@@ -153,8 +119,6 @@ def test_arrays_are_rgb_or_grey(resample):
 def test_area_is_the_mean_over_pixels():
     image = np.asarray(bad_tars.picture(2, w=64, h=64))
     rng = np.random.default_rng(0)
-    crops = [transforms.random_resized_crop(image, 16, rng, (0.3, 1.0), resample="area") for _ in range(20)]
-    assert all(crop.shape == (16, 16, 3) for crop in crops)
     whole = transforms.random_resized_crop(image, 16, rng, (1.0, 1.0), (1.0, 1.0), resample="area")
     np.testing.assert_allclose(whole, image.reshape(16, 4, 16, 4, 3).mean((1, 3)), atol=0.51)
     image = np.asarray(bad_tars.picture(0).resize((400, 300)))  # smooth: "area" moves borders by half a pixel

@@ -52,19 +52,6 @@ def test_solution_equals_sklearns(classes):
     check_against_sklearn(x, y, classes, features(200, classes, seed=1)[0])
 
 
-@pytest.mark.parametrize("classes", [2, 4])
-def test_shares_of_classes_are_sklearns_weights(classes):
-    """An item with shares is one item of each class with that weight."""
-    x, _ = features(150, classes)
-    y = np.random.default_rng(0).dirichlet(np.full(classes, 0.5), len(x)).astype(np.float32)
-    solution = logistic.fit(x, y, (1.0,), classes, tolerance=1e-6)
-    peer = LogisticRegression(C=1.0, max_iter=20_000, tol=1e-9)
-    each = np.tile(np.arange(classes), len(x))
-    peer.fit(np.repeat(x, classes, axis=0).astype(np.float64), each, sample_weight=y.ravel())
-    probabilities = scipy.special.softmax(solution.logits(x)[0], axis=1)
-    np.testing.assert_allclose(probabilities, peer.predict_proba(x), atol=2e-3)
-
-
 def test_two_classes_of_three_have_the_penalty_of_two():
     """scikit-learn counts the classes that occur: so does a fold or part of a set that lacks one."""
     x, y = features(300, 2)

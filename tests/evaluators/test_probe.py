@@ -54,8 +54,6 @@ def test_a_class_that_training_lacks_counts():
 
 
 class Encoder:
-    """Features of texts by a function."""
-
     def __init__(self, of):
         self.of = of
 
@@ -65,7 +63,6 @@ class Encoder:
 
 @pytest.mark.parametrize(("value", "folds", "tested"), [(np.nan, 0, True), (np.inf, 3, True), (np.nan, 3, False)])
 def test_a_model_that_diverged_is_wrong_everywhere(value, folds, tested):
-    """Also where validation chooses C, and in SentEval's folds."""
     texts, y = ["a"] * 12, np.arange(12) % 2
     sides = [texts, texts[:0] if folds else texts, texts if tested else texts[:0]]
     data = ProbeSet("set", *sides, {"": [y[: len(side)] for side in sides]}, folds=folds)
@@ -77,19 +74,12 @@ def test_a_model_that_diverged_is_wrong_everywhere(value, folds, tested):
 
 
 def test_rows_that_are_not_finite_are_wrong_and_not_trained_on():
-    """In each of SentEval's folds."""
     encoder = Encoder(lambda text: [text in "bd", np.inf if text in "cd" else 1])
     texts = list("ab" * 10 + "cd")
     y = np.arange(22) % 2
     data = ProbeSet("set", texts, [], [], {"": (y, y[:0], y[:0])}, Sweep((1.0,), 0), folds=2)
     _, items = by_name(Probe(encoder, data).measure(None))
     assert items["textual/set/linear/top1"].values.tolist() == [1.0] * 20 + [0.0] * 2
-
-
-def test_a_text_probe():
-    texts, labels = ["aaaa", "zzzz", "aaa", "zzz"] * 5, np.array([0, 1, 0, 1] * 5)
-    data = ProbeSet("set", texts, [], texts[:4], {"": (labels, labels[:0], labels[:4])}, sweep=Sweep((1.0,)))
-    assert Probe(make_encoder(), data).run(small_model()[1])["textual/set/linear/top1"] == 100
 
 
 def test_c_is_chosen_by_the_sets_own_metric():

@@ -58,44 +58,6 @@ def test_mean_per_class_is_balanced_accuracy_over_classes_that_occur():
     assert zeroshot.mean_per_class(logits, labels) == pytest.approx(loop)
 
 
-def test_classifier_and_accuracy_equal_clip_benchmark(monkeypatch):
-    torch = pytest.importorskip("torch")
-    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
-    names, templates = ["cat", "dog", "fox", "hen", "owl", "rat"], ["a {c}.", "the {c}.", "one {c}"]
-    table = {t.format(c=c): rng(i).normal(size=5) for i, (c, t) in enumerate((c, t) for c in names for t in templates)}
-
-    class Model:
-        def encode_text(self, texts):
-            return torch.stack([torch.from_numpy(table[t]).float() for t in texts])
-
-    class Texts(list):
-        def to(self, device):
-            return self
-
-    theirs = peer.zero_shot_classifier(Model(), Texts, names, templates, "cpu", amp=False).numpy()
-    mine = zeroshot.classifier([[table[t.format(c=c)] for t in templates] for c in names])
-    np.testing.assert_allclose(mine.T, theirs, atol=1e-6)
-    z, labels = rng(9).normal(size=(101, 5)).astype(np.float32), rng(8).integers(0, 6, 101)
-    logits = z @ mine.T
-    # NumPy 2.4 refuses float() of the array of one element that it makes.
-    monkeypatch.setattr(peer, "float", lambda x: np.asarray(x).item(), raising=False)
-    acc = peer.accuracy(torch.from_numpy(logits), torch.from_numpy(labels), (1, 5))
-    assert [zeroshot.accuracy(logits, labels, k) for k in (1, 5)] == pytest.approx(acc)
-
-
-@pytest.mark.parametrize("k", [1, 5])
-def test_recall_equals_clip_benchmark(k):
-    counts = [1, 7, 5, 5, 6, 2]
-    torch = pytest.importorskip("torch")
-    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
-    of = np.repeat(np.arange(len(counts)), counts)
-    scores = rng(sum(counts)).normal(size=(len(counts), len(of))).astype(np.float32)
-    match = np.arange(len(counts))[:, None] == of
-    for s, m in ((scores, match), (scores.T, match.T)):
-        theirs = peer.recall_at_k(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (s, m)), min(k, s.shape[1]))
-        assert retrieval.recall_at_k(s, m, k) == pytest.approx((theirs > 0).float().mean().item())
-
-
 # Retrieval: pure functions.
 
 
@@ -232,25 +194,8 @@ def test_the_distribution_of_a_class_is_the_mean_over_its_prompts():
     np.testing.assert_array_equal(scores[""], scores["cosine"])
 
 
-def test_retrieval_with_one_and_seven_captions():
-    images = rng().normal(size=(20, 16))
-    captions = [[f"{i}/{j}" for j in range(7 if i % 2 else 1)] for i in range(20)]
-    keys = [(i, text) for i, texts in enumerate(captions) for text in texts]
-    table = {text: images[i] + rng(n).normal(size=16) for n, (i, text) in enumerate(keys)}
-    captions[3][0] = captions[4][0]
-    found = Retrieval(FakeEncoder(table), RetrievalSet("toy", list(images), captions)).run(None)
-    texts = [text for c in captions for text in c]
-    assert (found["retrieval/toy/images"], found["retrieval/toy/captions"]) == (20, 80)
-    assert found["retrieval/toy/chance/text_to_image/r5"] == pytest.approx(100 * (78 * 5 / 20 + 2 * 17 / 38) / 80)
-    scores = images.astype(np.float32) @ np.array([table[t] for t in texts], np.float32).T
-    match = np.array([[text in c for text in texts] for c in captions])
-    for k in (1, 5, 10):
-        assert found[f"retrieval/toy/image_to_text/r{k}"] == pytest.approx(100 * loop_recall(scores, match, k))
-        assert found[f"retrieval/toy/text_to_image/r{k}"] == pytest.approx(100 * loop_recall(scores.T, match.T, k))
-
-
 @pytest.mark.parametrize("unreadable", [[], [2, 3, 4, 17], list(range(20))])
-def test_unreadable_images_are_found_by_no_caption(unreadable):
+def test_retrieval_is_a_sort_that_finds_no_unreadable_image(unreadable):
     """Captions that images share are right for both; if no image can be read, all queries are wrong."""
     images = rng().normal(size=(20, 16)).astype(np.float32)
     captions = [[f"{i}/{j}" for j in range(1 + i % 4)] for i in range(20)]
@@ -261,11 +206,15 @@ def test_unreadable_images_are_found_by_no_caption(unreadable):
     match = np.array([[text in of_image for text in texts] for of_image in captions])
     images[unreadable], scores[unreadable] = np.nan, -np.inf
     data = RetrievalSet("toy", list(images), captions)
-    found = {x.key: x.items for x in Retrieval(FakeEncoder(table), data).measure(None)}
+    found = {x.key: x for x in Retrieval(FakeEncoder(table), data).measure(None)}
+    assert (found["images"].value, found["captions"].value) == (20, 50)
+    chance = retrieval.Matches(captions).chance(5)
     for direction, s, m in (("image_to_text", scores, match), ("text_to_image", scores.T, match.T)):
-        best = np.argsort(-s, axis=1, kind="stable")[:, :5]
-        right = np.take_along_axis(m & (s > -np.inf), best, axis=1).any(axis=1)
-        assert found[f"{direction}/r5"].values.tolist() == right.tolist()
+        assert found[f"chance/{direction}/r5"].value == pytest.approx(100 * chance[direction])
+        for k in (1, 5, 10):
+            best = np.argsort(-s, axis=1, kind="stable")[:, :k]
+            right = np.take_along_axis(m & (s > -np.inf), best, axis=1).any(axis=1)
+            assert found[f"{direction}/r{k}"].items.values.tolist() == right.tolist()
 
 
 def test_too_many_scores_are_refused_before_they_are_made(monkeypatch):

@@ -102,22 +102,12 @@ def shard(path, samples, fmt=tarfile.USTAR_FORMAT):
 
 def pairs(path, first, n, **size):
     """A tar as img2dataset writes it, keys `first` and up."""
-    return shard(
-        path,
-        [
-            (
-                f"{i:09d}",
-                {
-                    "jpg": jpeg(i, **size),
-                    "json": json.dumps(
-                        {"caption": f"json {i}", "alts": [f"alt {i}", ""], "nested": {"tag": ["a", "b"]}}
-                    ).encode(),
-                    "txt": f"picture {i}".encode(),
-                },
-            )
-            for i in range(first, first + n)
-        ],
-    )
+    samples = []
+    for i in range(first, first + n):
+        fields = json.dumps({"caption": f"json {i}", "alts": [f"alt {i}", ""], "nested": {"tag": ["a", "b"]}})
+        parts = {"jpg": jpeg(i, **size), "json": fields.encode(), "txt": f"picture {i}".encode()}
+        samples.append((f"{i:09d}", parts))
+    return shard(path, samples)
 
 
 def make(folder):
@@ -153,12 +143,9 @@ def make(folder):
     wrong = {"empty": b"", "blank": b" \n\t ", "binary": bytes(range(256)), "nul": b"a\0b"}
     wrong |= {"latin": "caf\xe9".encode("latin-1"), "utf16": "sixteen".encode("utf-16")}
     wrong["endless"] = b"x" * (1 << 20 | 1)
-    shard(
-        folder / "02.tar",
-        [(key, {"jpg": image, "txt": data}) for key, (data, _) in texts.items()]
-        + [(key, {"jpg": image, "txt": data}) for key, data in wrong.items()]
-        + [("no_text", {"jpg": image}), ("json_only", {"jpg": image, "json": b"{}"}), ("no_image", {"txt": b"alone"})],
-    )
+    contents = {key: data for key, (data, _) in texts.items()} | wrong
+    parts = [("no_text", {"jpg": image}), ("json_only", {"jpg": image, "json": b"{}"}), ("no_image", {"txt": b"alone"})]
+    shard(folder / "02.tar", [*((key, {"jpg": image, "txt": data}) for key, data in contents.items()), *parts])
     good |= {("02.tar", key): caption for key, (_, caption) in texts.items()}
     bad |= {("02.tar", key): "caption is empty" for key in ("empty", "blank")}
     bad |= {("02.tar", key): "caption is not UTF-8" for key in ("binary", "latin", "utf16")}
@@ -175,17 +162,13 @@ def make(folder):
         add(tar, "folder", b"", type=tarfile.DIRTYPE)
         add(tar, "link.jpg", b"", type=tarfile.SYMTYPE, linkname="dots.in.the.key.jpg")
         add(tar, "pipe", b"", type=tarfile.FIFOTYPE)
-        add(tar, "README", b"hello")
-        add(tar, "._hidden.jpg", b"Mac OS X")
-        add(tar, "._hidden.txt", b"Mac OS X")
-        add(tar, "apart.jpg", image)
-        add(tar, "apart2.jpg", image)
-        add(tar, "apart2.txt", b"apart2")
-        add(tar, "apart.txt", b"apart")
-        add(tar, "two.png", encode(picture(1), "PNG"))
-        add(tar, "two.jpg", image)
-        add(tar, "two.txt", b"two")
-        add(tar, "other.cls", b"5")
+        others = {
+            "README": b"hello", "._hidden.jpg": b"Mac OS X", "._hidden.txt": b"Mac OS X", "apart.jpg": image,
+            "apart2.jpg": image, "apart2.txt": b"apart2", "apart.txt": b"apart",
+            "two.png": encode(picture(1), "PNG"), "two.jpg": image, "two.txt": b"two", "other.cls": b"5",
+        }  # fmt: skip
+        for name, data in others.items():
+            add(tar, name, data)
         good |= {("03.tar", key): key for key in ("apart", "apart2", "two")}
     with tarfile.open(folder / "04.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         for key in (long, "gnu"):

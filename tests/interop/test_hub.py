@@ -16,7 +16,7 @@ from examples import mix
 from tests.helpers import hub_server, tiny
 from tests.helpers.foreign import MODELS, make_hf, make_open_clip
 from xclip_jax import interop
-from xclip_jax.commands import evaluate, export, mteb
+from xclip_jax.commands import export, mteb
 from xclip_jax.core.errors import UserError
 from xclip_jax.interop import hub
 from xclip_jax.train import build, weights
@@ -67,12 +67,9 @@ def test_only_files_that_are_read_are_fetched(server, folders):
 
 def test_shards_of_an_index(server, tmp_path, monkeypatch):
     index = {"weight_map": {"x": "model-1.safetensors", "y": "model-2.safetensors", "z": "model-2.safetensors"}}
-    files = {
-        "model.safetensors.index.json": json.dumps(index).encode(),
-        "config.json": b"{}",
-        "other.safetensors": b"x",
-    }
-    server.add("lab/x", files | {"model-1.safetensors": b"1", "model-2.safetensors": b"2"})
+    names = ("config.json", "other.safetensors", "model-1.safetensors", "model-2.safetensors")
+    index_file = {"model.safetensors.index.json": json.dumps(index).encode()}
+    server.add("lab/x", {name: name.encode() for name in names} | index_file)
     path = hub.locate("hf:lab/x").path
     assert path.name == "model.safetensors.index.json"
     assert server.fetched() == sorted({"config.json", path.name, "model-1.safetensors", "model-2.safetensors"})
@@ -129,10 +126,6 @@ def test_the_cache_is_enough_without_a_connection(server, folders, monkeypatch):
         xclip_jax.load("hf:lab/other")
     assert "".join(traceback.format_exception(error.value)).count("Traceback") == 1
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    server.broken = True
-    assert hub.locate("hf:lab/x") == path
-    with pytest.raises(UserError, match=r"not in the cache, .* and the Hub cannot be reached"):
-        hub.locate("hf:lab/other")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert hub.locate("hf:lab/x") == path
     with pytest.raises(UserError, match=r"not in the cache, .* and the Hub cannot be reached") as error:
@@ -149,8 +142,7 @@ def test_what_the_hub_refuses(server, folders, monkeypatch):
         "hf:lab/gated": f"access to lab/gated is restricted; ask for it at {server.url}/lab/gated and log in with",
         "hf:lab/other": r"has no file of weights .*: README\.md, model\.gguf; download one with its",
         "hf:lab/several": r"has no file of weights .* or several: a\.pt, b\.pt; download one with its",
-        "hf:lab": "'hf:lab' names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION",
-        "hf:a/b/c": "'hf:a/b/c' names no repository of the Hub",
+        "hf:a/b/c": "'hf:a/b/c' names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION",
     }.items():
         with pytest.raises(UserError, match=message) as error:
             weights.load(path)
@@ -193,16 +185,6 @@ def test_training_starts_from_the_hub(server, folders, tmp_path, capsys):
     mix.mix(str(run), 0, str(tmp_path / "mixed"))
     mixed = interop.read(str(tmp_path / "mixed"))[1]
     np.testing.assert_array_equal(mixed["params"]["txt"]["positions"], positions)
-
-
-def test_evaluation_of_a_repository(server, folders, tmp_path, monkeypatch):
-    server.add("lab/x", folders["hf"])
-    for label in ("cat", "dog"):
-        tiny.folder(tmp_path / "classes" / label, 4)
-    monkeypatch.chdir(tmp_path)
-    evaluate.main(["--checkpoint", "hf:lab/x", "--suite", f"folder:{tmp_path / 'classes'}"])
-    content = json.loads((tmp_path / "lab--x.evaluation.json").read_text())
-    assert {entry["checkpoint"] for entry in content["results"]} == {"hf:lab/x"}
 
 
 def push(run, out, *flags):

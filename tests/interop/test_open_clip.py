@@ -1,6 +1,5 @@
 """Both towers with open_clip's weights, and the sizes that have open_clip's names."""
 
-import dataclasses
 import functools
 
 import chex
@@ -27,69 +26,31 @@ def numpy(tensor):
 # --- parity with open_clip
 
 
-@dataclasses.dataclass
-class Parity:
-    """What open_clip computes, and what our towers compute with its weights."""
-
-    theirs: dict
-    ours: dict
-
-
-def torch_image_features(model, image, pool):
-    """h_img of open_clip's image tower, without its projection."""
+def torch_features(model, image, text):
+    """h_img, tokens of patches and h_txt of open_clip's towers, without their projections."""
     visual = model.visual
-    if pool == "cls":
-        projection, visual.proj = visual.proj, None
-        h = visual(image)
-        visual.proj = projection
-        return h
-    # Its pool "avg" lets the patches attend to a class token that is then left out; our "mean" has none, so the same
-    # parts are put together here without it.
-    x = visual.conv1(image).flatten(2).transpose(1, 2)
-    x = visual.transformer(visual.ln_pre(x + visual.positional_embedding[1:]))
-    return visual.ln_post(x).mean(dim=1)
-
-
-def torch_patch_features(model, image, pool):
-    """Tokens of patches of open_clip's image tower; of the pool "mean" as above, where a token is not read."""
-    if pool == "mean":
-        visual, x = model.visual, model.visual.conv1(image).flatten(2).transpose(1, 2)
-        return visual.ln_post(visual.transformer(visual.ln_pre(x + visual.positional_embedding[1:])))
-    model.visual.output_tokens = True
-    tokens = model.visual(image)[1]
-    model.visual.output_tokens = False
-    return tokens
-
-
-def torch_text_features(model, text):
-    projection, model.text_projection = model.text_projection, None
-    h = model.encode_text(text)
-    model.text_projection = projection
-    return h
+    projections = visual.proj, model.text_projection
+    visual.proj = model.text_projection = None
+    visual.output_tokens = True
+    h_img, patches = visual(image)
+    h_txt = model.encode_text(text)
+    visual.output_tokens = False
+    visual.proj, model.text_projection = projections
+    return h_img, patches, h_txt
 
 
 def carry(weights, model):
     """open_clip's arrays as our parameters; the map is linear and loses nothing, so it carries gradients as well."""
-    weights = {"visual.class_embedding": np.zeros(64, np.float32)} | weights
-    group = {**model, "img": model["img"] | {"pool": "cls"}}
-    flat = names.read(weights, group, 100, ours_of_open_clip._clip())
-    if model["img"]["pool"] == "mean":
-        del flat["img/cls"]
-        flat["img/positions"] = flat["img/positions"][1:]
-    return unflatten_dict(flat, sep="/")
+    return unflatten_dict(names.read(weights, model, 100, ours_of_open_clip._clip()), sep="/")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(False, "cls"), (True, "mean")],
-    ids=["gelu", "quick_gelu"],
-)
+@pytest.fixture(scope="module", params=["xclip", "openai"])
 def parity(request):
-    quick_gelu, pool = request.param
+    """What open_clip computes, and what our towers compute with its weights."""
     torch.manual_seed(0)
     vision = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2}
     text = {"context_length": 12, "vocab_size": 100, "width": 48, "heads": 3, "layers": 2}
-    model = open_clip.model.CLIP(40, vision, text, quick_gelu=quick_gelu)
+    model = open_clip.model.CLIP(40, vision, text, quick_gelu=request.param == "openai")
     with torch.no_grad():
         for p in model.parameters():  # else biases are zero and norms are one
             p += 0.1 * torch.randn_like(p)
@@ -101,26 +62,19 @@ def parity(request):
         tokens[row, end], tokens[row, end + 1 :] = 99, 0
 
     torch_image, torch_tokens = torch.tensor(image).permute(0, 3, 1, 2), torch.tensor(tokens)
-    h_img, h_txt = torch_image_features(model, torch_image, pool), torch_text_features(model, torch_tokens)
-    if pool == "cls":
-        z_img, logits = model.encode_image(torch_image, normalize=True), model.get_logits(torch_image, torch_tokens)[0]
-    else:
-        z_img = torch.nn.functional.normalize(h_img @ model.visual.proj, dim=-1)
-        logits = model.logit_scale.exp() * z_img @ model.encode_text(torch_tokens, normalize=True).T
-    z_txt = model.encode_text(torch_tokens, normalize=True)
+    h_img, patches, h_txt = torch_features(model, torch_image, torch_tokens)
+    z_img, z_txt = model.encode_image(torch_image, normalize=True), model.encode_text(torch_tokens, normalize=True)
+    logits = model.get_logits(torch_image, torch_tokens)[0]
     loss = open_clip.ClipLoss()(z_img, z_txt, model.logit_scale.exp())
     loss.backward()
-    patches = torch_patch_features(model, torch_image, pool).reshape(5, 4, 4, 64)
     theirs = {"h_img": h_img, "h_txt": h_txt, "z_img": z_img, "z_txt": z_txt, "logits": logits, "loss": loss}
-    style = "openai" if quick_gelu else "xclip"
+    theirs["patches"] = patches.reshape(5, 4, 4, 64)
+    shared = {"depth": 2, "mlp_ratio": 4.0, "style": request.param}
     sizes = {
-        "img": {"image_size": 32, "patch": 8, "width": 64, "depth": 2, "heads": 2, "mlp_ratio": 4.0, "style": style,
-                "pool": pool},
-        "txt": {"context_length": 12, "width": 48, "depth": 2, "heads": 3, "mlp_ratio": 4.0, "style": style},
-        "embed": 40,
+        "img": {"image_size": 32, "patch": 8, "width": 64, "heads": 2, "pool": "cls"} | shared,
+        "txt": {"context_length": 12, "width": 48, "heads": 3} | shared, "embed": 40,
     }  # fmt: skip
     named = dict(model.named_parameters())
-    gradients = carry({name: numpy(p.grad) for name, p in named.items() if p.grad is not None}, sizes)
     towers = two_towers(**sizes | {"txt": sizes["txt"] | {"vocab": 100, "eot_id": 99}})
 
     @jit
@@ -131,28 +85,29 @@ def parity(request):
         return loss, out | {"logits": out["scale"] * out["z_img"] @ out["z_txt"].T}
 
     params = carry({name: numpy(p) for name, p in named.items()}, sizes)
-    (loss, out), grads = ours(params)
-    ours_of_patches = jit(lambda params: towers.img.patch_features(params, image, jnp.float32))(params["img"])
-    return Parity(
-        theirs={name: numpy(x) for name, x in theirs.items()} | {"patches": numpy(patches), "gradients": gradients},
-        ours=out | {"patches": ours_of_patches, "loss": loss, "gradients": grads},
-    )
+    (loss, out), gradients = ours(params)
+    out |= {"patches": jit(lambda params: towers.img.patch_features(params, image, jnp.float32))(params["img"])}
+    there = {name: numpy(x) for name, x in theirs.items()}
+    there["gradients"] = carry({name: numpy(p.grad) for name, p in named.items()}, sizes)
+    return there, out | {"loss": loss, "gradients": gradients}
 
 
 def test_outputs_equal_open_clips(parity):
+    theirs, ours = parity
     for name in ("h_img", "h_txt", "z_img", "z_txt", "logits", "loss", "patches"):
-        np.testing.assert_allclose(parity.ours[name], parity.theirs[name], rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_gradients_equal_open_clips(parity):
-    chex.assert_trees_all_equal_structs(parity.ours["gradients"], parity.theirs["gradients"])
+    theirs, ours = parity
+    chex.assert_trees_all_equal_structs(ours["gradients"], theirs["gradients"])
 
     def check(path, ours, theirs):
         # Relative to the tensor's largest entry: the gradient of a key's bias is zero but for rounding.
         error = np.abs(ours - theirs).max() / np.abs(theirs).max()
         assert error < 1e-4, f"{jax.tree_util.keystr(path)}: {error}"
 
-    jax.tree_util.tree_map_with_path(check, parity.ours["gradients"], parity.theirs["gradients"])
+    jax.tree_util.tree_map_with_path(check, ours["gradients"], theirs["gradients"])
 
 
 # --- presets

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -31,7 +30,6 @@ def tensors():
 
 
 def saved(tmp_path, change, cfg=None):
-    """A folder of weights of open_clip after `change` of its tensors and config."""
     state = dict(tensors())
     change(state)
     safetensors.torch.save_file(state, tmp_path / "open_clip_model.safetensors")
@@ -71,12 +69,10 @@ def test_architectures_that_are_not_ours_are_named(tmp_path):
 def test_values_of_open_clips_config_that_cannot_be_used(tmp_path):
     folder, whole = saved(tmp_path, lambda _: None), MODELS["quick_b32"] | {"embed_dim": 48, "quick_gelu": False}
     for group, value in (
-        ("vision_cfg", 3), ("vision_cfg", {"layers": [2, 2]}), ("vision_cfg", {"head_width": 0}),
-        ("vision_cfg", {"act_kwargs": {"approximate": "x"}}), ("text_cfg", {"heads": 3}), ("text_cfg", {"width": ""}),
-        ("text_cfg", {"vocab_size": [1]}),
+        ("vision_cfg", {"layers": [2, 2]}), ("vision_cfg", {"head_width": 0}),
+        ("vision_cfg", {"act_kwargs": {"approximate": "x"}}), ("text_cfg", {"heads": 3}),
     ):  # fmt: skip
-        value = whole[group] | value if isinstance(value, dict) else value
-        write_config(folder, {"model_cfg": whole | {group: value}})
+        write_config(folder, {"model_cfg": whole | {group: whole[group] | value}})
         with pytest.raises(UserError, match=r"open_clip_config\.json has a value that cannot be used"):
             interop.read(folder)
     for content in ({"model_cfg": None}, {"model_cfg": whole, "preprocess_cfg": None}):
@@ -202,9 +198,6 @@ def module(name, memo, links):
 NESTED = b"K\x01" + b"2\x86" * 60  # tuples of tuples, which take years to hash
 # Small pickles that took gigabytes or ages.
 BOMBS = {
-    "memo": b"Nr\xff\xff\xff\x3f0N.",  # keeps None at an index of a thousand million
-    "bytearray": b"\x96\0\0\0\0\x10\0\0\0.",
-    "hash of a key": b"}" + NESTED + b"Ns.",
     "set": b"\x8f(" + NESTED + b"\x90.",
     "key of a storage": b"X\x07\0\0\0storagectorch\nFloatStorage\n" + NESTED + b"\x87Q.",
     "type of a storage": b"X\x07\0\0\0storage" + NESTED + b"X\x01\0\0\x000\x87Q.",
@@ -253,16 +246,6 @@ def test_views_are_bounded_by_the_file(tmp_path):
     torch.save({str(i): large[i:] for i in range(30)}, tmp_path / "views.pt")
     with pytest.raises(UserError, match="the same numbers in too many"):
         tensor_files.tensors(epath.Path(tmp_path / "views.pt"))
-
-
-def test_a_damaged_directory_of_a_zip(tmp_path):
-    path = epath.Path(tmp_path / "x.pt")
-    content = torch_zip(tmp_path / "x.pt", b"N.", s0=bytes(8))
-    start = content.index(b"PK\x01\x02")
-    for at, value in itertools.product(range(0, 46, 2), (b"\xff\xff", b"\x00\x08", b"\x7f\x00")):
-        path.write_bytes(content[: start + at] + value + content[start + at + 2 :])
-        with pytest.raises(UserError, match=r"^.*x\.pt cannot be read[^\n]*$"):
-            tensor_files.tensors(path)
 
 
 def test_half_precision_becomes_fp32(tmp_path):

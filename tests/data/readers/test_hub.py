@@ -15,7 +15,6 @@ from xclip_jax.data import records, sources, tokenizer
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.readers.hub import HubPairs
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.prompts import PROFILES, with_own
 
 datasets = pytest.importorskip("datasets")
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -25,13 +24,11 @@ DOCS = pathlib.Path(__file__).parents[3] / "docs"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """The cache of `datasets` in an empty folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache of datasets")
     datasets.disable_progress_bars()
 
 
 def rows(n=12, image="image", text="text"):
-    """Rows of images, captions and classes."""
     columns = {
         image: [{"bytes": jpeg(i), "path": f"{i}.png"} for i in range(n)],
         text: [f"picture {i} " for i in range(n)],
@@ -77,14 +74,13 @@ def test_columns_are_those_of_the_config(tmp_path):
     path = saved(tmp_path / "set", rows(image="jpg", text="txt"))
     source = sources.open_pairs(f"hf:{path}?image=jpg", SourceOptions(text_columns=("txt",)))
     assert source[2]["image"] == jpeg(2) and source[2]["text"] == ["picture 2"]
-    extra = {"json": [{"alt": f"alt {i}", "words": ["a", "b"]} for i in range(12)], "tags": ["red, blue,"] * 12}
-    made = rows().add_column("json", extra["json"]).add_column("tags", extra["tags"])
+    fields = [{"alt": f"alt {i}", "words": ["a", "b"]} for i in range(12)]
+    made = rows().add_column("json", fields).add_column("tags", ["red, blue,"] * 12)
     keys = SourceOptions(text_columns=("text", "json/alt", "json/words"), tags_key="tags")
     record = sources.open_pairs(f"hf:{saved(tmp_path / 'nested', made)}", keys)[5]
     assert record["text"] == ["picture 5", "alt 5", "a", "b"] and record["tags"] == ["red", "blue"]
-    for change, named in (({"image_column": "jpeg"}, "'jpeg'"), ({"text_columns": ("text", "alt")}, "'alt'")):
-        with pytest.raises(UserError, match=f"has no column {named}; its columns are 'image', 'text'"):
-            sources.open_pairs(f"hf:{tmp_path / 'nested'}", SourceOptions(**change))
+    with pytest.raises(UserError, match="has no column 'alt'; its columns are 'image', 'text'"):
+        sources.open_pairs(f"hf:{tmp_path / 'nested'}", SourceOptions(text_columns=("text", "alt")))
 
 
 def test_images_that_are_paths_and_bytes(tmp_path):
@@ -107,10 +103,6 @@ def test_classes_are_evaluation_sets(tmp_path):
     assert (len(probe.train), len(probe.validation), len(probe.test)) == (9, 0, 6)
     with pytest.raises(UserError, match="'label'; its columns are 'image', 'text'"):
         registry.load(f"hf:{saved(tmp_path / 'none', rows().remove_columns('label'))}", PREPARE)
-    missing = rows().cast_column("label", datasets.Value("int64")).map(lambda row: {"label": -1})
-    missing = missing.cast_column("label", datasets.ClassLabel(names=NAMES))
-    with pytest.raises(UserError, match=r"no row has a class.* 'label'"):
-        registry.load(f"hf:{saved(tmp_path / 'minus', missing)}", PREPARE)
     for place in ("set", "set/none", "nowhere"):
         with pytest.raises(UserError, match=f"^hf:{tmp_path / place}: datasets cannot open it"):
             sources.open_pairs(f"hf:{tmp_path / place}")
@@ -120,18 +112,13 @@ def test_a_column_of_classes_is_named_in_the_spec(tmp_path):
     """The training split gives the classes of a probe their numbers."""
     made = {}
     for split, colours in {"train": ["red", "Navy Blue", "red", "tan"], "test": ["Navy Blue", "tan", ""]}.items():
-        sizes = [10, 9, 9, 10][: len(colours)]
-        made[split] = rows(len(colours)).add_column("my/colour", colours).add_column("size", sizes)
+        made[split] = rows(len(colours)).add_column("my/colour", colours)
     datasets.DatasetDict(made).save_to_disk(str(tmp_path / "set"))
     zeroshot = registry.load(f"hf:{tmp_path}/set/test?label=my%2Fcolour", PREPARE)
     assert list(zeroshot.names) == ["Navy Blue", "tan"] and zeroshot.labels.tolist() == [0, 1]
     assert zeroshot.prompts == [["a photo of a Navy Blue"], ["a photo of a tan"]]
     probe = registry.load(f"probe/hf:{tmp_path}/set?label=my%2Fcolour", PREPARE)
     assert [part.tolist() for part in probe.tasks[""]] == [[1, 0, 1, 2], [], [0, 2]]
-    (tmp_path / "names.json").write_text('{"9": "small", "10": "large"}')
-    profile = with_own(PROFILES["openai"], ["a {c} thing"], str(tmp_path / "names.json"))
-    sizes = registry.load(f"hf:{tmp_path}/set/test?label=size", PREPARE, profile=profile)
-    assert sizes.prompts == [["a small thing"], ["a large thing"]] and sizes.labels.tolist() == [1, 0, 0]
 
 
 def test_a_validation_split_is_used_and_where_it_is_damaged_an_error(tmp_path):
@@ -149,11 +136,7 @@ def test_a_validation_split_is_used_and_where_it_is_damaged_an_error(tmp_path):
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
     """The stand-in of the Hub with a set of two configurations, where `datasets` and its file system look too."""
-    template = f"{server.url}/datasets/{{repo_id}}/resolve/{{revision}}/{{path}}"
-    settings = {"HF_ENDPOINT": server.url, "HUB_DATASETS_URL": template, "HF_HUB_OFFLINE": False,
-                "USE_PARQUET_EXPORT": False}  # fmt: skip
-    for name, value in settings.items():
-        monkeypatch.setattr(datasets.config, name, value)
+    server.of_datasets(monkeypatch)
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "indexes"))
     huggingface_hub.HfFileSystem.clear_instance_cache()
     files = {f"{name}/train-00000-of-00001.parquet": parquet(rows(n)) for name, n in (("small", 5), ("large", 12))}
@@ -250,8 +233,6 @@ def test_captions_that_are_ids_are_spelt(hub):
     source = sources.open_pairs(*config.sources, SourceOptions(text_columns=config.text_columns))
     texts = [["a fox , at 7 o ' clock"], captions[1]]
     assert [source[i]["text"] for i in range(2)] == texts and source[1]["image"] == jpeg(1)
-    spelt = tokenizer.load("clip")([text for row in texts for text in row], 77)
-    np.testing.assert_array_equal(spelt, np.concatenate(ids).reshape(-1, 77))
     other = datasets.Dataset.from_dict({"images": images, "texts": ids[::-1]}, features)
     options = SourceOptions(image_column="images", text_columns=("texts",))
     assert source.fingerprint() != HubPairs("ORG/NAME/train", options, other).fingerprint()

@@ -11,23 +11,14 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests.data.test_loader import config, read
 from tests.helpers import bad_tars, tiny
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import base, images, ledger, loader, sources, tokenizer
+from xclip_jax.data import base, images, ledger, sources
 from xclip_jax.data.readers.tar import TarSource
 
 tortured, plain = bad_tars.tortured, bad_tars.plain
-
-
-def config(**changes):
-    return loader.DataConfig(**{"sources": ("x",), "batch": 8, "tokenizer": "bytes", "max_bad_fraction": 1.0} | changes)
-
-
-def read(found, c, book=None, start=0, stop=5, length=300, **hosts):
-    transform = loader.Transform(c, 8, tokenizer.load("bytes"), length)
-    order = loader.sample_order(found, c, seed=3)
-    return list(loader.batches(order, transform, batch=c.batch, start=start, stop=stop, seed=3, ledger=book, **hosts))
 
 
 def log(folder, **options):
@@ -35,7 +26,6 @@ def log(folder, **options):
 
 
 def assert_parts(parts, batches):
-    """Batches of several hosts are the whole ones."""
     for g, batch in enumerate(batches):
         for key in batch:
             np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
@@ -62,26 +52,6 @@ def test_every_case_is_read_or_has_its_reason(tortured):
     assert found == collections.Counter((place[:2], caption) for place, caption in good.items())
 
 
-def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortured, tmp_path):
-    pattern, good, bad = tortured
-    source = TarSource(pattern)
-    n = len(source)
-    c = config(batch=n)
-    book = log(tmp_path)
-    (batch,) = read([source], c, book, stop=1)
-    book.sync(n)
-    written = tiny.lines(tmp_path, "bad_samples.jsonl")
-    assert {name(entry): entry["reason"] for entry in written} == bad and len(written) == len(bad)
-    texts = [bytes(int(t) - 3 for t in row if t >= 3).decode("utf-8", "replace") for row in batch["text"]]
-    places = [loader.sample_order([source], c, seed=3).places[i] for i in range(n)]
-    delivered = collections.Counter(
-        caption for (_, index), caption in zip(places, texts, strict=True) if name(source.describe(index)) not in bad
-    )
-    assert delivered == collections.Counter(caption.strip()[:298] for caption in good.values())
-    assert book.counters["samples"] == n
-    assert book.bad >= len(bad) and set(book.counters["bad"]) == set(bad.values())  # replacements may be bad too
-
-
 @pytest.mark.parametrize("hosts", [1, 4])
 def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
     """Stopped after a random step with a ledger that ran ahead; the rest, and the ledger, are those of one run."""
@@ -91,18 +61,18 @@ def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
     whole.mkdir()
     cut.mkdir()
     book = log(whole)
-    batches = read([source], config(), book, stop=12)
+    batches = read([source], config(), stop=12, ledger=book)
     book.sync(96)
     killed = log(cut)
-    read([source], config(), killed, stop=at)
+    read([source], config(), stop=at, ledger=killed)
     killed.sync(8 * at)
     counters = killed.counters
-    read([source], config(), killed, start=at, stop=10)  # no checkpoint was made of these
+    read([source], config(), start=at, stop=10, ledger=killed)  # no checkpoint was made of these
     killed.sync(80)
     with (cut / "bad_samples.jsonl").open("a") as file:
         file.write('{"position": 3')  # killed while it wrote
     resumed = log(cut, start=8 * at, counters=counters)
-    parts = [read([source], config(), resumed, start=at, stop=12, host=h, hosts=hosts) for h in range(hosts)]
+    parts = [read([source], config(), start=at, stop=12, ledger=resumed, host=h, hosts=hosts) for h in range(hosts)]
     resumed._pending = type(resumed._pending)(sorted(resumed._pending, key=lambda noted: noted[0]))
     resumed.sync(96)
     assert_parts(parts, batches[at:])
@@ -113,7 +83,7 @@ def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
 def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
     source = TarSource(tortured[0])
     book = log(tmp_path, max_bad_fraction=0.01)
-    read([source], config(), book)
+    read([source], config(), ledger=book)
     book.sync(40)
     with pytest.raises(UserError, match=r"data\.max_bad_fraction=0\.01 .*bad_samples\.jsonl"):
         book.check()
@@ -122,7 +92,7 @@ def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
         read([source], config(batch=64))
     bad_tars.shard(tmp_path / "0.tar", [(str(i), {"jpg": b"<html>", "txt": b"x"}) for i in range(5)])
     with pytest.raises(UserError, match=r"source 0 .*'not an image'"):  # and where nothing else is there
-        read([TarSource(f"{tmp_path}/0.tar")], config(), log(tmp_path))
+        read([TarSource(f"{tmp_path}/0.tar")], config(), ledger=log(tmp_path))
 
 
 def test_captions_from_json(plain, tmp_path):

@@ -1,8 +1,6 @@
 """The index of a tar: what it holds, where it is stored, and when it is not believed."""
 
-import functools
 import itertools
-import os
 import tarfile
 
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 from tests.helpers import bad_tars, bucket
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
-from xclip_jax.data.readers import tar as tar_reader
 from xclip_jax.data.readers import tar_index
 from xclip_jax.data.readers.tar import TarSource
 
@@ -95,12 +92,8 @@ def test_names_with_line_breaks(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    "size",
-    [
-        b"-0000001000\0", b"0000_001000\0", b"0o000001000\0", b"00000010 00\0", b"99999999999\0", b"\xff" * 12,
-        b"\xc0" + bytes(11), b"\x80" + b"\xff" * 11, b"-1\0".ljust(12, b"\0"),
-    ],
-)  # fmt: skip
+    "size", [b"-0000001000\0", b"0000_001000\0", b"99999999999\0", b"\xff" * 12, b"\x80" + b"\xff" * 11]
+)
 def test_a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it(size, tmp_path):
     path = bad_tars.shard(tmp_path / "x.tar", [(key, {"jpg": b"x" * 600, "txt": b"y"}) for key in ("a", "b", "c")])
     with tarfile.open(path) as tar:
@@ -145,14 +138,6 @@ def test_extended_headers_without_end_are_one_fault(tmp_path):
     assert tar_index.index(str(path))["fault"].tolist() == [tar_index.DAMAGED]
 
 
-def test_index_agrees_with_tarfile(tortured):
-    for path in storage.expand(tortured[0])[:8]:
-        with tarfile.open(path) as tar:
-            there = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
-        here = [(n.decode(), offset, size) for n, offset, size in tar_index.members(path, os.path.getsize(path))]
-        assert here == there
-
-
 def test_a_name_without_end_makes_no_row_as_wide(tmp_path):
     path = tmp_path / "a.tar"
     bad_tars.pairs(path, 0, 2)
@@ -166,12 +151,3 @@ def test_keys_do_not_depend_on_the_locale(tmp_path, monkeypatch):
     bad_tars.shard(tmp_path / "a.tar", [("füchse", {"jpg": bad_tars.jpeg(0), "txt": b"a fox"})])
     monkeypatch.setattr(tarfile, "ENCODING", "iso8859-1")
     assert tar_index.index(str(tmp_path / "a.tar"))["key"][0] == "füchse".encode()
-
-
-def test_a_set_may_have_more_tars_than_maps_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_reader, "_mapped", functools.lru_cache(maxsize=2)(tar_reader._mapped.__wrapped__))
-    for i in range(5):
-        bad_tars.pairs(tmp_path / f"{i}.tar", 3 * i, 3)
-    source = TarSource(str(tmp_path))
-    assert all(source[i]["text"] for i in range(15))
-    assert source.fingerprint()["samples"] == 15 and tar_reader._mapped.cache_info().currsize == 2

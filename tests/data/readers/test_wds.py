@@ -13,13 +13,16 @@ from xclip_jax.data.readers import wds
 IMAGE = bad_tars.jpeg(0)
 
 
-def write(root, samples, split="test", **texts):
-    """A data set of one tar; each sample is {suffix: content}."""
+def write(root, samples, split="test", shard=20, **texts):
+    """A data set in tars of `shard` samples, each {suffix: content}, with files of lines beside them."""
     (root / split).mkdir(parents=True)
     for name, lines in ({"classnames": ["fox", "hen"]} | texts).items():
         (root / f"{name}.txt").write_text("\n".join(lines))
-    (root / split / "nshards.txt").write_text("1\n")
-    bad_tars.shard(root / split / "0.tar", [(f"s{i}", sample) for i, sample in enumerate(samples)])
+    keys = [(f"s{i:03d}", sample) for i, sample in enumerate(samples)]
+    tars = [keys[i : i + shard] for i in range(0, len(keys), shard)]
+    (root / split / "nshards.txt").write_text(f"{len(tars)}\n")
+    for number, inside in enumerate(tars):
+        bad_tars.shard(root / split / f"{number}.tar", inside)
     return root
 
 
@@ -55,8 +58,8 @@ def test_one_class_several_classes_and_captions(tmp_path):
     ("sample", "named"),
     [
         ({"jpg": IMAGE, "cls": b"2"}, "b'2'; expected a number below 2"),
-        ({"jpg": IMAGE}, "'s0' .* needs .cls"),
-        ({"cls": b"1"}, "'s0' .*.webp"),
+        ({"jpg": IMAGE}, "'s000' .* needs .cls"),
+        ({"cls": b"1"}, "'s000' .*.webp"),
     ],
 )
 def test_faulty_samples_are_named(tmp_path, sample, named):
@@ -67,8 +70,8 @@ def test_faulty_samples_are_named(tmp_path, sample, named):
 def test_damaged_files_are_named(tmp_path):
     root = write(tmp_path / "set", [{"jpg": IMAGE, "cls": b"1"}])
     with tarfile.open(root / "test" / "0.tar", "a") as tar:
-        bad_tars.add(tar, "s0.jpg", IMAGE)
-    with pytest.raises(UserError, match=r"0\.tar' .* has 's0\.jpg' twice"):
+        bad_tars.add(tar, "s000.jpg", IMAGE)
+    with pytest.raises(UserError, match=r"0\.tar' .* has 's000\.jpg' twice"):
         wds.open_labelled(wds.locate(str(root)))
     (root / "classnames.txt").write_bytes("caf\xe9\nfox".encode("latin-1"))
     with pytest.raises(UserError, match=r"classnames\.txt' is not UTF-8"):

@@ -111,31 +111,17 @@ def test_held_out_pairs_of_the_run_and_of_another_one(pairs, run, tmp_path):
     assert same.captions == own.captions and same.card.split_hash == own.card.split_hash
 
 
-def test_columns_of_images_are_not_confused(pairs, tmp_path):
-    """Two sets of one table."""
-    images = sorted(pairs.glob("*.png"))[:4]
-    lines = [f"{a},{b},{a.stem}" for a, b in zip(images[:2], images[2:], strict=True)]
-    (tmp_path / "x.csv").write_text("\n".join(["left,right,text", *lines]) + "\n")
-    loaded = [registry.load(f"retrieval/csv:{tmp_path / 'x.csv'}?image={side}", SIZE) for side in ("left", "right")]
-    assert loaded[0].captions == loaded[1].captions and loaded[0].card.split_hash != loaded[1].card.split_hash
-
-
 def test_a_path_of_own_pairs_needs_no_kind_before_it(pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my, pairs").symlink_to(pairs)
     (tmp_path / "a.csv").write_text(f"path,caption\n{pairs / '000.png'},a picture\n")
-    for path, spec in (
-        ("my, pairs", "folder:my, pairs"),
-        ("a.csv?image=path&text=caption", "csv:a.csv?image=path&text=caption"),
-    ):
+    for path, kind in (("my, pairs", "folder"), ("a.csv?image=path&text=caption", "csv")):
         (name,) = registry.expand_suites([f"retrieval/{path}"])
         loaded = registry.load(name, SIZE)
-        assert loaded.name == spec
-        assert loaded.card.split_hash == registry.load(f"retrieval/{spec}", SIZE).card.split_hash
-    (tmp_path / "notes.xyz").write_text("no pairs")
-    for path in ("/no/pairs", "notes.xyz"):
-        with pytest.raises(UserError, match=f"'{path}'"):
-            registry.check(f"retrieval/{path}")
+        assert loaded.name == f"{kind}:{path}"
+        assert loaded.card.split_hash == registry.load(f"retrieval/{kind}:{path}", SIZE).card.split_hash
+    with pytest.raises(UserError, match="'/no/pairs'"):
+        registry.check("retrieval//no/pairs")
 
 
 # --- labelled images of one's own
@@ -143,7 +129,6 @@ def test_a_path_of_own_pairs_needs_no_kind_before_it(pairs, tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
-    """Pairs in sub-folders that are classes."""
     folder = tmp_path_factory.mktemp("classes")
     for number, name in enumerate(("red_fox", "hen")):
         tiny.folder(folder / name, 20, seed=number)
@@ -161,14 +146,6 @@ def test_held_out_images_are_named(classes):
     np.testing.assert_array_equal(named.images[0], pairs.images[0])
     assert set(named.labels) == {0, 1} and named.card.split == "held out, 0.25"
     assert 0 <= registry.evaluator(make_encoder(), named).run(small_model()[1])["zeroshot/holdout/top1"] <= 100
-
-
-def test_held_out_images_with_several_labels_are_refused(classes, tmp_path):
-    path = tmp_path / "several.csv"
-    rows = [f"{image},{'hen|red fox' if i else 'hen'}" for i, image in enumerate(sorted(classes.glob("*/*.png")))]
-    path.write_text("\n".join(["path,label", *rows]) + "\n")
-    with pytest.raises(UserError, match=r"csv:.*: images have several labels"):
-        registry.load("zeroshot/holdout", SIZE, data=config(f"csv:{path}"))
 
 
 def test_own_templates_and_names(classes, tmp_path):
