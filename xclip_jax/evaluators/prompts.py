@@ -155,15 +155,12 @@ def read_class_names(path: str) -> dict[str, str | list[str]]:
     """Read class names from a JSON file, {label: name} or {label: [name, synonym, ...]}; {} if `path` is ""."""
     if not path:
         return {}
-    try:
+    form = "{label: name} or {label: [name, ...]}"
+    with storage.unreadable_as(f"class names {path!r} cannot be read; expected JSON, {form}"):
         content = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
         words = [x if isinstance(x, list) else [x] for x in content.values()]
         if not all(names and all(name and isinstance(name, str) for name in names) for names in words):
             raise ValueError("a name is empty, or not a text")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"class names {path!r} cannot be read ({error}); expected JSON, {{label: name}} or {{label: [name, ...]}}."
-        ) from error
     return content
 
 
