@@ -296,7 +296,6 @@ class Model:
         return self._encoder.texts(self._variables, texts, keys)
 
     def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
-        """Return embeddings of `items` from the features that `encode` computes."""
         (output,) = encode(items, features(self.similarities[:1])).values()
         return self.similarities[0].embedding(output)
 

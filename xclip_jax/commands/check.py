@@ -83,7 +83,6 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
 
 
 def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
-    """Yield lines about the good samples."""
     captions = [caption for s in good for caption in s.captions]
     lengths = options.tokens.lengths(options.tokens(captions, _LENGTH))
     full = np.mean(lengths >= _LENGTH)

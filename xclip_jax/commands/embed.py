@@ -204,7 +204,6 @@ def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: in
 
 
 def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Join the parts and the lists of bad items to one file each; return the metadata."""
     bad = [line for file in files for line in file.with_suffix(".bad.jsonl").read_text().splitlines()]
     total = sum(about["plan"].get(modality, {"n": 0})["n"] for modality in ("image", "text"))
     ledger = ledger_of(out)

@@ -285,7 +285,6 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def _declared(config_type: Any) -> list[dataclasses.Field[Any]]:
-    """Return the keys and groups of a config dataclass."""
     return [field for field in dataclasses.fields(config_type) if not field.metadata.get("derived")]
 
 

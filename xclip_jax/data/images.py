@@ -61,7 +61,6 @@ def formats() -> list[str]:
 
 
 def _has_orientation(image: Image.Image) -> bool:
-    """Whether EXIF requests a rotation or reflection."""
     try:
         return image.getexif().get(_ORIENTATION, 1) != 1
     except Exception:  # a damaged tag, which browsers ignore

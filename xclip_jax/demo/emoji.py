@@ -335,5 +335,4 @@ class DemoSplits(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> TfdsSource:
-        """Open a split of the demo's data set."""
         return open_prepared("demo", prepare(options.dir or None), rest, options)

@@ -184,7 +184,6 @@ class Encoder:
     def _run(
         self, encode: Encode, variables: Variables, items: Rows, form: jax.ShapeDtypeStruct, names: Sequence[str] | None
     ) -> Features:
-        """Return the features of all items."""
         results: Features = {}
         keys = {"valid", *(self._default if names is None else names)}
         for start, out in self._batches(encode, variables, items, form, keys):

@@ -164,7 +164,6 @@ def _label_logits(z: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _target(y: jax.Array, classes: int) -> jax.Array:
-    """Return the labels as shares (n, classes)."""
     return jax.nn.one_hot(y, classes) if y.ndim == 1 else y
 
 

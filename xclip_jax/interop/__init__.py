@@ -217,7 +217,6 @@ def _left_out(config: Mapping[str, Any], heads: Sequence[str], to: str) -> list[
 
 
 def _unrolled(params: Mapping[str, Any], config: Mapping[str, Any]) -> Flat:
-    """Return flat parameters with unrolled blocks."""
     params = dict(params)
     for tower in ("img", "txt"):
         blocks = params[tower]["transformer"]

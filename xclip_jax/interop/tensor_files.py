@@ -163,7 +163,6 @@ def load_torch(data: bytes) -> Any:
 
 
 def _flat(module: Any) -> dict[str, np.ndarray]:
-    """Return the tensors of a module and its inner modules, by name."""
     tensors: dict[str, np.ndarray] = {}
     modules = [("", module)]
     letters = 0

@@ -265,7 +265,6 @@ def _log_sums(logits: _Logits) -> dict[str, jax.Array]:
 
 
 def _sigmoid_sum(logits: _Logits) -> jax.Array:
-    """Return the summed binary cross-entropy of all pairs, ()."""
     return jnp.sum(jax.nn.softplus(jnp.where(logits.own, -logits.all, logits.all)))
 
 

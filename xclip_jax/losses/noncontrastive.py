@@ -90,7 +90,6 @@ def nclip(
 
 
 def _check(logits: dict[str, Logits], target: str, chunk: int) -> None:
-    """Check the arguments of `nclip`."""
     b, k = logits["s_img"].shape
     if target not in TARGETS or any((f"teacher_{m}" in logits) != (target == "ema") for m in MODALITIES):
         raise ValueError(

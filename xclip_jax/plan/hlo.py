@@ -140,7 +140,6 @@ def root(computation: Computation) -> Instruction:
 
 
 def _constant(computation: Computation, name: str) -> int | None:
-    """Return the value of an integer constant, or of a copy of one; else None."""
     each = computation.get(name)
     if each is not None and each.opcode in ("copy", "bitcast", "convert"):
         return _constant(computation, each.operands[0])
@@ -263,7 +262,6 @@ def _collective(execution: Execution, devices: int) -> Collective | None:
 
 
 def _group(attributes: str, devices: int) -> int:
-    """Return the number of devices in a group."""
     groups = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
     if groups:
         return int(groups[2])

@@ -106,7 +106,6 @@ def names_of_sets(names: Iterable[str]) -> dict[str, str]:
 
 
 def _code(text: str) -> str:
-    """Return untrusted text as Markdown code."""
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 
@@ -180,7 +179,6 @@ def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
 
 
 def _recipe(run: RunReader, step: int) -> Iterator[tuple[str, Any]]:
-    """Yield the config keys and values that determine a run."""
     config = _run_config(run)  # `weights.load` changes batch and layout for this machine
     objective = make_objective(config.objective)
     values = schema.flatten(schema.to_dict(config))

@@ -217,11 +217,6 @@ class Warnings(NamedTuple):
         by_name = [{text.partition(":")[0]: text for text in term.alarms(row)} for row in judged]
         return cls(first_step, [int(row["step"]) for row in judged], by_name)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all warnings."""
-        return list(dict.fromkeys(name for warnings in self.warnings for name in warnings))
-
     def last(self, name: str) -> str:
         """Return the warning at the last step, or ""."""
         return self.warnings[-1].get(name, "") if self.warnings else ""

@@ -237,7 +237,6 @@ def _add_names(
 
 
 def _subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
-    """Return the items `keep` of a set with decoded images."""
     images = [data.images[i] for i in keep]
     return dataclasses.replace(data, images=images, labels=np.asarray(data.labels)[keep], groups={})
 

@@ -60,7 +60,6 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
 
 
 def _tiles(record: Record) -> Iterator[dict[str, Any]]:
-    """Yield the first result of each family."""
     short = tables.short_names(record.results)
     for family, row in tables.first_set_of_each_family(record.results).items():
         metric, result = row.shown[0]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
@@ -15,7 +14,6 @@ from xclip_jax.core import environment
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import tokenizer
-from xclip_jax.data.base import Source
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.processes import runtime
 from xclip_jax.train import cost
@@ -98,27 +96,6 @@ def check_model(experiment: Experiment) -> Iterator[Finding]:
     yield Finding("model", f"{model}, batch {config.data.batch:,} on a mesh of {dict(experiment.mesh.shape)}")
 
 
-def check_data(experiment: Experiment, samples: Sequence[Source]) -> Iterator[Finding]:
-    """Yield the numbers of samples and epochs."""
-    total = sum(map(len, samples))
-    epochs = experiment.config.steps * experiment.config.data.batch / total
-    yield Finding("data", f"{total:,} samples, of which the run reads {epochs:,.2f} epochs")
-
-
-def check_sets(count: int) -> Iterator[Finding]:
-    """Yield the number of open evaluation sets."""
-    if count:
-        yield Finding("evaluation", f"{count} evaluation sets can be read")
-
-
-def check_weights(experiment: Experiment, tensors: Mapping[str, np.ndarray]) -> Iterator[Finding]:
-    """Yield the number of a new model's tensors among the `tensors` of `init.weights`."""
-    if tensors:
-        total = len(jax.tree.leaves(experiment.abstract.variables()))
-        where = experiment.config.init.weights
-        yield Finding("weights", f"{where} has {len(tensors)} of the model's {total} tensors")
-
-
 def check_disk(experiment: Experiment, folder: RunWriter) -> Iterator[Finding]:
     """Yield whether the disk has room for the run's checkpoints, and for one more while it is written."""
     free = free_bytes(folder.checkpoints)
@@ -169,9 +146,8 @@ def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, s
         compiled, trouble = compile_step()
         peak = cost.memory_usage(experiment, compiled)["peak"] if compiled is not None else 0.0
         if compiled is None or peak > limit:
-            text = (
-                f"the step does not fit a device's {format_bytes(limit)}: {trouble or f'it takes {format_bytes(peak)}'}"
-            )
+            needed = trouble or f"it takes {format_bytes(peak)}"
+            text = f"the step does not fit a device's {format_bytes(limit)}: {needed}"
             remedies = cost.remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size)
             remedy = f"change one after the other until it fits: {', '.join([*remedies, 'more devices'])}"
             yield fail("memory", text, remedy)

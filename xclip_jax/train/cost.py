@@ -50,7 +50,6 @@ PEAK_FLOPS = {
     "NVIDIA L4": 121e12,
 }
 HEADS_SHARE = 0.05  # of a step's FLOPs, the most that heads should take
-UNCOUNTED = "FLOPs are unknown: a custom tower does not report them"
 
 
 def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | None:

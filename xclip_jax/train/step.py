@@ -242,7 +242,6 @@ class TrainStep:
         return h_img, h_txt
 
     def _project(self, params: Any, batch_stats: Any, h: Features) -> tuple[dict[str, Any], Any]:
-        """Return the outputs of the heads, and the new statistics of BatchNorm."""
         variables = {"params": params, "batch_stats": batch_stats}
         logits = not self.objective.loss.chunk_size
         out, new = self.model.apply(variables, *h, train=True, logits=logits, mutable=["batch_stats"], method="project")

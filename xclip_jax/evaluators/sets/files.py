@@ -79,7 +79,6 @@ def sick(name: str, path: pathlib.Path) -> SimilaritySet:
 
 
 def _similarity(spec: str, split: str, subsets: Mapping[str, Sequence[Pair]], split_hash: str = "") -> SimilaritySet:
-    """Return a set of the rated pairs in each subset."""
     ratings = {rating for pairs in subsets.values() for *_, rating in pairs}
     if len(ratings) < 2 or not all(map(math.isfinite, ratings)):
         raise ValueError("it needs two different similarities, all of them numbers")
@@ -125,7 +124,6 @@ def senteval(name: str, path: pathlib.Path) -> ProbeSet:
 
 
 def _read_split(name: str, path: pathlib.Path) -> list[tuple[Any, str]]:
-    """Read (text or pair of texts, label) from a file of a SentEval task with splits."""
     if name == "sicke":
         return [((row["sentence_A"], row["sentence_B"]), row["entailment_judgment"]) for row in _rows(path)]
     lines = _lines(path)
