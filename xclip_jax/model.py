@@ -92,10 +92,8 @@ class Model:
         mesh = make_mesh(_MESH)
         self._model, variables = _unrolled(experiment.model, variables)
         self._variables = jax.device_put(variables, replicated(mesh))
-        batches = [batch, *(size for size in _SMALLER if size < batch)]
-        self._encoder = Encoder(
-            self._model, self.tokenizer, self.preprocessing, mesh, self.similarities, batches=batches
-        )
+        sizes = [batch, *(size for size in _SMALLER if size < batch)]
+        self._encoder = Encoder(self._model, self.tokenizer, self.preprocessing, mesh, self.similarities, batches=sizes)
         self.batch = self._encoder.batch
 
     def encode_image(self, images: Sequence[ImageLike] | np.ndarray) -> np.ndarray:

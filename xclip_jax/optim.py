@@ -136,9 +136,8 @@ def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
         names = [key.key for key in path]
         return "muon" if names[-1] == "kernel" and names[0] in towers and "transformer" in names else "adamw"
 
-    return optax.partition(
-        {"muon": muon, "adamw": _adamw(config, rate)}, functools.partial(jax.tree_util.tree_map_with_path, label)
-    )
+    labels = functools.partial(jax.tree_util.tree_map_with_path, label)
+    return optax.partition({"muon": muon, "adamw": _adamw(config, rate)}, labels)
 
 
 def _muon_dimensions(kernels: Any) -> Any:

@@ -77,7 +77,6 @@ def embed_images(model: inference.Model, source: Images, first: int, threads: in
             return black, "", error
 
     n = len(source) - first
-    # The threads read ahead while the device computes.
     with ThreadPrefetcher(make, n, threads=threads, window=2 * model.batch) as ahead:
         for start in range(0, n, PART):
             stop = min(start + PART, n)

@@ -155,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)
     with exit_with_message(), trusting(flags.trust):
         if flags.compare:
-            rows = compare(*flags.compare, step=flags.step)
-            log0(render_comparison(rows, *flags.compare))
+            log0(render_comparison(compare(*flags.compare, step=flags.step), *flags.compare))
             return
         if flags.captions is not None:
             check_count("--captions", flags.captions, 0)

@@ -125,8 +125,7 @@ def make_index(model: Model, pattern: str) -> Index:
     ledger = ledger_of(file)
     lines = ledger.read_text().splitlines() if ledger.exists() else []
     bad = {json.loads(line)["index"] for line in lines}
-    numbers = [i for i in range(len(source)) if i not in bad]
-    return Index(model, source, numbers, columns)
+    return Index(model, source, [i for i in range(len(source)) if i not in bad], columns)
 
 
 def make_app(index: Index) -> Any:

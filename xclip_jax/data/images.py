@@ -11,7 +11,6 @@ from PIL import Image, ImageOps
 from xclip_jax.core.errors import BadSample
 
 WHITE, DROPPED = "white", "drop_alpha"
-# Arguments of `decode` by `data.decoding`.
 DECODINGS: dict[str, Any] = {
     "xclip": {"background": WHITE, "rotate": True},
     "open_clip": {"background": DROPPED, "rotate": False},

@@ -144,8 +144,7 @@ class Encoder:
             return self._encode_patches(*arguments, projected)
 
         valid = []
-        form = self._form(images)
-        for start, out in self._batches(encode, variables, images, form, ("patches", "valid")):
+        for start, out in self._batches(encode, variables, images, self._form(images), ("patches", "valid")):
             valid.append(out["valid"])
             yield start, out["patches"]
         self._count_unreadable(np.concatenate(valid), first)
@@ -221,7 +220,6 @@ class Encoder:
             each = map if threads is None else threads.imap
             while start < max(n, 1):
                 console.report_progress()
-                # The largest batch that the remaining items fill at least half, or the smallest one.
                 size = next((size for size in reversed(self.sizes) if n - start > size // 2), self.sizes[0])
                 out = encode(variables, *self._place(items, each, start, size, form))
                 # Fetch one batch late: the device works while the host fetches and loads.

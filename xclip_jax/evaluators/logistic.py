@@ -72,7 +72,6 @@ def fit(
     penalty = 2.0 if occurring == 2 else 1.0
     rotated, mean, spectrum, axes = _rotate(x)
     labels = jnp.asarray(y, jnp.int32 if y.ndim == 1 else jnp.float32)
-    # Rotates the gradient back to the given features.
     back = jnp.asarray(np.block([[axes, mean[:, None]], [np.zeros((1, d)), np.ones((1, 1))]]), jnp.float32)
     # The diagonal of softmax's Hessian is p (1 - p), initially about 1 / classes.
     curvature = np.append(np.maximum(spectrum, 0), 1.0) / classes

@@ -280,8 +280,7 @@ class TextRetrieval(Evaluator):
         queries = self.data.queries
         groups = self.data.groups
         e = embeddings(self.encoder, variables, [*self.data.texts, *(text for text, _ in queries)])
-        targets = np.array([target for _, target in queries])
-        rank = statistics.ranks(e[n:] @ e[:n].T, targets)
+        rank = statistics.ranks(e[n:] @ e[:n].T, np.array([target for _, target in queries]))
         weights = sum(mask / mask.sum() for mask in groups.values()) if groups else np.ones(len(queries))
         chance = {k: 100 * min(k / n, 1) for k in KS}
         results = []

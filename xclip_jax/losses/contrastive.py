@@ -202,7 +202,6 @@ def siglip(
         logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt) + jnp.asarray(bias, jnp.float32)
         sign = 2 * jnp.eye(b, dtype=jnp.float32) - 1
         loss = -jnp.sum(jax.nn.log_sigmoid(sign * logits)) / b
-
     positives = {}
     if keys is not None:
         # If a negative becomes a positive, the loss falls by its logit, since log sigmoid(x) - log sigmoid(-x) = x.

@@ -103,11 +103,8 @@ def _check(logits: dict[str, Logits], target: str, chunk: int) -> None:
 def _sums_of_batch(logits: dict[str, Logits], target: str, tau: ArrayLike, chunk: int) -> Sums:
     """Return the `_sums` of each chunk of the batch, stacked along a leading axis (chunks,)."""
     if not chunk:
-        whole = {
-            name: x.logits() if isinstance(x, FactoredLogits) else x.astype(jnp.float32) for name, x in logits.items()
-        }
-        return jax.tree.map(lambda x: x[None], _sums(whole, target, tau))
-    # Each chunk takes its rows of x, and all kernels.
+        s = {name: x.logits() if isinstance(x, FactoredLogits) else x.astype(jnp.float32) for name, x in logits.items()}
+        return jax.tree.map(lambda x: x[None], _sums(s, target, tau))
     factors: Any = logits
     kernels = {name: (value.kernel, value.bias) for name, value in factors.items()}
 

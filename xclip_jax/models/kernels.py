@@ -39,8 +39,7 @@ _MASKED = -1e30  # finite, so that a row without a key stays finite
 
 def fits(tokens: int, heads: int, width: int) -> bool:
     """Return whether `attention` supports `tokens` tokens and `heads` heads over `width` channels."""
-    kv = width // heads
-    return kv in HEADS and width % LANES == 0 and tokens <= MAX_TOKENS
+    return width // heads in HEADS and width % LANES == 0 and tokens <= MAX_TOKENS
 
 
 def group_heads(x: Array) -> Array:

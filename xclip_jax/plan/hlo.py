@@ -163,17 +163,14 @@ def parse(text: str) -> Program:
             operands = tuple(re.findall(r"%([\w.\-]+)", inner))
             literal = inner if opcode in ("constant", "parameter") else ""
             attributes = rest[end:].lstrip(", ")
-            computations[name][instruction] = Instruction(
-                instruction, opcode, shape, operands, literal, attributes, bool(is_root)
-            )
+            made = Instruction(instruction, opcode, shape, operands, literal, attributes, bool(is_root))
+            computations[name][instruction] = made
         elif head:
             name = head[2]
             computations[name] = {}
             entry = name if head[1] else entry
     return Program(computations, entry)
 
-
-# --- collectives
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 

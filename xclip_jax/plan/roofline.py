@@ -86,8 +86,7 @@ def devices_of(topology: str) -> tuple[list[Any], Chip]:
     return found.devices, CHIPS[chip]
 
 
-# Operations without a cost.
-FREE = (
+FREE = (  # without a cost
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "partition-id", "after-all",
     "custom-call",
 )  # fmt: skip

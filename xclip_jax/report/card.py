@@ -23,7 +23,6 @@ from xclip_jax.train.build import Experiment
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "safetensors": "xclip_jax"}
 # A library's prefixes for folders and for Hub repositories.
 _PREFIXES = {"hf": ("", ""), "open_clip": ("local-dir:", "hf-hub:"), "safetensors": ("", "hf:")}
-# {family of results: task name of the Hub and clip_benchmark}
 _TASKS = {
     "zeroshot": "zero-shot-image-classification",
     "retrieval": "zero-shot-retrieval",

@@ -286,8 +286,7 @@ def _retrieved(
         choices = [_label(bars[i, t], meaning, text, bool(matches[i, t])) for text, t in list(once.items())[:5]]
         rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
         by_image.append(Prediction(gallery.shown[i], names[i], rank, choices))
-    title = tables.shorten([data.name])[data.name]
-    return RetrievalExamples(title, texts, meaning, gallery, by_text, by_image)
+    return RetrievalExamples(tables.shorten([data.name])[data.name], texts, meaning, gallery, by_text, by_image)
 
 
 def _search_and_cluster(

@@ -123,8 +123,7 @@ def device_memory(device: jax.Device) -> float:
 
 def bytes_on_device(tree: Any) -> float:
     """Return the bytes per device of a tree of abstract arrays."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def compile_for(experiment: Experiment) -> Any:

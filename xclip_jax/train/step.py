@@ -47,10 +47,8 @@ class BatchNoise:
         b = len(next(iter(batch.values())))
         inputs = dict(batch)
         if "image" in batch:
-            key_image = jax.random.fold_in(random_key, 0)
-            inputs |= transforms.sample_augmentations(
-                key_image, b, flip=self.data.flip_prob, color=self.data.color_jitter
-            )
+            key = jax.random.fold_in(random_key, 0)
+            inputs |= transforms.sample_augmentations(key, b, flip=self.data.flip_prob, color=self.data.color_jitter)
         inputs = self.objective.draw(random_key, inputs, self.preprocessing.size)
         keys = {"img": random_key, "txt": jax.random.fold_in(random_key, 3)}
         noise = {name: self.towers[name].sample_noise(keys[name], b) for name in self.objective.towers}

@@ -72,11 +72,9 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
     source_name, columns = query_columns(name)
     if columns.keys() - {"image", "text"}:
         source_name, columns = name, {}
-    image_column = columns.get("image", [DataConfig.image_column])[0]
-    text_columns = tuple(columns.get("text", DataConfig.text_columns))
-    return source_name, dataclasses.replace(
-        data, image_column=image_column, text_columns=text_columns, caption_transform=""
-    )
+    image = columns.get("image", [DataConfig.image_column])[0]
+    texts = tuple(columns.get("text", DataConfig.text_columns))
+    return source_name, dataclasses.replace(data, image_column=image, text_columns=texts, caption_transform="")
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:

@@ -60,8 +60,7 @@ def sts(name: str, path: pathlib.Path) -> SimilaritySet:
     for file in sorted(path.glob("STS.input.*.txt")):
         subset = file.name.removeprefix("STS.input.").removesuffix(".txt")
         ratings = file.with_name(f"STS.gs.{subset}.txt").read_text().splitlines()
-        texts = [line.split("\t") for line in _lines(file)]
-        rated = zip(texts, ratings, strict=True)
+        rated = zip([line.split("\t") for line in _lines(file)], ratings, strict=True)
         subsets[subset] = [(text[0], text[1], float(rating)) for text, rating in rated if rating.strip()]
     return _similarity(f"{name}@{path}", path.name, subsets)
 
