@@ -6,8 +6,7 @@
     xclip-jax check folder:/data/pairs --samples 0 --by RUN --suspects wrong.jsonl
 
 Tars are indexed completely, but only a random part of the samples is read, by default 2,000. With --by, a trained model
-lists captions that probably belong to other images. The exit code is 0 if training would run, else 1, such as for too
-many bad samples.
+lists captions that probably belong to other images. The exit code is 0 if training would run, else 1.
 """
 
 import argparse

@@ -8,8 +8,7 @@
 Rows are images and texts: "kind" (image or text), "id" (path, TAR#KEY, TABLE#ROW or FILE#LINE), "text" (the text, or
 an image's first caption: from its tar, from a .txt file of the same name, or from the table's column ?text=) and
 "embedding", float32, of unit length.
-The file's metadata, "xclip_jax", is JSON: checkpoint, preprocessing, commit, versions. `xclip_jax.data.embeddings.read`
-reads the file.
+Metadata "xclip_jax" is JSON: checkpoint, preprocessing, commit, versions. `xclip_jax.data.embeddings.read` reads it.
 
 Unusable images are left out. With --texts, row i is line i, so unusable lines, such as empty ones, get an embedding of
 zeros. Both are counted, and listed in OUT.bad.jsonl.
@@ -187,7 +186,6 @@ def _embed(
 
 
 def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int) -> None:
-    """Raise `UserError` if the disk or store refuses many items of the part that begins at item `start`."""
     refused = {
         row: error
         for row, error in bad.items()

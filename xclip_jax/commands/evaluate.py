@@ -10,8 +10,7 @@ RUN/evaluation.json (for a file FILE.evaluation.json, for a repository ORG--NAME
 replace earlier ones with the same set, step and profile; `evaluators.results` documents the file. FILE.items.npz next
 to it stores per-example values, which --compare resamples for its intervals.
 
-Images that cannot be decoded count as wrong, and their number is a result ("unreadable"); more than 5 % of a set are an
-error.
+Undecodable images count as wrong, and their number is a result ("unreadable"); more than 5 % of a set are an error.
 """
 
 import argparse

@@ -33,7 +33,6 @@ def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tup
         image = record["image"]
         data = image if isinstance(image, bytes) else image.tobytes()
         digest = hashlib.blake2b(data, digest_size=16).digest()
-        # At full size, which is reported; training decodes large JPEGs at half of it or less.
         pixels = images.decode(image)
         height, width = pixels.shape[:2]
         transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")

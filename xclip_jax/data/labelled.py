@@ -227,8 +227,7 @@ def check_sources(
       fields: fields of the batches, with "image" or "text"; None for any.
 
     Raises:
-      UserError: one class, several classes per image, another number of classes, the other modality, or classes that
-        differ between sources.
+      UserError: one class, several per image, another number of classes, the other modality, or different classes.
     """
     for spec, source in zip(specs, sources, strict=True):
         check_one_class(spec, source)

@@ -116,7 +116,6 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
 
 
 def _aliases(name: str, prepare: Preprocessing, data_dir: str | None) -> TextRetrievalSet:
-    """Return a set of the test concepts' names, with their aliases as queries."""
     del prepare
     concepts = [c for c in emoji.concepts(emoji.prepare(data_dir)) if c["role"] == "test_concepts"]
     names = [c["name"] for c in concepts]

@@ -45,8 +45,7 @@ class Encoder:
       similarities: comparisons of images with texts, the model's default first; empty for a fine-tuned model.
       classes: classes of a fine-tuned model's classifier, in its order; None if unknown.
       grid: patches along a side of an image, 0 if the model has no patch features.
-      unreadable: {index: reason} of images that `images` and `patches` could not read; "" if another process reported
-        it.
+      unreadable: {index: reason} of images unreadable for `images` and `patches`; "" if another process reported it.
     """
 
     def __init__(

@@ -58,8 +58,7 @@ def fit(
 
     Args:
       x: features fp32 (n, d).
-      y: classes int (n,) below `classes`, or shares of the classes (n, classes), each row with the sum 1. A class may
-        have no item.
+      y: classes int (n,) below `classes`, or shares of the classes (n, classes), rows of sum 1. A class may be empty.
       cs: inverse strengths of the penalty, above 0, like scikit-learn's for the occurring classes.
       classes: number of classes.
       tolerance: maximum absolute component of the gradient at a solution, like scikit-learn's `tol` (default 1e-4).

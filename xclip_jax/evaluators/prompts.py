@@ -36,14 +36,12 @@ class Profile:
       clips: whether to use CLIP's own templates, like SLIP, for sets with other templates in clip-benchmark.
       resample: resizing of the shorter side, "bicubic" or "bilinear"; "" for the model's resizing.
       published_prefix: text before the captions of published retrieval sets.
-      prefix: text before the captions of all retrieval sets; None for `published_prefix`, and no prefix for your own
-        pairs.
+      prefix: text before the captions of all retrieval sets; None for `published_prefix`, and none for your own pairs.
       lower: whether to lower-case captions, like SigLIP.
       captions: number of captions per image to keep; 0 for all.
       templates: prompts for your own labelled images, with {c} for the class; empty for "a photo of a {c}".
       names: {label: name, or synonyms} of their classes; other classes are called by their labels.
-      exif_rotation: whether to rotate images by their EXIF tag if the model does: for your own data; published numbers
-        are without rotation.
+      exif_rotation: whether to rotate images by their EXIF tag if the model does; published sets are not rotated.
     """
 
     imagenet: str = "openai80"

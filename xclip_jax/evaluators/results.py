@@ -113,8 +113,7 @@ class Result:
       group: a part of the items.
       headline: whether it is the number to report for its set.
       evaluator: the set's `evaluator`.
-      dependent: whether the items are dependent or unequally weighted, see `PerExample.trials`; ignored if `items` are
-        present.
+      dependent: whether the items are dependent or unequally weighted, see `PerExample.trials`; unused with `items`.
     """
 
     set: str

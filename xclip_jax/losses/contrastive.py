@@ -241,9 +241,6 @@ def _metrics(logits: jax.Array) -> Metrics:
     }
 
 
-# --- chunks of texts
-
-
 class _Logits(NamedTuple):
     """Logits (b, n) of all images and a chunk of n texts."""
 

@@ -52,8 +52,7 @@ def nclip(
     """Return nCLIP's loss and its metrics; the module's docstring has the formulas. Defaults are [ours].
 
     Args:
-        s_img, s_txt: cluster logits of the global batch, shape (b, k) each, row i a pair; any float type, or
-            `FactoredLogits`.
+        s_img, s_txt: cluster logits of the global batch, (b, k), row i a pair; any float type, or `FactoredLogits`.
         target: "detach" (targets from the logits, no gradient), "joint" (gradient to both sides) or "ema" (targets
             from the teacher's logits, no gradient). [ours]
         tau: temperature of p, q and the targets.
@@ -141,7 +140,6 @@ def _sums(s: Mapping[str, jax.Array], target: str, tau: ArrayLike) -> Sums:
 
 
 def _metrics(sums: Sums, b: int, k: int) -> Metrics:
-    """Return the metrics of `nclip`, except the loss, from the sums of all chunks."""
     align = jnp.sum(sums["align"]) / b
     clusters = _cluster_metrics("img", sums, b) | _cluster_metrics("txt", sums, b)
     return {

@@ -196,7 +196,6 @@ def _backward_kernel(
         for head in range(LANES // kv):
             head_query = _only(query, head, kv)
             e, reciprocal = _exponentials(head_query, key, tokens, causal)
-            # Normalising the gradient's rows divides n x 128 numbers instead of n x n.
             scaled = _only(g_out, head, kv) * reciprocal
             mean = jnp.sum(_only(weighted, head, kv), axis=1, keepdims=True) * reciprocal
             scaled = scaled.astype(query.dtype)

@@ -208,7 +208,6 @@ def evaluations(known: Sequence[Result]) -> list[Sequence[str]]:
 
 
 def _machine(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return facts of `environment.capture` with command and versions as text."""
     command = _code(" ".join(map(shown, facts["command"].split(" "))))
     versions = ", ".join(f"{key} {version}" for key, version in facts["versions"].items())
     return {**facts, "command": command, "versions": versions}

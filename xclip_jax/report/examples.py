@@ -292,7 +292,6 @@ def _retrieved(
 def _search_and_cluster(
     examples: Examples, encoder: Encoder, variables: Variables, queries: Sequence[str], words: Sequence[str]
 ) -> None:
-    """Add searches for `queries` in the gallery, and clusters of its images and `words`."""
     similarities = encoder.similarities
     img = encoder.images(variables, examples.gallery.images, features(similarities))
     if queries:

@@ -123,8 +123,7 @@ def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, s
 
     Args:
       experiment: the run's experiment.
-      compile_step: see `cost.compile_if_fits`; called if the step may come near the devices' memory. None if compiling
-        would take too long.
+      compile_step: see `cost.compile_if_fits`; called if the step may come near the devices' memory; None if too slow.
     """
     device = jax.local_devices()[0]
     on_cpu = device.platform == "cpu"

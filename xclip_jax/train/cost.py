@@ -1,8 +1,7 @@
 """Cost of a train step: FLOPs, the peak FLOP/s that MFU is relative to, and memory, with flags that reduce it.
 
 FLOPs are analytic and count matrix products, two per multiplication and addition; XLA's cost analysis would count the
-body of a loop over layers once. Causal attention counts in full, as it is computed. Memory is measured on the compiled
-step.
+body of a loop over layers once. Causal attention counts in full, as it is computed. Memory is the compiled step's.
 """
 
 import functools
@@ -146,8 +145,7 @@ def memory_usage(experiment: Experiment, compiled: Any) -> dict[str, float]:
     state = experiment.abstract
     fixed = usage.argument_size_in_bytes + usage.output_size_in_bytes - usage.alias_size_in_bytes
     temporary = usage.temp_size_in_bytes
-    # CPUs and GPUs reserve temporaries as one block. TPUs never need all of it at once, and their compiler compares the
-    # peak with the limit.
+    # CPUs and GPUs reserve temporaries as one block; TPUs never need all at once, and their compiler limits the peak.
     if experiment.mesh.devices.flat[0].platform == "tpu":
         temporary = usage.peak_memory_in_bytes - fixed
     return {

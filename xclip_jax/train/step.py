@@ -175,7 +175,6 @@ class TrainStep:
         """See `_gradients`; texts are in the groups of `order`, or whole."""
         teacher, ema_batch_stats = self._teach(state, inputs, order) if self.objective.teacher else (None, None)
 
-        # Heads, with BatchNorm, and losses are defined on the whole batch; encoders may run on parts of it.
         def loss(params: Any) -> tuple[jax.Array, Any]:
             h = self._features(params, inputs, order)
             out, batch_stats = self._project(params, state.batch_stats, h)
@@ -246,7 +245,6 @@ class TrainStep:
         return out, new.get("batch_stats", {})
 
     def _teach(self, state: TrainState, inputs: Inputs, order: LengthOrder | None) -> tuple[dict[str, Any], Any]:
-        """Return the outputs of EMA parameters and EMA batch statistics, without dropout noise."""
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key != NOISE}
         return self._project(params, state.ema_batch_stats, self._features(params, inputs, order))

@@ -81,8 +81,7 @@ def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
 
     FILE is babel_imagenet.json, {language: [numbers of classes, names]}. Its folder may contain the prompts,
     nllb_dist13b_prompts.json (default: only the name), and ImageNet's folder `val` (default: TFDS). English has
-    OpenAI's names and prompts, like the authors' code; the file's English names are BabelNet's. The second result
-    describes the prompts.
+    OpenAI's names and prompts, like the authors' code, not BabelNet's. The second result describes the prompts.
     """
     language, _, location = spec.removeprefix(BABEL).partition("@")
     language = language.upper()

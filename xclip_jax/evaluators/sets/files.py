@@ -31,8 +31,7 @@ _TWO_FILES = {
     "subj": ("subj.subjective", "subj.objective"),
     "mpqa": ("mpqa.neg", "mpqa.pos"),
 }
-# SentEval's values of C: larger ones if they are chosen by folds. A development split only chooses; nothing is fitted
-# on it.
+# SentEval's values of C: larger ones if chosen by folds. A development split only chooses, without a fit on it.
 _SWEEP = Sweep(tuple(2.0**e for e in range(-2, 4)), halvings=0, refit=False)
 _SWEEP_BY_FOLDS = Sweep(tuple(2.0**e for e in range(-1, 6)), halvings=0)
 _FOLDS = 10
