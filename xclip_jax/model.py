@@ -149,7 +149,7 @@ class Model:
         """Return embeddings (b, e) of token ids (b, length) from `model.tokenizer(texts, model.length)`.
 
         Raises:
-          UserError: not integers of this shape, an id outside the vocabulary, or a row without the end token for pooling.
+          UserError: not integers of this shape, an id outside the vocabulary, or a row without the end token.
 
         Example:
           >>> model.encode_tokens(model.tokenizer(["a fox"], model.length)).shape

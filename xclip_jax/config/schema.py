@@ -166,7 +166,7 @@ class Config:
             yield "finetune.lora.rank adapts towers, and init.freeze freezes all of them; leave one of the two out"
         if self.optim.name == "muon" and (lora.rank or {*names} <= {*frozen}):
             freezing = "finetune.lora.rank" if lora.rank else "init.freeze"
-            yield f"optim.name is 'muon', and {freezing} freezes its kernels; set it to 'adamw' with a lower optim.lr"
+            yield f"optim.name is 'muon', and {freezing} freezes all its kernels; set it to 'adamw', and lower optim.lr"
 
 
 def default() -> ml_collections.ConfigDict:

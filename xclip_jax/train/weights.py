@@ -167,7 +167,7 @@ def run_config(run: RunReader) -> Config:
 
 
 def read_initial(
-    config: Config, abstract: TrainState, classes: Sequence[str] | None = None
+    config: Config, abstract: TrainState, classes: Sequence[str] | None = None, step: int | None = None
 ) -> tuple[dict[str, np.ndarray], int]:
     """Read the tensors in `config.init.weights` for a new run's state, and print omissions and conversions.
 
@@ -175,13 +175,14 @@ def read_initial(
       config: the run's config.
       abstract: shapes of its state.
       classes: classes of its labelled data; a classifier with other classes is left out.
+      step: step of the checkpoint, if the weights are a run; the newest by default.
 
     Returns:
       Flat {"params/img/...": array}, and the step of the weights' run, 0 for other weights.
     """
     where = config.init.weights
     target = abstract.variables()
-    source = load(where)
+    source = load(where, step)
     model = source.experiment.model
     towers = {name: (getattr(model, name), config.model.tower(name)) for name in source.experiment.objective.towers}
     variables = jax.device_get(source.variables)
