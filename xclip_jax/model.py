@@ -92,10 +92,8 @@ class Model:
         mesh = make_mesh(_MESH)
         self._model, variables = _unrolled(experiment.model, variables)
         self._variables = jax.device_put(variables, replicated(mesh))
-        batches = [batch, *(size for size in _SMALLER if size < batch)]
-        self._encoder = Encoder(
-            self._model, self.tokenizer, self.preprocessing, mesh, self.similarities, batches=batches
-        )
+        sizes = [batch, *(size for size in _SMALLER if size < batch)]
+        self._encoder = Encoder(self._model, self.tokenizer, self.preprocessing, mesh, self.similarities, batches=sizes)
         self.batch = self._encoder.batch
 
     def encode_image(self, images: Sequence[ImageLike] | np.ndarray) -> np.ndarray:
@@ -151,8 +149,7 @@ class Model:
         """Return embeddings (b, e) of token ids (b, length) from `model.tokenizer(texts, model.length)`.
 
         Raises:
-          UserError: not integers of this shape, an id outside the vocabulary, or a row without the end token, at which
-            the tower pools.
+          UserError: not integers of this shape, an id outside the vocabulary, or a row without the end token.
 
         Example:
           >>> model.encode_tokens(model.tokenizer(["a fox"], model.length)).shape
@@ -296,7 +293,6 @@ class Model:
         return self._encoder.texts(self._variables, texts, keys)
 
     def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
-        """Return embeddings of `items` from the features that `encode` computes."""
         (output,) = encode(items, features(self.similarities[:1])).values()
         return self.similarities[0].embedding(output)
 

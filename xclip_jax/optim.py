@@ -89,11 +89,8 @@ def decay_mask(params: Any) -> Any:
 
     Names decide instead of ranks, since stacked blocks have one more dimension.
     """
-
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        return path[-1].key in ("kernel", "embedding", "tokens", "positions", "probe")
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    names = ("kernel", "embedding", "tokens", "positions", "probe")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
 
 
 def layer_scales(params: Any, decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
@@ -139,9 +136,8 @@ def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
         names = [key.key for key in path]
         return "muon" if names[-1] == "kernel" and names[0] in towers and "transformer" in names else "adamw"
 
-    return optax.partition(
-        {"muon": muon, "adamw": _adamw(config, rate)}, functools.partial(jax.tree_util.tree_map_with_path, label)
-    )
+    labels = functools.partial(jax.tree_util.tree_map_with_path, label)
+    return optax.partition({"muon": muon, "adamw": _adamw(config, rate)}, labels)
 
 
 def _muon_dimensions(kernels: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 import types
 
@@ -30,7 +31,7 @@ def all_findings(config):
 
 
 def test_devices(monkeypatch):
-    assert only([checks.check_devices()], "devices", OK).values["devices"] == jax.device_count()
+    assert only([checks.check_devices()], "devices", OK).text.startswith(f"{jax.device_count()} x ")
 
     def none():
         raise RuntimeError("Unable to initialize backend 'tpu'")
@@ -88,8 +89,7 @@ def test_data_that_do_not_open(pairs, check, changes, named):
 def test_initial_weights(tmp_path, run, pairs):
     changes = {"data__sources": (f"folder:{pairs}",), "init__weights": str(run)}
     config = tiny.config("xclip", run=tmp_path / "new", **changes)
-    finding = only(all_findings(config), "weights", OK)
-    assert finding.values["initial"] == finding.values["model"] > 9
+    assert re.search(r" has (\d\d+) of the model's \1 tensors$", only(all_findings(config), "weights", OK).text)
 
 
 def space(monkeypatch, run, number, *, keep=3, every=2, steps=100):

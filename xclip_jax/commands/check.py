@@ -6,8 +6,7 @@
     xclip-jax check folder:/data/pairs --samples 0 --by RUN --suspects wrong.jsonl
 
 Tars are indexed completely, but only a random part of the samples is read, by default 2,000. With --by, a trained model
-lists captions that probably belong to other images. The exit code is 0 if training would run, else 1, such as for too
-many bad samples.
+lists captions that probably belong to other images. The exit code is 0 if training would run, else 1.
 """
 
 import argparse
@@ -83,7 +82,6 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
 
 
 def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
-    """Yield lines about the good samples."""
     captions = [caption for s in good for caption in s.captions]
     lengths = options.tokens.lengths(options.tokens(captions, _LENGTH))
     full = np.mean(lengths >= _LENGTH)

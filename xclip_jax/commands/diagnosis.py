@@ -37,7 +37,6 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
 
 
 def _progress(run: Record, folder: RunReader, step_seconds: float, diverged: bool, now: float) -> Finding:
-    """Return whether the run is complete, in progress, stalled or stopped, and the remaining time."""
     config = run.config
     left = (config.steps - run.steps) * step_seconds
     if run.complete:
@@ -60,7 +59,6 @@ def _progress(run: Record, folder: RunReader, step_seconds: float, diverged: boo
 
 
 def _checkpoints(run: Record, folder: RunReader, step_seconds: float) -> Finding:
-    """Return faults of checkpoints, and the number of steps that a kill would lose."""
     faults: dict[int, str | None] = {}
     for step in folder.steps():
         try:
@@ -100,7 +98,6 @@ def _objective(run: Record) -> Iterator[Finding]:
 
 
 def _input(run: Record) -> Iterator[Finding]:
-    """Yield how much the devices waited for data in the last half of the logged steps."""
     shares = [row["data/wait_share"] for row in run.training if "data/wait_share" in row]
     recent = shares[len(shares) // 2 :]
     if recent:
@@ -111,7 +108,6 @@ def _input(run: Record) -> Iterator[Finding]:
 
 
 def _samples(run: Record, folder: RunReader) -> Iterator[Finding]:
-    """Yield the fraction of bad samples, with reasons."""
     last = run.training[-1] if run.training else {}
     if "data/bad_share" not in last:
         return
@@ -154,7 +150,6 @@ def _skipped(run: Record, folder: RunReader, row: list[int]) -> Iterator[Finding
 
 
 def _results(run: Record, folder: RunReader) -> Iterator[Finding]:
-    """Yield failed sets, and the number of results above chance."""
     failed = (folder.read_results() or {}).get("failed") or {}
     for name, reason in failed.items():
         yield fail("results", f"{name} could not be evaluated: {reason}", "run the same command to evaluate again")

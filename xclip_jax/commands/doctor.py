@@ -62,7 +62,9 @@ def check_config(config: ml_collections.ConfigDict | Mapping[str, Any] | Config)
     except (UserError, OSError) as error:
         yield fail(check, describe(error))
         return
-    yield from checks.check_data(experiment, samples)
+    total = sum(map(len, samples))
+    epochs = resolved.steps * resolved.data.batch / total
+    yield Finding("data", f"{total:,} samples, of which the run reads {epochs:,.2f} epochs")
     yield from check_evaluation(experiment, folder, prepare.class_names(experiment, fingerprints))
     operations = cost.step_flops(experiment.config, rows=experiment.text_rows[0])
     compiles = jax.devices()[0].platform != "cpu" or (operations or np.inf) <= CHEAP_FLOPS
@@ -80,13 +82,19 @@ def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequenc
     encoder = make_encoder(experiment, classes)
 
     def check_sets() -> Iterator[Finding]:
-        return checks.check_sets(len(prepare.open_evaluators(experiment, encoder)))
+        opened = prepare.open_evaluators(experiment, encoder)
+        if opened:
+            yield Finding("evaluation", f"{len(opened)} evaluation sets can be read")
 
-    def initial() -> Mapping[str, np.ndarray]:
-        return prepare.open_initial(experiment, folder, classes)[0]
+    def check_weights() -> Iterator[Finding]:
+        tensors, _ = prepare.open_initial(experiment, folder, classes)
+        if tensors:
+            total = len(jax.tree.leaves(experiment.abstract.variables()))
+            text = f"{experiment.config.init.weights} has {len(tensors)} of the model's {total} tensors"
+            yield Finding("weights", text)
 
     yield from attempt("evaluation", check_sets)
-    yield from attempt("weights", lambda: checks.check_weights(experiment, initial()))
+    yield from attempt("weights", check_weights)
 
 
 def time_step(experiment: Experiment, compiled: Any, start: int, operations: float | None) -> Finding:

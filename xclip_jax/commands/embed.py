@@ -8,8 +8,7 @@
 Rows are images and texts: "kind" (image or text), "id" (path, TAR#KEY, TABLE#ROW or FILE#LINE), "text" (the text, or
 an image's first caption: from its tar, from a .txt file of the same name, or from the table's column ?text=) and
 "embedding", float32, of unit length.
-The file's metadata, "xclip_jax", is JSON: checkpoint, preprocessing, commit, versions. `xclip_jax.data.embeddings.read`
-reads the file.
+Metadata "xclip_jax" is JSON: checkpoint, preprocessing, commit, versions. `xclip_jax.data.embeddings.read` reads it.
 
 Unusable images are left out. With --texts, row i is line i, so unusable lines, such as empty ones, get an embedding of
 zeros. Both are counted, and listed in OUT.bad.jsonl.
@@ -77,7 +76,6 @@ def embed_images(model: inference.Model, source: Images, first: int, threads: in
             return black, "", error
 
     n = len(source) - first
-    # The threads read ahead while the device computes.
     with ThreadPrefetcher(make, n, threads=threads, window=2 * model.batch) as ahead:
         for start in range(0, n, PART):
             stop = min(start + PART, n)
@@ -188,7 +186,6 @@ def _embed(
 
 
 def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int) -> None:
-    """Raise `UserError` if the disk or store refuses many items of the part that begins at item `start`."""
     refused = {
         row: error
         for row, error in bad.items()
@@ -204,7 +201,6 @@ def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: in
 
 
 def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Join the parts and the lists of bad items to one file each; return the metadata."""
     bad = [line for file in files for line in file.with_suffix(".bad.jsonl").read_text().splitlines()]
     total = sum(about["plan"].get(modality, {"n": 0})["n"] for modality in ("image", "text"))
     ledger = ledger_of(out)

@@ -10,8 +10,7 @@ RUN/evaluation.json (for a file FILE.evaluation.json, for a repository ORG--NAME
 replace earlier ones with the same set, step and profile; `evaluators.results` documents the file. FILE.items.npz next
 to it stores per-example values, which --compare resamples for its intervals.
 
-Images that cannot be decoded count as wrong, and their number is a result ("unreadable"); more than 5 % of a set are an
-error.
+Undecodable images count as wrong, and their number is a result ("unreadable"); more than 5 % of a set are an error.
 """
 
 import argparse
@@ -155,8 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)
     with exit_with_message(), trusting(flags.trust):
         if flags.compare:
-            rows = compare(*flags.compare, step=flags.step)
-            log0(render_comparison(rows, *flags.compare))
+            log0(render_comparison(compare(*flags.compare, step=flags.step), *flags.compare))
             return
         if flags.captions is not None:
             check_count("--captions", flags.captions, 0)

@@ -55,8 +55,7 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, push
     if not variables["batch_stats"]:
         del variables["batch_stats"]
     if jax.process_index() == 0:
-        config = schema.to_dict(loaded.config)
-        notes = interop.write(variables, config, out, to, classes=loaded.classes)
+        notes = interop.write(variables, schema.to_dict(loaded.config), out, to, classes=loaded.classes)
         about = {"run": place.run is not None, "repository": push}
         card = model_card.render(str(place), out, to, loaded.experiment, loaded.step, notes, **about)
         write_whole(folder / CARD, card)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax import model as inference
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.imports import import_extra
 from xclip_jax.interop import hub
 
 __all__ = ["Model"]
@@ -42,21 +42,16 @@ class Model:
         Raises:
           UserError: `mteb` is not installed, or the model cannot be loaded.
         """
-        try:
-            from mteb.models.model_meta import ModelMeta, ScoringFunction
-        except ImportError as error:
-            raise UserError(
-                "xclip_jax.commands.mteb needs mteb of version 2: pip install 'xclip_jax[mteb]'."
-            ) from error
+        meta = import_extra("mteb.models.model_meta", "mteb", "xclip_jax.commands.mteb")
         self.model = model if isinstance(model, inference.Model) else inference.load(model, step=step, batch=batch)
-        self.mteb_model_meta = ModelMeta.create_empty(
+        self.mteb_model_meta = meta.ModelMeta.create_empty(
             {
                 "name": _name(str(self.model.card.get("checkpoint", "model"))),
                 "revision": self.model.fingerprint(),
                 "n_parameters": self.model.num_parameters,
                 "max_tokens": self.model.length,
                 "framework": ["JAX"],
-                "similarity_fn_name": ScoringFunction.COSINE,
+                "similarity_fn_name": meta.ScoringFunction.COSINE,
                 "use_instructions": False,
                 "modalities": ["text", "image"],
             }

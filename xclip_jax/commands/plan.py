@@ -79,7 +79,6 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, hlo: str = "") -> 
 
 
 def _time(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the time of the run by the roofline in its `facts`."""
     step_ms = facts["roofline"]["step_ms"]
     work = facts["flops_per_step"]
     pairs_per_second = 1e3 * facts["batch"] / step_ms

@@ -32,7 +32,7 @@ from xclip_jax.commands.inputs import IMAGES, Images, open_images
 from xclip_jax.core import storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_message
-from xclip_jax.core.imports import add_trust
+from xclip_jax.core.imports import add_trust, import_extra
 from xclip_jax.data import embeddings, images
 from xclip_jax.model import Model
 from xclip_jax.parallel import compiler
@@ -125,8 +125,7 @@ def make_index(model: Model, pattern: str) -> Index:
     ledger = ledger_of(file)
     lines = ledger.read_text().splitlines() if ledger.exists() else []
     bad = {json.loads(line)["index"] for line in lines}
-    numbers = [i for i in range(len(source)) if i not in bad]
-    return Index(model, source, numbers, columns)
+    return Index(model, source, [i for i in range(len(source)) if i not in bad], columns)
 
 
 def make_app(index: Index) -> Any:
@@ -186,10 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
-        try:
-            import uvicorn
-        except ImportError as error:
-            raise UserError("serve needs a web server: pip install 'xclip_jax[serve]'.") from error
+        uvicorn = import_extra("uvicorn", "serve", "serve")
         check_count("--batch", flags.batch, 1)
         try:  # before embedding, which may take long
             listening = socket.create_server(("127.0.0.1", flags.port))

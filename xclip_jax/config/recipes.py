@@ -46,7 +46,6 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
 
 
 def _convert(key: str, text: str, default: Any) -> Any:
-    """Convert `text` to the type of `default`."""
     kind = type(default)
     low = min(default, 1) if kind is int else 0  # a default of 0 means that the recipe chooses the value
     try:

@@ -6,7 +6,7 @@ Recipes change values of `default()`, a locked `ConfigDict`; `resolve` turns it 
 import dataclasses
 import json
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import ml_collections
@@ -148,7 +148,10 @@ class Config:
         if optim.layer_decay != 1 and all(tower.num_layers == 1 for tower in towers):
             types = " and ".join(type(tower).__name__ for tower in towers)
             yield f"optim.layer_decay is {optim.layer_decay}, and {types} has no layers to tell apart; set it to 1"
-        yield from _refusal(lambda: Preprocessing.from_config(self))
+        try:
+            Preprocessing.from_config(self)
+        except UserError as error:
+            yield str(error).removesuffix(".")
         yield from self._tuning_conflicts(objective.towers)
 
     def _tuning_conflicts(self, names: Sequence[str]) -> Iterator[str]:
@@ -163,18 +166,7 @@ class Config:
             yield "finetune.lora.rank adapts towers, and init.freeze freezes all of them; leave one of the two out"
         if self.optim.name == "muon" and (lora.rank or {*names} <= {*frozen}):
             freezing = "finetune.lora.rank" if lora.rank else "init.freeze"
-            yield (
-                f"optim.name is 'muon', and {freezing} freezes all kernels that it takes; set it to 'adamw', "
-                "and lower optim.lr"
-            )
-
-
-def _refusal(check: Callable[[], object]) -> Iterator[str]:
-    """Yield the sentence of a `UserError` in `check`, without its full stop."""
-    try:
-        check()
-    except UserError as error:
-        yield str(error).removesuffix(".")
+            yield f"optim.name is 'muon', and {freezing} freezes all its kernels; set it to 'adamw', and lower optim.lr"
 
 
 def default() -> ml_collections.ConfigDict:

@@ -90,8 +90,7 @@ class Facts(TypedDict, total=False):
     """Facts about a config key, or about all keys of a group; each is absent unless it holds.
 
     Attributes:
-      resume: "free" if a resumed run may have another value: the key does not influence training, or files in the run
-        folder guard it.
+      resume: "free" if a resumed run may have another value: it does not influence training, or files guard it.
       host: "own" if each host may have its own value, for example for its copy of the data.
       evaluation: "model" if the key changes the evaluated model, "sets" if it changes the evaluation data.
       compared: False if the key is irrelevant to comparisons between runs in a report.
@@ -285,7 +284,6 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def _declared(config_type: Any) -> list[dataclasses.Field[Any]]:
-    """Return the keys and groups of a config dataclass."""
     return [field for field in dataclasses.fields(config_type) if not field.metadata.get("derived")]
 
 

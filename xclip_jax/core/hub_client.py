@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from xclip_jax.core.errors import UserError, first_line
+from xclip_jax.core.imports import import_extra
 
 PREFIX = "hf:"
 ID = r"[\w.-]+/[\w.-]+"
@@ -13,11 +14,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 def load(purpose: str) -> Any:
     """Import huggingface_hub; if it is not installed, raise a `UserError` that begins with `purpose`."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise UserError(f"{purpose} needs huggingface_hub: pip install 'xclip_jax[hub]'.") from error
-    return huggingface_hub
+    return import_extra("huggingface_hub", "hub", purpose)
 
 
 def unreachable(error: BaseException) -> bool:

@@ -79,6 +79,14 @@ def import_name(name: str, what: str) -> Any:
         ) from error
 
 
+def import_extra(module: str, extra: str, purpose: str) -> Any:
+    """Import an optional dependency; if it is not installed, a `UserError` names the `extra` (setup.py) with it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{purpose} needs {module.split('.')[0]}: pip install 'xclip_jax[{extra}]'.") from error
+
+
 def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bool = False) -> type[T]:
     """Import a subclass of `base` and, with `dataclass`, a dataclass; see `import_name`, also for errors."""
     value = import_name(name, what)

@@ -142,9 +142,7 @@ class RunReader:
                 return content
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             fault = f" ({first_line(error)})"
-        raise UserError(
-            f"{path} is damaged, or another program's{fault}; restore or delete it, or name another folder."
-        )
+        raise UserError(f"{path} is damaged, or another program's{fault}; restore or delete it, or use another folder.")
 
 
 def evaluation_file(path: str | epath.Path) -> epath.Path:

@@ -22,8 +22,7 @@ Record = dict[str, Any]
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
 )  # fmt: skip
-# Larger files are refused, in bytes.
-MAX_BYTES = {"image": 1 << 28, "text": 1 << 20, "json": 1 << 24}
+MAX_BYTES = {"image": 1 << 28, "text": 1 << 20, "json": 1 << 24}  # larger files are refused
 _MAX_LINES = 20  # a longer field more likely begins with an unpaired quote
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 # Columns are named at a spec's end, or before the split that a probe adds.
@@ -254,8 +253,7 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
     """Return a local or remote CSV or TSV file in UTF-8 as a `pyarrow.Table` in which `columns` are strings.
 
     Bytes that are not UTF-8 are found on access. The first line decides between tabs, semicolons and commas. With tabs,
-    quotes are ordinary letters, since captions and titles contain unpaired ones; otherwise a quoted field may have
-    several lines.
+    quotes are ordinary letters, since captions and titles contain unpaired ones; else a field may have several lines.
     """
     import pyarrow.compute  # only tables need it
     import pyarrow.csv
@@ -266,9 +264,8 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
         # Spreadsheets with decimal commas write semicolons.
         mark = ";" if b";" in head and b"," not in head else ","
         mark = "\t" if b"\t" in head else mark
-        parsing = pyarrow.csv.ParseOptions(
-            delimiter=mark, quote_char=False if mark == "\t" else '"', newlines_in_values=mark != "\t"
-        )
+        quote = False if mark == "\t" else '"'
+        parsing = pyarrow.csv.ParseOptions(delimiter=mark, quote_char=quote, newlines_in_values=bool(quote))
         strings = dict.fromkeys(columns, pyarrow.string())
         conversion = pyarrow.csv.ConvertOptions(check_utf8=False, column_types=strings, strings_can_be_null=False)
         place: Any = file if storage.is_remote(path) else path

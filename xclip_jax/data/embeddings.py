@@ -60,7 +60,6 @@ def about(path: str | os.PathLike) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _naming(path: str | os.PathLike) -> Iterator[None]:
-    """Context whose errors name the file."""
     try:
         yield
     except (FileNotFoundError, PermissionError):

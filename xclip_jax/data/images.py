@@ -11,7 +11,6 @@ from PIL import Image, ImageOps
 from xclip_jax.core.errors import BadSample
 
 WHITE, DROPPED = "white", "drop_alpha"
-# Arguments of `decode` by `data.decoding`.
 DECODINGS: dict[str, Any] = {
     "xclip": {"background": WHITE, "rotate": True},
     "open_clip": {"background": DROPPED, "rotate": False},
@@ -61,7 +60,6 @@ def formats() -> list[str]:
 
 
 def _has_orientation(image: Image.Image) -> bool:
-    """Whether EXIF requests a rotation or reflection."""
     try:
         return image.getexif().get(_ORIENTATION, 1) != 1
     except Exception:  # a damaged tag, which browsers ignore

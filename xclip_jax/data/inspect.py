@@ -21,7 +21,6 @@ class Sample:
     reason: str = ""
     detail: str = ""
     size: tuple[int, int] = (0, 0)
-    file_bytes: int = 0
     digest: bytes = b""
     captions: tuple[str, ...] = ()
     index: int = -1
@@ -34,11 +33,10 @@ def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tup
         image = record["image"]
         data = image if isinstance(image, bytes) else image.tobytes()
         digest = hashlib.blake2b(data, digest_size=16).digest()
-        # At full size, which is reported; training decodes large JPEGs at half of it or less.
         pixels = images.decode(image)
         height, width = pixels.shape[:2]
         transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
-        return Sample("", "", (width, height), len(data), digest, tuple(record["text"]))
+        return Sample("", "", (width, height), digest, tuple(record["text"]))
 
     began = time.perf_counter()
     results = records.read_each(((source, index) for index in indices), examine, threads=threads)

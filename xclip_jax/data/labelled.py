@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import UserError, first_line
+from xclip_jax.core.errors import UserError
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LazySequence, Record, Source, display_name, read_csv
 
 __all__ = ["Labelled"]
@@ -91,14 +91,10 @@ def _leads_back(root: str, name: str) -> bool:
 
 
 def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
-    try:
+    with storage.unreadable_as(f"{name}: {str(path)!r} is not a CSV file with the columns path and label"):
         table = read_csv(str(path), ("path", "label"))
         places = table["path"].to_pylist()
         cells = table["label"].to_pylist()
-    except Exception as error:  # of any class
-        raise UserError(
-            f"{name}: {str(path)!r} is not a CSV file with the columns path and label ({first_line(error)})."
-        ) from error
     images = [path.parent / os.path.expanduser(place) for place in places]
     words = [list(filter(None, map(str.strip, cell.split("|")))) for cell in cells]
     several = any("|" in cell for cell in cells)
@@ -231,8 +227,7 @@ def check_sources(
       fields: fields of the batches, with "image" or "text"; None for any.
 
     Raises:
-      UserError: one class, several classes per image, another number of classes, the other modality, or classes that
-        differ between sources.
+      UserError: one class, several per image, another number of classes, the other modality, or different classes.
     """
     for spec, source in zip(specs, sources, strict=True):
         check_one_class(spec, source)

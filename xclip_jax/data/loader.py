@@ -251,9 +251,8 @@ def batches(
             places = [order.locate(position) for position in positions]
             read = records.read_all([(order.sources[number], index) for number, index in places])
             drawn = [rngs.acquire_rng(position) for position in positions]
-            for i, (position, (number, index), record, rng) in enumerate(
-                zip(positions, places, read, drawn, strict=True), first
-            ):
+            samples = zip(positions, places, read, drawn, strict=True)
+            for i, (position, (number, index), record, rng) in enumerate(samples, first):
                 row = {key: values[i : i + 1] for key, values in local.items()}
                 place = {"source": number, "index": index}
                 entries = _fill(row, record, rng, transform, order.sources[number], place)

@@ -42,8 +42,7 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
 class Preprocessing:
     """Resizes an image to a square on the host, and stores the arguments of `transforms.normalize` for the device.
 
-    The defaults are OpenAI CLIP's, also in open_clip; see `transforms.evaluation_image`. `UserError` for values that
-    do not fit together.
+    The defaults are OpenAI CLIP's, also in open_clip; see `transforms.evaluation_image`. `UserError` for a wrong size.
 
     Attributes:
       size: side of the result in pixels.

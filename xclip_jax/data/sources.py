@@ -192,9 +192,7 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     parse_all(config.sources)
     caption_transform(config)  # raises now rather than at the first batch
     if classes and (config.spread_duplicate_captions or config.holdout):
-        raise UserError(
-            "data.spread_duplicate_captions and data.holdout are for pairs, not labelled items; remove them."
-        )
+        raise UserError("data.spread_duplicate_captions and data.holdout are for pairs, not labels; remove them.")
     options = source_options(config)
     open_one = open_labelled if classes else open_pairs
     opened: list[Source] = [open_one(spec, options) for spec in config.sources]

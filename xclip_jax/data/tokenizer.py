@@ -32,8 +32,7 @@ _MOST_LETTERS = 1 << 16  # later letters of a text are ignored, since megabytes 
 _CLIP_MERGES = 48894
 _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
 _WORD_END = "</w>"  # at the end of words in CLIP's vocabulary
-# \p{L} has no brackets: in a class that ignores case, U+0345 would count as a letter, since it equals iota; open_clip
-# drops that mark.
+# \p{L} has no brackets: in a class that ignores case, U+0345, which open_clip drops, would count as the letter iota.
 _CLIP_WORDS = rf"(?i){_CLIP_START}|{_CLIP_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 
 

@@ -58,15 +58,13 @@ def evaluation_image(
     """Resize and crop an image, a file's content, an RGB array or a Pillow image, to uint8 (size, size, 3).
 
     A white background is laid before resizing. With dropped transparency and without rotation, the pixels equal
-    open_clip's evaluation transform, which resizes before it converts to RGB, except that 16 bits are scaled to 8. See
-    `decode` for errors.
+    open_clip's evaluation transform, which resizes before converting to RGB, but for 16 bits. See `decode` for errors.
 
     Args:
       data: the image.
       size: side of the result, pixels.
       resample: one of `INTERPOLATIONS`, antialiased.
-      mode: "shortest" resizes the shorter side and keeps the central square, "squash" resizes each side to the same
-        length.
+      mode: "shortest" resizes the shorter side and keeps the central square, "squash" resizes both sides alike.
       resize_size: side after resizing, before the central `size` pixels are cropped; 0 for `size`.
       background, exif_rotation: see `decode`.
     """
@@ -141,8 +139,7 @@ def sample_augmentations(key: jax.Array, b: int, *, flip: float = 0.0, color: fl
       key: random key.
       b: number of images in the global batch.
       flip: probability of a left-right flip; above 0 it gives "flip", bool (b,).
-      color: strength s; above 0 it gives "color", fp32 (b, 3): factors from [1 - s, 1 + s] of brightness, contrast and
-        saturation.
+      color: strength s; above 0 it gives "color", fp32 (b, 3): brightness, contrast, saturation from [1 - s, 1 + s].
     """
     key_flip, key_color = jax.random.split(key)
     sampled = {}
@@ -182,7 +179,6 @@ def sample_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -
     cut = jax.random.bernoulli(key_method, 0.5 if mixup and cutmix else float(cutmix > 0))
     a = jnp.where(cut, cutmix, mixup)
     mixed = jax.random.beta(key_share, a, a)
-    # A box at a random centre, of the size given by the share, cut at the image's borders.
     half = (size * jnp.sqrt(1 - mixed)).astype(jnp.int32) // 2
     centre = jnp.stack([jax.random.randint(k, (), 0, size) for k in (key_y, key_x)])
     low = jnp.clip(centre - half, 0, size)

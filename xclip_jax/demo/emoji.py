@@ -248,9 +248,8 @@ def assign(drawings: Drawings, words: Collection[str]) -> tuple[Plan, dict[str, 
     # Without ambiguous lines, and without black signs such as (TM), whose line drawing is not a new style.
     ambiguous = shared(drawings[LINE])
     known = set(drawings["openmoji"].values())
-    splits["test_line"] = [
-        (LINE, i) for i, png in sorted(drawings[LINE].items()) if i not in ambiguous and png not in known
-    ]
+    lines = sorted(drawings[LINE].items())
+    splits["test_line"] = [(LINE, i) for i, png in lines if i not in ambiguous and png not in known]
     return decided, dict(splits)
 
 
@@ -323,8 +322,7 @@ def add_keywords(caption: str, keywords: Sequence[str], rng: np.random.Generator
     draw = rng.random()
     if not others or draw >= 0.8:
         return caption
-    order = rng.permutation(len(others))
-    chosen = [others[i] for i in order[: rng.integers(1, 5)]]
+    chosen = [others[i] for i in rng.permutation(len(others))[: rng.integers(1, 5)]]
     return ", ".join(chosen if draw < 0.3 else [caption, *chosen])
 
 
@@ -335,5 +333,4 @@ class DemoSplits(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> TfdsSource:
-        """Open a split of the demo's data set."""
         return open_prepared("demo", prepare(options.dir or None), rest, options)

@@ -70,7 +70,6 @@ def _classify(name: str, prepare: Preprocessing, data_dir: str | None, *, split:
 
 
 def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
-    """Return the provenance of a set with these items."""
     role = ""
     if split.startswith("validation"):
         role = VALIDATION
@@ -81,7 +80,6 @@ def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
 
 
 def _retrieve(name: str, prepare: Preprocessing, data_dir: str | None, *, split: str) -> RetrievalSet:
-    """Return a retrieval set of images with names and aliases as captions."""
     images, records = _emoji(split, prepare, data_dir)
     captions = [[r["name"], *r["aliases"]] for r in records]
     card = _card(
@@ -118,7 +116,6 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
 
 
 def _aliases(name: str, prepare: Preprocessing, data_dir: str | None) -> TextRetrievalSet:
-    """Return a set of the test concepts' names, with their aliases as queries."""
     del prepare
     concepts = [c for c in emoji.concepts(emoji.prepare(data_dir)) if c["role"] == "test_concepts"]
     names = [c["name"] for c in concepts]
@@ -185,12 +182,10 @@ class EmojiSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Return whether the demo contains this set."""
         return spec in _MAKERS
 
     @classmethod
     def extras(cls, spec: str) -> tuple[str, ...]:
-        """Return the extras that draw the demo."""
         return ("demo",)
 
     @classmethod
@@ -200,6 +195,5 @@ class EmojiSets(SetKind):
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Return "classes" or "captions" for zero-shot and retrieval sets."""
         maker = getattr(_MAKERS[spec], "func", None)
         return {_classify: "classes", _retrieve: "captions"}.get(maker, "")

@@ -90,8 +90,7 @@ class Evaluator(abc.ABC):
     def result(self, metric: str, value: float | PerExample, **fields: Any) -> Result:
         """Return a result of this evaluator's set; `fields` are other fields of `Result`.
 
-        Per-example values become the result's items, and give its value and n. If the set has `together`, int (n,), it
-        groups the items.
+        Per-example values become the result's items, and give its value and n. `together` of the set groups them.
         """
         if isinstance(value, PerExample):
             fields = {"n": len(value.values), "items": value} | fields
@@ -128,8 +127,7 @@ class Display:
 class SetKind(abc.ABC):
     """A kind of evaluation sets, recognised by the beginning of their names.
 
-    A set is an object with `name`, `card` (its `Provenance`) and `evaluator`: a key of `registry.EVALUATORS` or
-    "package.module:Class".
+    A set has `name`, `card` (`Provenance`) and `evaluator`: a key of `registry.EVALUATORS` or "package.module:Class".
 
     Attributes:
       prefixes: first words of the names, up to "/", ":" or "@".

@@ -112,7 +112,6 @@ class Choice(Evaluator):
         }
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results listed in the class docstring."""
         n = len(self.data.texts)
         groups = self.data.groups
         ways = np.array([len(item) for item in self.data.texts])

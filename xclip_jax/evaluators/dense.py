@@ -143,7 +143,6 @@ class DenseProbe(Evaluator):
         self.data = dataclasses.replace(data, card=dataclasses.replace(data.card, protocol=protocol))
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results listed in the class docstring."""
         predicted, c = self._predict(functools.partial(self.encoder.patches, variables))
         n = len(predicted)
         results = []

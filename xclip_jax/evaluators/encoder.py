@@ -45,8 +45,7 @@ class Encoder:
       similarities: comparisons of images with texts, the model's default first; empty for a fine-tuned model.
       classes: classes of a fine-tuned model's classifier, in its order; None if unknown.
       grid: patches along a side of an image, 0 if the model has no patch features.
-      unreadable: {index: reason} of images that `images` and `patches` could not read; "" if another process reported
-        it.
+      unreadable: {index: reason} of images unreadable for `images` and `patches`; "" if another process reported it.
     """
 
     def __init__(
@@ -144,8 +143,7 @@ class Encoder:
             return self._encode_patches(*arguments, projected)
 
         valid = []
-        form = self._form(images)
-        for start, out in self._batches(encode, variables, images, form, ("patches", "valid")):
+        for start, out in self._batches(encode, variables, images, self._form(images), ("patches", "valid")):
             valid.append(out["valid"])
             yield start, out["patches"]
         self._count_unreadable(np.concatenate(valid), first)
@@ -184,7 +182,6 @@ class Encoder:
     def _run(
         self, encode: Encode, variables: Variables, items: Rows, form: jax.ShapeDtypeStruct, names: Sequence[str] | None
     ) -> Features:
-        """Return the features of all items."""
         results: Features = {}
         keys = {"valid", *(self._default if names is None else names)}
         for start, out in self._batches(encode, variables, items, form, keys):
@@ -222,7 +219,6 @@ class Encoder:
             each = map if threads is None else threads.imap
             while start < max(n, 1):
                 console.report_progress()
-                # The largest batch that the remaining items fill at least half, or the smallest one.
                 size = next((size for size in reversed(self.sizes) if n - start > size // 2), self.sizes[0])
                 out = encode(variables, *self._place(items, each, start, size, form))
                 # Fetch one batch late: the device works while the host fetches and loads.

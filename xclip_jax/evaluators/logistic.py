@@ -58,8 +58,7 @@ def fit(
 
     Args:
       x: features fp32 (n, d).
-      y: classes int (n,) below `classes`, or shares of the classes (n, classes), each row with the sum 1. A class may
-        have no item.
+      y: classes int (n,) below `classes`, or shares of the classes (n, classes), rows of sum 1. A class may be empty.
       cs: inverse strengths of the penalty, above 0, like scikit-learn's for the occurring classes.
       classes: number of classes.
       tolerance: maximum absolute component of the gradient at a solution, like scikit-learn's `tol` (default 1e-4).
@@ -72,7 +71,6 @@ def fit(
     penalty = 2.0 if occurring == 2 else 1.0
     rotated, mean, spectrum, axes = _rotate(x)
     labels = jnp.asarray(y, jnp.int32 if y.ndim == 1 else jnp.float32)
-    # Rotates the gradient back to the given features.
     back = jnp.asarray(np.block([[axes, mean[:, None]], [np.zeros((1, d)), np.ones((1, 1))]]), jnp.float32)
     # The diagonal of softmax's Hessian is p (1 - p), initially about 1 / classes.
     curvature = np.append(np.maximum(spectrum, 0), 1.0) / classes
@@ -164,7 +162,6 @@ def _label_logits(z: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _target(y: jax.Array, classes: int) -> jax.Array:
-    """Return the labels as shares (n, classes)."""
     return jax.nn.one_hot(y, classes) if y.ndim == 1 else y
 
 

@@ -78,7 +78,6 @@ class Probe(Evaluator):
         self.family = "textual" if _are_texts(data.train) else "visual"
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results listed in the class docstring."""
         features = self._features(variables)
         results = []
         others = []
@@ -98,7 +97,6 @@ class Probe(Evaluator):
         return results + others
 
     def _features(self, variables: Variables) -> list[np.ndarray]:
-        """Return the features of training, validation and test items."""
         sides = (self.data.train, self.data.validation, self.data.test)
         ends = np.cumsum([len(side) for side in sides])[:-1]
         # One pass for all three: otherwise the last batch of each would be padded.
@@ -221,7 +219,6 @@ class ClassifierEvaluator(Evaluator):
         self.family = "visual" if self.images else "textual"
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results listed in the class docstring."""
         encode = self.encoder.images if self.images else self.encoder.texts
         logits = encode(variables, self.data.items, ("class_logits",)).get("class_logits")
         if logits is None or logits.shape[1] != self.data.classes:

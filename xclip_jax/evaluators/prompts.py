@@ -36,14 +36,12 @@ class Profile:
       clips: whether to use CLIP's own templates, like SLIP, for sets with other templates in clip-benchmark.
       resample: resizing of the shorter side, "bicubic" or "bilinear"; "" for the model's resizing.
       published_prefix: text before the captions of published retrieval sets.
-      prefix: text before the captions of all retrieval sets; None for `published_prefix`, and no prefix for your own
-        pairs.
+      prefix: text before the captions of all retrieval sets; None for `published_prefix`, and none for your own pairs.
       lower: whether to lower-case captions, like SigLIP.
       captions: number of captions per image to keep; 0 for all.
       templates: prompts for your own labelled images, with {c} for the class; empty for "a photo of a {c}".
       names: {label: name, or synonyms} of their classes; other classes are called by their labels.
-      exif_rotation: whether to rotate images by their EXIF tag if the model does: for your own data; published numbers
-        are without rotation.
+      exif_rotation: whether to rotate images by their EXIF tag if the model does; published sets are not rotated.
     """
 
     imagenet: str = "openai80"
@@ -155,15 +153,12 @@ def read_class_names(path: str) -> dict[str, str | list[str]]:
     """Read class names from a JSON file, {label: name} or {label: [name, synonym, ...]}; {} if `path` is ""."""
     if not path:
         return {}
-    try:
+    form = "{label: name} or {label: [name, ...]}"
+    with storage.unreadable_as(f"class names {path!r} cannot be read; expected JSON, {form}"):
         content = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
         words = [x if isinstance(x, list) else [x] for x in content.values()]
         if not all(names and all(name and isinstance(name, str) for name in names) for names in words):
             raise ValueError("a name is empty, or not a text")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"class names {path!r} cannot be read ({error}); expected JSON, {{label: name}} or {{label: [name, ...]}}."
-        ) from error
     return content
 
 

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xclip_jax.core.errors import UserError, describe, redact
+from xclip_jax.core.errors import UserError, redact
 from xclip_jax.core.fields import keys_where
 from xclip_jax.core.run_folder import lock
-from xclip_jax.core.storage import write_json, write_whole
+from xclip_jax.core.storage import unreadable_as, write_json, write_whole
 from xclip_jax.data.labelled import Paths
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.statistics import PerExample
@@ -113,8 +113,7 @@ class Result:
       group: a part of the items.
       headline: whether it is the number to report for its set.
       evaluator: the set's `evaluator`.
-      dependent: whether the items are dependent or unequally weighted, see `PerExample.trials`; ignored if `items` are
-        present.
+      dependent: whether the items are dependent or unequally weighted, see `PerExample.trials`; unused with `items`.
     """
 
     set: str
@@ -194,15 +193,14 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
     """Return all entries of a results file, oldest first and the entries of "results" last, and their items."""
     if not path.exists():
         raise UserError(f"{path} does not exist; make it with xclip-jax evaluate --checkpoint RUN --suite NAME.")
-    try:
-        record = json.loads(path.read_text())
+    content = path.read_bytes()
+    with unreadable_as(f"{path} is not a file of results; delete it, and evaluate again"):
+        record = json.loads(content)
         entries = [*record.get("other_results", ()), *record["results"]]
         for entry in entries:
             entry["value"] = math.nan if entry["value"] is None else entry["value"]  # JSON has no NaN
             _ = [entry[key] for key in (*KEY, "name", "metric", "items")]
         read_entries(entries)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not a file of results ({error}); delete it, and evaluate again.") from error
     return entries, read_items(path)
 
 
@@ -286,15 +284,11 @@ def read_items(path: epath.Path) -> ItemsOf:
     file = items_file(path)
     fields = collections.defaultdict[tuple[str, ...], dict[str, Any]](dict)
     items_of: ItemsOf = {}
-    try:
+    with unreadable_as(f"{file} is damaged; delete it, --compare then gives no intervals"):
         for key, array in np.load(io.BytesIO(file.read_bytes())).items() if file.exists() else ():
             statistic, part, entry, name = key.split(":", 3)
             fields[statistic, entry, name][part] = array
         for (statistic, entry, name), arrays in fields.items():
             metric = urllib.parse.unquote(name, errors="surrogateescape")
             items_of.setdefault(entry, {})[metric] = PerExample(**arrays, statistic=statistic)
-    except Exception as error:  # a wrong bit can fail anywhere in zipfile, zlib and NumPy
-        raise UserError(
-            f"{file} is damaged ({describe(error)}); delete it, --compare then gives no intervals."
-        ) from error
     return items_of

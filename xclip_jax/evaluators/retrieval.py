@@ -14,12 +14,12 @@ from xclip_jax.core import console
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import statistics
 from xclip_jax.evaluators.base import Column, Evaluator, Layout
-from xclip_jax.evaluators.encoder import Encoder, Features
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, pearson, row_blocks, spearman
 from xclip_jax.evaluators.zeroshot import compare, encode_pairs
 from xclip_jax.models.two_towers import Variables
-from xclip_jax.objectives.similarity import Similarity, features
+from xclip_jax.objectives.similarity import features
 
 __all__ = ("recall_at_k",)  # documented; all other names may change
 
@@ -68,30 +68,14 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
 def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """Return the number of items that precede each query's best positive, int (queries,); see `statistics.ranks`."""
     if scores.shape != positives.shape or not positives.any(axis=1).all():
-        raise UserError(
-            f"expected scores {scores.shape} and positives {positives.shape} of one shape, and a positive per query."
-        )
+        given = f"scores {scores.shape} and positives {positives.shape}"
+        raise UserError(f"expected {given} of one shape, and a positive per query.")
     best = np.empty(len(scores), np.int64)
     for block in row_blocks(scores):
         part, match = scores[block], positives[block]
         highest = part.max(axis=1, keepdims=True, where=match, initial=-np.inf)
         best[block] = (match & (part == highest)).argmax(axis=1)
     return statistics.ranks(scores, best)
-
-
-def ranks_by_score(
-    similarities: Sequence[Similarity], img: Features, rows: Sequence[np.ndarray], captions: list[list[str]]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Return `ranks` of both directions by each score of `compare`: {score: {direction: int (queries,)}}.
-
-    `rows` are the captions of all images, in order.
-    """
-    positive = Matches(captions).of_images()
-    ranked = {}
-    for score, x in compare(similarities, img, rows).items():
-        console.report_progress()
-        ranked[score] = {"image_to_text": ranks(x, positive), "text_to_image": ranks(x.T, positive.T)}
-    return ranked
 
 
 def chance(right: Any, copies: np.ndarray, k: int) -> float:
@@ -163,14 +147,18 @@ class Retrieval(Evaluator):
         captions = self.data.captions
         texts = [caption for of_image in captions for caption in of_image]
         img, rows = encode_pairs(self.encoder, variables, self.data.images, texts)
-        by_score = ranks_by_score(self.encoder.similarities, img, rows, captions)
         matches = Matches(captions)
+        positive = matches.of_images()
+        ranked = {}
+        for score, x in compare(self.encoder.similarities, img, rows).items():
+            console.report_progress()
+            ranked[score] = {"image_to_text": ranks(x, positive), "text_to_image": ranks(x.T, positive.T)}
         levels = {f"{direction}/r{k}": 100 * level for k in KS for direction, level in matches.chance(k).items()}
         of_caption = np.repeat(np.arange(len(captions)), [len(of_image) for of_image in captions])
         groups = {"text_to_image": of_caption if len(texts) > len(captions) else None}
         results = [self.count("images", len(captions)), self.count("captions", len(texts))]
         results += [self.result(f"chance/{metric}", level) for metric, level in levels.items()]
-        for score, of_score in by_score.items():
+        for score, of_score in ranked.items():
             for direction, rank in of_score.items():
                 for k in KS:
                     metric = f"{direction}/r{k}"
@@ -236,7 +224,6 @@ class SentenceSimilarity(Evaluator):
     layouts = (Layout("similarity of texts, Spearman x 100", _CORRELATIONS),)
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results listed in the class docstring."""
         subsets = self.data.subsets
         sizes = [len(part) for part in subsets.values()]
         pairs = [pair for part in subsets.values() for pair in part]
@@ -289,13 +276,11 @@ class TextRetrieval(Evaluator):
     layouts = (Layout("texts by texts, recall %", _OF_TEXTS),)
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results listed in the class docstring."""
         n = len(self.data.texts)
         queries = self.data.queries
         groups = self.data.groups
         e = embeddings(self.encoder, variables, [*self.data.texts, *(text for text, _ in queries)])
-        targets = np.array([target for _, target in queries])
-        rank = statistics.ranks(e[n:] @ e[:n].T, targets)
+        rank = statistics.ranks(e[n:] @ e[:n].T, np.array([target for _, target in queries]))
         weights = sum(mask / mask.sum() for mask in groups.values()) if groups else np.ones(len(queries))
         chance = {k: 100 * min(k / n, 1) for k in KS}
         results = []

@@ -186,9 +186,7 @@ def bootstrap(a: PerExample, b: PerExample | None = None, *, samples: int = 2000
     interval is NaN without defined resamples.
     """
     if b is not None and (a.statistic != b.statistic or len(a.values) != len(b.values)):
-        raise UserError(
-            f"results over {len(a.values)} and {len(b.values)} items cannot be paired; evaluate both again."
-        )
+        raise UserError(f"results over {len(a.values)} and {len(b.values)} items cannot be paired; evaluate again.")
     n = len(a.values)
     members: list[np.ndarray] = []
     if a.groups is not None:

@@ -28,7 +28,6 @@ _FAMILIES = {
 }
 # Sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
 _PATH = re.compile(r"([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)")
-# Must be equal in compared entries.
 _COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol", "profile")
 
 
@@ -259,9 +258,7 @@ def _select(path: str, step: int | None) -> tuple[list[Entry], ItemsOf]:
     selected = known[-1] if step is None else step
     entries = [entry for entry in entries if entry["step"] == selected]
     if not entries:
-        raise UserError(
-            f"{file} has results of the steps {known}, not of {selected}; name one of these, or evaluate it."
-        )
+        raise UserError(f"{file} has results of the steps {known}, not of {selected}; name one, or evaluate it.")
     return [entry for entry in entries if entry["fingerprint"] == entries[-1]["fingerprint"]], items
 
 

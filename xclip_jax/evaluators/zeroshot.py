@@ -192,7 +192,6 @@ class ZeroShot(Evaluator):
         return {score: x[:, classes] for score, x in scores.items()}
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results listed in the class docstring."""
         labels = np.asarray(self.data.labels)
         groups = self.data.groups
         num_classes = len(self.data.prompts)

@@ -163,7 +163,6 @@ def write(
 
 
 def _own_config(config: Mapping[str, Any], classes: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the content of our config file, and {file: text} to write next to it."""
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     name = config["data"]["tokenizer"]
     texts = {}
@@ -206,7 +205,6 @@ def _find_unsupported(config: Mapping[str, Any], params: Mapping[str, Any]) -> s
 
 
 def _left_out(config: Mapping[str, Any], heads: Sequence[str], to: str) -> list[str]:
-    """Return notes on heads and preprocessing that the format `to` cannot store."""
     parts = [", ".join(heads)] if heads else []
     if config["data"].get("decoding") == "xclip":
         parts.append(
@@ -217,7 +215,6 @@ def _left_out(config: Mapping[str, Any], heads: Sequence[str], to: str) -> list[
 
 
 def _unrolled(params: Mapping[str, Any], config: Mapping[str, Any]) -> Flat:
-    """Return flat parameters with unrolled blocks."""
     params = dict(params)
     for tower in ("img", "txt"):
         blocks = params[tower]["transformer"]

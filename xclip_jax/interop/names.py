@@ -37,9 +37,6 @@ _SHOWN = 8  # names that an error lists
 Names = Mapping[str, str | tuple[str, ...]]
 
 
-# --- config
-
-
 def model(img: Mapping[str, Any], txt: Mapping[str, Any], embed: int) -> dict[str, Any]:
     """Return the config group `model` of a CLIP, computed in fp32, with defaults for keys missing in weights."""
     defaults = fields.as_dict(ModelConfig())
@@ -90,9 +87,6 @@ def preprocessing(file: str, size: int, mean: Any, std: Any, **resizing: Any) ->
         return Preprocessing(size, *mean_std(pair), **resizing)
     except ValueError as error:
         raise UserError(f"{file}: mean {mean} and standard deviation {std} cannot be used ({error}).") from error
-
-
-# --- parameters
 
 
 class Param(NamedTuple):

@@ -135,7 +135,6 @@ def _check_options(content: Mapping[str, Any]) -> None:
 
 
 def _towers(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Return both towers and the embedding size in model_cfg."""
 
     def tower(cfg: Mapping[str, Any], width: int, heads: int) -> dict[str, Any]:
         approximate = (cfg.get("act_kwargs") or {}).get("approximate", "none")

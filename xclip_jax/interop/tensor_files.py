@@ -99,8 +99,6 @@ def write(path: epath.Path, by_name: Mapping[str, np.ndarray]) -> None:
     path.write_bytes(safetensors.numpy.save(contiguous, metadata={"format": "pt"}))
 
 
-# --- files of torch
-
 _STORAGES = {
     "FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
     "DoubleStorage": np.float64, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
@@ -132,7 +130,6 @@ def _require(condition: bool, fault: str) -> None:
 
 
 def _torch_tensors(data: bytes) -> Tensors:
-    """Return the fp32 tensors of a file of `torch.save` or `torch.jit.save`, see `load_torch`."""
     content = load_torch(data)
     content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
     arrays = {str(name): x for name, x in content.items() if isinstance(x, np.ndarray)}
@@ -152,8 +149,7 @@ def load_torch(data: bytes) -> Any:
     file's size, whatever numbers it contains. Other objects and damaged files raise errors of any type.
 
     Returns:
-      The saved object, with tensors as NumPy arrays of unchanged dtype; for a TorchScript archive a flat dict of its
-      modules' tensors.
+      The saved object, with tensors as NumPy arrays of unchanged dtype; a flat dict of a TorchScript archive's tensors.
     """
     archive = zipfile.ZipFile(io.BytesIO(data))
     roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -163,7 +159,6 @@ def load_torch(data: bytes) -> Any:
 
 
 def _flat(module: Any) -> dict[str, np.ndarray]:
-    """Return the tensors of a module and its inner modules, by name."""
     tensors: dict[str, np.ndarray] = {}
     modules = [("", module)]
     letters = 0

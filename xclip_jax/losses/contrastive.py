@@ -202,7 +202,6 @@ def siglip(
         logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt) + jnp.asarray(bias, jnp.float32)
         sign = 2 * jnp.eye(b, dtype=jnp.float32) - 1
         loss = -jnp.sum(jax.nn.log_sigmoid(sign * logits)) / b
-
     positives = {}
     if keys is not None:
         # If a negative becomes a positive, the loss falls by its logit, since log sigmoid(x) - log sigmoid(-x) = x.
@@ -242,9 +241,6 @@ def _metrics(logits: jax.Array) -> Metrics:
     }
 
 
-# --- chunks of texts
-
-
 class _Logits(NamedTuple):
     """Logits (b, n) of all images and a chunk of n texts."""
 
@@ -265,7 +261,6 @@ def _log_sums(logits: _Logits) -> dict[str, jax.Array]:
 
 
 def _sigmoid_sum(logits: _Logits) -> jax.Array:
-    """Return the summed binary cross-entropy of all pairs, ()."""
     return jnp.sum(jax.nn.softplus(jnp.where(logits.own, -logits.all, logits.all)))
 
 

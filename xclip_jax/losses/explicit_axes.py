@@ -33,8 +33,7 @@ def on_any_mesh(function: Callable[Parameters, Result]) -> Callable[Parameters, 
 
         replicated = NamedSharding(mesh, PartitionSpec())
         # Without `jit`, JAX would place constants on the first device.
-        return jax.jit(jax.sharding.auto_axes(on_automatic_axes, axes=mesh.explicit_axes, out_sharding=replicated))(
-            arrays
-        )
+        automatic = jax.sharding.auto_axes(on_automatic_axes, axes=mesh.explicit_axes, out_sharding=replicated)
+        return jax.jit(automatic)(arrays)
 
     return wrapped

@@ -52,8 +52,7 @@ def nclip(
     """Return nCLIP's loss and its metrics; the module's docstring has the formulas. Defaults are [ours].
 
     Args:
-        s_img, s_txt: cluster logits of the global batch, shape (b, k) each, row i a pair; any float type, or
-            `FactoredLogits`.
+        s_img, s_txt: cluster logits of the global batch, (b, k), row i a pair; any float type, or `FactoredLogits`.
         target: "detach" (targets from the logits, no gradient), "joint" (gradient to both sides) or "ema" (targets
             from the teacher's logits, no gradient). [ours]
         tau: temperature of p, q and the targets.
@@ -90,7 +89,6 @@ def nclip(
 
 
 def _check(logits: dict[str, Logits], target: str, chunk: int) -> None:
-    """Check the arguments of `nclip`."""
     b, k = logits["s_img"].shape
     if target not in TARGETS or any((f"teacher_{m}" in logits) != (target == "ema") for m in MODALITIES):
         raise ValueError(
@@ -104,11 +102,8 @@ def _check(logits: dict[str, Logits], target: str, chunk: int) -> None:
 def _sums_of_batch(logits: dict[str, Logits], target: str, tau: ArrayLike, chunk: int) -> Sums:
     """Return the `_sums` of each chunk of the batch, stacked along a leading axis (chunks,)."""
     if not chunk:
-        whole = {
-            name: x.logits() if isinstance(x, FactoredLogits) else x.astype(jnp.float32) for name, x in logits.items()
-        }
-        return jax.tree.map(lambda x: x[None], _sums(whole, target, tau))
-    # Each chunk takes its rows of x, and all kernels.
+        s = {name: x.logits() if isinstance(x, FactoredLogits) else x.astype(jnp.float32) for name, x in logits.items()}
+        return jax.tree.map(lambda x: x[None], _sums(s, target, tau))
     factors: Any = logits
     kernels = {name: (value.kernel, value.bias) for name, value in factors.items()}
 
@@ -145,7 +140,6 @@ def _sums(s: Mapping[str, jax.Array], target: str, tau: ArrayLike) -> Sums:
 
 
 def _metrics(sums: Sums, b: int, k: int) -> Metrics:
-    """Return the metrics of `nclip`, except the loss, from the sums of all chunks."""
     align = jnp.sum(sums["align"]) / b
     clusters = _cluster_metrics("img", sums, b) | _cluster_metrics("txt", sums, b)
     return {

@@ -39,8 +39,7 @@ _MASKED = -1e30  # finite, so that a row without a key stays finite
 
 def fits(tokens: int, heads: int, width: int) -> bool:
     """Return whether `attention` supports `tokens` tokens and `heads` heads over `width` channels."""
-    kv = width // heads
-    return kv in HEADS and width % LANES == 0 and tokens <= MAX_TOKENS
+    return width // heads in HEADS and width % LANES == 0 and tokens <= MAX_TOKENS
 
 
 def group_heads(x: Array) -> Array:
@@ -197,7 +196,6 @@ def _backward_kernel(
         for head in range(LANES // kv):
             head_query = _only(query, head, kv)
             e, reciprocal = _exponentials(head_query, key, tokens, causal)
-            # Normalising the gradient's rows divides n x 128 numbers instead of n x n.
             scaled = _only(g_out, head, kv) * reciprocal
             mean = jnp.sum(_only(weighted, head, kv), axis=1, keepdims=True) * reciprocal
             scaled = scaled.astype(query.dtype)

@@ -155,8 +155,7 @@ def attend(query: Array, key: Array, value: Array, *, causal: bool = False, at: 
     """Compute scaled dot-product attention with an fp32 softmax, (b, heads, n, kv), (b, heads, m, kv), same -> first.
 
     `at` (b,) is the position of a single query per sequence: n is 1. With heads before tokens both products are plain
-    batched matrix products: a third faster on a CPU than `jax.nn.dot_product_attention`, whose layout suits kernels for
-    long sequences.
+    batched matrix products: a third faster on a CPU than `jax.nn.dot_product_attention`, made for long sequences.
     """
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bhnd,bhmd->bhnm", query * scale, key, preferred_element_type=jnp.float32)

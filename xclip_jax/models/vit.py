@@ -100,9 +100,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
             return params, notes
         square = table[extra:].reshape(grid, grid, -1)
         shape = (self.grid, self.grid, square.shape[-1])
-        square = np.asarray(
-            jax.image.resize(square, shape, "cubic", antialias=True)
-        )  # antialiasing matters for smaller grids
+        square = np.asarray(jax.image.resize(square, shape, "cubic", antialias=True))
         table = np.concatenate([table[:extra], square.reshape(self.grid**2, -1)])
         note = f"image positions interpolated from {grid} x {grid} to {self.grid} x {self.grid}"
         return {**params, "positions": table}, [*notes, note]

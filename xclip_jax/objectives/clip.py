@@ -14,8 +14,7 @@ from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import CosineSimilarity
 from xclip_jax.objectives.term import Arrays, Check, Curve, Health, LossConfig, Result, Term
 
-# [ours] On the plateau the loss is within this fraction of a blind guess; successful runs are a tenth below it when the
-# warm-up ends.
+# [ours] On the plateau the loss is within this share of a blind guess; successful runs are a tenth below after warm-up.
 PLATEAU_SHARE = 0.01
 # Batch fields whose equal rows are matching pairs, by the value of `positives`.
 _KEYS = {"pair": "", "caption": "text_key", "image": "image_key"}

@@ -20,7 +20,6 @@ from xclip_jax.objectives.term import Arrays, LossConfig, Result, Term
 Array = jax.Array
 TERMS: dict[str, type[Term]] = {"clip": Clip, "siglip": Siglip, "nclip": Nclip, "classify": Classify}
 
-# Named objectives, as terms and weights.
 RECIPES: dict[str, dict[str, float]] = {
     "clip": {"clip": 1.0},
     "siglip": {"siglip": 1.0},

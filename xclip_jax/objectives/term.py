@@ -1,7 +1,6 @@
 """Terms of an objective: one loss with its options, heads, state, costs and charts in one class.
 
-A term is a frozen dataclass whose fields are the keys of its config group. docs/extend.md shows terms in another
-package.
+A term is a frozen dataclass whose fields are the keys of its config group; docs/extend.md shows custom terms.
 """
 
 import abc
@@ -98,8 +97,7 @@ class Term(abc.ABC):
           chunk: number of pairs to take at a time, 0 for all; the value is the same, and a term may ignore it.
 
         Returns:
-          The loss, an fp32 scalar; metrics, to which the objective adds the term's name as a prefix; the term's next
-          state.
+          The loss, an fp32 scalar; metrics, to which the objective adds the term's name as a prefix; the next state.
         """
 
     def constrain(self, params: Any) -> Any:

@@ -33,8 +33,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         return Mesh(mesh_utils.create_device_mesh(tuple(shape), **split), AXES, axis_types=types)
     # Gradient sums, embeddings and hidden rows of cluster heads cross the data centre's network between slices.
     inside = (shape[0] // slices, *shape[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **split)
-    return Mesh(grid, AXES, axis_types=types)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **split), AXES, axis_types=types)
 
 
 def num_slices(devices: list[jax.Device]) -> int:

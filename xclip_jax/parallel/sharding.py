@@ -13,9 +13,6 @@ Clusters are then split over "model", and rows of the last kernel over all batch
 fsdp_tp).
 
 Embeddings of words and positions stay whole: splitting their features would make XLA reshard all later activations.
-
-The functions below the layouts depend on them: work on each device's part, microbatches, and logits with split clusters
-(`argmax`, `FactoredLogits`).
 """
 
 import contextlib
@@ -208,8 +205,7 @@ def map_microbatches(
         with layout_scope(dataclasses.replace(layout, manual=manual)):
             return local(shared, rows)
 
-    # Without the check, JAX sums the gradient of `shared` over devices once, after the loop. With it, JAX 0.12 refuses
-    # the derivative of erf.
+    # Unchecked, JAX sums gradients of `shared` over devices once, after the loop; checked, JAX 0.12 cannot derive erf.
     return jax.shard_map(
         on_device,
         mesh=layout.mesh,
@@ -282,8 +278,7 @@ def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
 def argmax(logits: jax.Array, axis: int) -> jax.Array:
     """Return the index of the first largest value along `axis`; the axis size if a value is NaN.
 
-    Over an axis split over devices, `jnp.argmax` sends pairs of value and index between all devices; two reductions do
-    not.
+    On a split axis `jnp.argmax` sends pairs of value and index between all devices; two reductions do not.
     """
     logits = jax.lax.stop_gradient(logits)
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)

@@ -140,7 +140,6 @@ def root(computation: Computation) -> Instruction:
 
 
 def _constant(computation: Computation, name: str) -> int | None:
-    """Return the value of an integer constant, or of a copy of one; else None."""
     each = computation.get(name)
     if each is not None and each.opcode in ("copy", "bitcast", "convert"):
         return _constant(computation, each.operands[0])
@@ -164,17 +163,14 @@ def parse(text: str) -> Program:
             operands = tuple(re.findall(r"%([\w.\-]+)", inner))
             literal = inner if opcode in ("constant", "parameter") else ""
             attributes = rest[end:].lstrip(", ")
-            computations[name][instruction] = Instruction(
-                instruction, opcode, shape, operands, literal, attributes, bool(is_root)
-            )
+            made = Instruction(instruction, opcode, shape, operands, literal, attributes, bool(is_root))
+            computations[name][instruction] = made
         elif head:
             name = head[2]
             computations[name] = {}
             entry = name if head[1] else entry
     return Program(computations, entry)
 
-
-# --- collectives
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 
@@ -263,7 +259,6 @@ def _collective(execution: Execution, devices: int) -> Collective | None:
 
 
 def _group(attributes: str, devices: int) -> int:
-    """Return the number of devices in a group."""
     groups = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
     if groups:
         return int(groups[2])

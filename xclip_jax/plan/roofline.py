@@ -6,7 +6,6 @@ Operations between its start and its end hide that time; the rest is exposed.
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -16,7 +15,9 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from xclip_jax.core.errors import UserError, check_choice, first_line
+from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.imports import import_extra
+from xclip_jax.core.storage import unreadable_as
 from xclip_jax.plan import hlo
 from xclip_jax.plan.hlo import Execution, Program
 
@@ -79,17 +80,13 @@ def devices_of(topology: str) -> tuple[list[Any], Chip]:
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # otherwise libtpu complains on stderr
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("planning for TPUs needs libtpu: pip install 'xclip_jax[tpu]'")
-    try:
+    import_extra("libtpu", "tpu", "planning for TPUs")
+    with unreadable_as(f"--topology={topology!r} is not a topology of {chip}"):
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **CHIPS[chip].options)
-    except Exception as error:
-        raise UserError(f"--topology={topology!r} is not a topology of {chip} ({first_line(error)}).") from error
     return found.devices, CHIPS[chip]
 
 
-# Operations without a cost.
-FREE = (
+FREE = (  # without a cost
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "partition-id", "after-all",
     "custom-call",
 )  # fmt: skip

@@ -23,7 +23,6 @@ from xclip_jax.train.build import Experiment
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "safetensors": "xclip_jax"}
 # A library's prefixes for folders and for Hub repositories.
 _PREFIXES = {"hf": ("", ""), "open_clip": ("local-dir:", "hf-hub:"), "safetensors": ("", "hf:")}
-# {family of results: task name of the Hub and clip_benchmark}
 _TASKS = {
     "zeroshot": "zero-shot-image-classification",
     "retrieval": "zero-shot-retrieval",
@@ -106,7 +105,6 @@ def names_of_sets(names: Iterable[str]) -> dict[str, str]:
 
 
 def _code(text: str) -> str:
-    """Return untrusted text as Markdown code."""
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 
@@ -180,7 +178,6 @@ def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
 
 
 def _recipe(run: RunReader, step: int) -> Iterator[tuple[str, Any]]:
-    """Yield the config keys and values that determine a run."""
     config = _run_config(run)  # `weights.load` changes batch and layout for this machine
     objective = make_objective(config.objective)
     values = schema.flatten(schema.to_dict(config))
@@ -211,7 +208,6 @@ def evaluations(known: Sequence[Result]) -> list[Sequence[str]]:
 
 
 def _machine(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return facts of `environment.capture` with command and versions as text."""
     command = _code(" ".join(map(shown, facts["command"].split(" "))))
     versions = ", ".join(f"{key} {version}" for key, version in facts["versions"].items())
     return {**facts, "command": command, "versions": versions}

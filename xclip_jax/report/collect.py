@@ -13,8 +13,9 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import imports
-from xclip_jax.core.errors import UserError, first_line
+from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
+from xclip_jax.core.storage import unreadable_as
 from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.statistics import bootstrap
@@ -82,12 +83,8 @@ def read(path: str | epath.Path) -> Record:
     if content is None:
         fault = "is not a run directory: it has no config.json" if run.path.exists() else "does not exist"
         raise UserError(f"{str(path)!r} {fault}; name the folder of a run.")
-    try:
+    with unreadable_as(f"a file of run {str(path)!r} is damaged; restore it"):
         return _read(run, content)
-    except UserError:
-        raise
-    except Exception as error:  # JSON of an unexpected form
-        raise UserError(f"a file of run {str(path)!r} is damaged ({first_line(error)}); restore it.") from error
 
 
 def _read(run: RunReader, content: Mapping[str, Any]) -> Record:
@@ -219,11 +216,6 @@ class Warnings(NamedTuple):
         judged = [row for row in rows if row["step"] >= first_step]
         by_name = [{text.partition(":")[0]: text for text in term.alarms(row)} for row in judged]
         return cls(first_step, [int(row["step"]) for row in judged], by_name)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all warnings."""
-        return list(dict.fromkeys(name for warnings in self.warnings for name in warnings))
 
     def last(self, name: str) -> str:
         """Return the warning at the last step, or ""."""

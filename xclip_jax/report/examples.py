@@ -237,7 +237,6 @@ def _add_names(
 
 
 def _subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
-    """Return the items `keep` of a set with decoded images."""
     images = [data.images[i] for i in keep]
     return dataclasses.replace(data, images=images, labels=np.asarray(data.labels)[keep], groups={})
 
@@ -287,14 +286,12 @@ def _retrieved(
         choices = [_label(bars[i, t], meaning, text, bool(matches[i, t])) for text, t in list(once.items())[:5]]
         rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
         by_image.append(Prediction(gallery.shown[i], names[i], rank, choices))
-    title = tables.shorten([data.name])[data.name]
-    return RetrievalExamples(title, texts, meaning, gallery, by_text, by_image)
+    return RetrievalExamples(tables.shorten([data.name])[data.name], texts, meaning, gallery, by_text, by_image)
 
 
 def _search_and_cluster(
     examples: Examples, encoder: Encoder, variables: Variables, queries: Sequence[str], words: Sequence[str]
 ) -> None:
-    """Add searches for `queries` in the gallery, and clusters of its images and `words`."""
     similarities = encoder.similarities
     img = encoder.images(variables, examples.gallery.images, features(similarities))
     if queries:

@@ -60,7 +60,6 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
 
 
 def _tiles(record: Record) -> Iterator[dict[str, Any]]:
-    """Yield the first result of each family."""
     short = tables.short_names(record.results)
     for family, row in tables.first_set_of_each_family(record.results).items():
         metric, result = row.shown[0]
@@ -107,7 +106,8 @@ def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
 def environment() -> jinja2.Environment:
     """Return the template environment, which escapes and redacts all values."""
     made = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template),
+        # Without line breaks next to tags, which would become spaces.
+        loader=jinja2.FunctionLoader(lambda name: re.sub(r"(?<=[>}])\s*\n\s*|\s*\n\s*(?=[<{])", "", file(name))),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else redact(str(value)),
@@ -115,11 +115,6 @@ def environment() -> jinja2.Environment:
     made.filters |= {"breakable": _breakable, "comma": "{:,}".format, "decimals": decimals}
     made.filters |= {"done": _done, "file": file, "judge": judge}
     return made
-
-
-def _template(name: str) -> str:
-    """Return a template without line breaks next to tags, which would become spaces."""
-    return re.sub(r"(?<=[>}])\s*\n\s*|\s*\n\s*(?=[<{])", "", file(name))
 
 
 def file(name: str) -> Markup:

@@ -182,7 +182,6 @@ def search_card(gallery: Gallery, row: Row, x: float, width: float, result: Sear
 
 
 def _images(row: Row, x: float, width: float, y: float, gallery: Gallery, indices: Sequence[int]) -> None:
-    """Draw images side by side above their names."""
     step = (width - 40 + 16) / 6
     for column, i in enumerate(indices):
         left = x + 20 + column * step + (step - 16 - SHOWN) / 2

@@ -54,7 +54,6 @@ def sections(runs: Sequence[Run], step: int | None) -> list[Section]:
 
 
 def _reason(runs: Sequence[Run]) -> str:
-    """Return the reason for missing predictions, with the remedy."""
     sentences = dict.fromkeys(sentence for run in runs for sentence in run.examples.missing)
     if sentences:
         return " ".join(sentences)
@@ -104,7 +103,6 @@ def _cards(columns: Sequence[tuple[Run, Sequence[Prediction], int]]) -> list[lis
 
 
 def _searches(columns: Sequence[tuple[Run, Sequence[SearchResult], Gallery]]) -> list[list[tuple[Run, Any, Gallery]]]:
-    """Return a card for each text searched by all runs."""
     by_text = [(run, {result.text: result for result in results}, gallery) for run, results, gallery in columns]
     texts = [text for text in by_text[0][1] if all(text in results for _, results, _ in by_text)]
     return [[(run, results[text], gallery) for run, results, gallery in by_text] for text in texts]
@@ -177,9 +175,7 @@ def _difference(row: Mapping[str, Any], name: str, end: float, last: tuple[int, 
 def training(runs: Sequence[Run]) -> Section:
     """Return charts of the logged metrics over steps."""
     drawn = charts.of_runs(runs)
-    if not drawn:
-        return Section("curves", "Training", missing="No step is logged yet.")
-    return Section("curves", "Training", drawn)
+    return Section("curves", "Training", drawn, "" if drawn else "No step is logged yet.")
 
 
 def health(record: Record) -> Section:

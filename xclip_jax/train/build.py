@@ -60,7 +60,6 @@ class Experiment:
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract.params)
         if self.layout.strategy == "zero1":
             shardings = sharding.zero1_shardings(self.abstract.params, shardings, self.mesh)
-
         train_step = TrainStep(
             self.model,
             self.tx,
@@ -190,5 +189,4 @@ def profile_of_run(config: Config, name: str = "openai", changes: Mapping[str, A
     """Return the profile `name` with `changes` to its fields, and a run's templates and class names elsewhere."""
     changes = changes or {}
     class_names = "" if "names" in changes else config.eval.class_names
-    own = prompts.with_own(PROFILES[name], config.eval.templates, class_names)
-    return dataclasses.replace(own, **changes)
+    return dataclasses.replace(prompts.with_own(PROFILES[name], config.eval.templates, class_names), **changes)

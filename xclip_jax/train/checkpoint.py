@@ -160,10 +160,11 @@ class Checkpointer:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 state, position = self._read(abstract, step)
-                if not jax.jit(all_finite)(state):
-                    raise _Damaged("it has values that are not finite")
             except _Damaged as error:
                 faults[step] = str(error)
+                continue
+            if not jax.jit(all_finite)(state):
+                faults[step] = "it has values that are not finite"
                 continue
             if faults:
                 self._move_aside(faults, step)

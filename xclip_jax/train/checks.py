@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
@@ -15,7 +14,6 @@ from xclip_jax.core import environment
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import tokenizer
-from xclip_jax.data.base import Source
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.processes import runtime
 from xclip_jax.train import cost
@@ -35,14 +33,12 @@ class Finding:
       text: the result; for a warning or a FAIL the fault, and why it matters.
       mark: "ok", "warning" or "FAIL".
       remedy: "" if nothing is wrong or the text contains it.
-      values: the numbers in the text, for machines.
     """
 
     check: str
     text: str
     mark: str = OK
     remedy: str = ""
-    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
@@ -53,14 +49,14 @@ class Finding:
         return f"{self.mark:<8} {self.check:<14} {' '.join(self.sentence.split())}"
 
 
-def warning(check: str, text: str, remedy: str, **values: Any) -> Finding:
+def warning(check: str, text: str, remedy: str) -> Finding:
     """Return a finding that does not prevent the run."""
-    return Finding(check, text, WARNING, remedy, values)
+    return Finding(check, text, WARNING, remedy)
 
 
-def fail(check: str, text: str, remedy: str = "", **values: Any) -> Finding:
+def fail(check: str, text: str, remedy: str = "") -> Finding:
     """Return a finding about a run that would fail or be useless."""
-    return Finding(check, text, FAIL, remedy, values)
+    return Finding(check, text, FAIL, remedy)
 
 
 def attempt(check: str, function: Callable[[], Iterable[Finding]]) -> list[Finding]:
@@ -78,9 +74,7 @@ def check_devices() -> Finding:
     except (RuntimeError, AssertionError) as error:  # AssertionError: no plugin of that platform is installed
         reason = (str(error) or "nothing is installed for it").splitlines()[0]
         return fail("devices", f"JAX has no device ({reason})", "unset JAX_PLATFORMS, or set it to cpu")
-    kind = devices[0].device_kind
-    values = {"devices": len(devices), "kind": kind, "platform": devices[0].platform}
-    return Finding("devices", f"{len(devices)} x {kind}", values=values)
+    return Finding("devices", f"{len(devices)} x {devices[0].device_kind}")
 
 
 def check_folder(config: Config, folder: RunWriter) -> Iterator[Finding]:
@@ -92,40 +86,14 @@ def check_folder(config: Config, folder: RunWriter) -> Iterator[Finding]:
     else:
         step = folder.latest_step() or 0
         text = f"{folder.path} can be written; the run starts at step {step:,} of {config.steps:,}"
-        yield Finding("folder", text, values={"step": step})
+        yield Finding("folder", text)
 
 
 def check_model(experiment: Experiment) -> Iterator[Finding]:
     """Yield the size of the model and its layout on the devices."""
     config = experiment.config
-    count = experiment.num_parameters
-    axes = dict(experiment.mesh.shape)
-    text = f"{config.objective.name}, {count:,} parameters, batch {config.data.batch:,} on a mesh of {axes}"
-    values = {"parameters": count, "mesh": axes}
-    operations = cost.step_flops(config, rows=experiment.text_rows[0])
-    yield Finding("model", text, values=values | ({"flops_per_step": operations} if operations else {}))
-
-
-def check_data(experiment: Experiment, samples: Sequence[Source]) -> Iterator[Finding]:
-    """Yield the numbers of samples and epochs."""
-    total = sum(map(len, samples))
-    epochs = experiment.config.steps * experiment.config.data.batch / total
-    text = f"{total:,} samples, of which the run reads {epochs:,.2f} epochs"
-    yield Finding("data", text, values={"samples": total, "epochs": epochs})
-
-
-def check_sets(count: int) -> Iterator[Finding]:
-    """Yield the number of open evaluation sets."""
-    if count:
-        yield Finding("evaluation", f"{count} evaluation sets can be read", values={"sets": count})
-
-
-def check_weights(experiment: Experiment, tensors: Mapping[str, np.ndarray]) -> Iterator[Finding]:
-    """Yield the number of a new model's tensors among the `tensors` of `init.weights`."""
-    if tensors:
-        total = len(jax.tree.leaves(experiment.abstract.variables()))
-        text = f"{experiment.config.init.weights} has {len(tensors)} of the model's {total} tensors"
-        yield Finding("weights", text, values={"initial": len(tensors), "model": total})
+    model = f"{config.objective.name}, {experiment.num_parameters:,} parameters"
+    yield Finding("model", f"{model}, batch {config.data.batch:,} on a mesh of {dict(experiment.mesh.shape)}")
 
 
 def check_disk(experiment: Experiment, folder: RunWriter) -> Iterator[Finding]:
@@ -144,11 +112,10 @@ def check_disk(experiment: Experiment, folder: RunWriter) -> Iterator[Finding]:
         f"the disk of {str(folder.path)!r} has {format_bytes(free)} free, and the run's checkpoints need up to "
         f"{format_bytes(needed)} more, {format_bytes(size)} each"
     )
-    values = {"checkpoint_bytes": size, "needed_bytes": needed, "free_bytes": free}
     if free < needed:
-        yield fail("disk", text, "make room, lower checkpoint.keep, or use another --config.run", **values)
+        yield fail("disk", text, "make room, lower checkpoint.keep, or use another --config.run")
     else:
-        yield Finding("disk", text, values=values)
+        yield Finding("disk", text)
 
 
 def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, str]] | None) -> Iterator[Finding]:
@@ -156,8 +123,7 @@ def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, s
 
     Args:
       experiment: the run's experiment.
-      compile_step: see `cost.compile_if_fits`; called if the step may come near the devices' memory. None if compiling
-        would take too long.
+      compile_step: see `cost.compile_if_fits`; called if the step may come near the devices' memory; None if too slow.
     """
     device = jax.local_devices()[0]
     on_cpu = device.platform == "cpu"
@@ -165,32 +131,27 @@ def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, s
         return  # the processes may share a machine, unknown to each other
     limit = cost.device_memory(device) / (jax.local_device_count() if on_cpu else 1)
     state = cost.bytes_on_device(experiment.abstract)
-    values = {"state_bytes": state, "capacity_bytes": limit}
     takes = f"the state takes {format_bytes(state)} of a device's {format_bytes(limit)}"
     if state > limit:
         axes = experiment.mesh.shape
         n = axes["data"] * axes["fsdp"] if axes["data"] > 1 else "N"
         flags = f"--config.mesh.strategy=fsdp --config.mesh.fsdp={n} --config.mesh.data=-1"
-        yield fail("memory", takes, f"shard it over {n} devices, {flags}, or use a smaller model", **values)
+        yield fail("memory", takes, f"shard it over {n} devices, {flags}, or use a smaller model")
     elif compile_step is None:
-        step = "the step is not compiled here; xclip-jax plan compiles it for TPUs"
-        yield Finding("memory", f"{takes}; {step}", values=values)
+        yield Finding("memory", f"{takes}; the step is not compiled here; xclip-jax plan compiles it for TPUs")
     elif cost.fits_by_far(experiment, limit):
-        yield Finding("memory", f"{takes}; the step needs far less", values=values)
+        yield Finding("memory", f"{takes}; the step needs far less")
     else:
         compiled, trouble = compile_step()
-        usage = cost.memory_usage(experiment, compiled) if compiled is not None else {}
-        values |= {f"{name}_bytes": size for name, size in usage.items()}
-        peak = usage.get("peak", 0.0)
+        peak = cost.memory_usage(experiment, compiled)["peak"] if compiled is not None else 0.0
         if compiled is None or peak > limit:
-            text = (
-                f"the step does not fit a device's {format_bytes(limit)}: {trouble or f'it takes {format_bytes(peak)}'}"
-            )
+            needed = trouble or f"it takes {format_bytes(peak)}"
+            text = f"the step does not fit a device's {format_bytes(limit)}: {needed}"
             remedies = cost.remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size)
             remedy = f"change one after the other until it fits: {', '.join([*remedies, 'more devices'])}"
-            yield fail("memory", text, remedy, **values)
+            yield fail("memory", text, remedy)
         else:
-            yield Finding("memory", f"a step needs {format_bytes(peak)} of {format_bytes(limit)}", values=values)
+            yield Finding("memory", f"a step needs {format_bytes(peak)} of {format_bytes(limit)}")
 
 
 def require(findings: Iterable[Finding]) -> None:

@@ -1,8 +1,7 @@
 """Cost of a train step: FLOPs, the peak FLOP/s that MFU is relative to, and memory, with flags that reduce it.
 
 FLOPs are analytic and count matrix products, two per multiplication and addition; XLA's cost analysis would count the
-body of a loop over layers once. Causal attention counts in full, as it is computed. Memory is measured on the compiled
-step.
+body of a loop over layers once. Causal attention counts in full, as it is computed. Memory is the compiled step's.
 """
 
 import functools
@@ -50,7 +49,6 @@ PEAK_FLOPS = {
     "NVIDIA L4": 121e12,
 }
 HEADS_SHARE = 0.05  # of a step's FLOPs, the most that heads should take
-UNCOUNTED = "FLOPs are unknown: a custom tower does not report them"
 
 
 def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | None:
@@ -124,8 +122,7 @@ def device_memory(device: jax.Device) -> float:
 
 def bytes_on_device(tree: Any) -> float:
     """Return the bytes per device of a tree of abstract arrays."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def compile_for(experiment: Experiment) -> Any:
@@ -148,8 +145,7 @@ def memory_usage(experiment: Experiment, compiled: Any) -> dict[str, float]:
     state = experiment.abstract
     fixed = usage.argument_size_in_bytes + usage.output_size_in_bytes - usage.alias_size_in_bytes
     temporary = usage.temp_size_in_bytes
-    # CPUs and GPUs reserve temporaries as one block. TPUs never need all of it at once, and their compiler compares the
-    # peak with the limit.
+    # CPUs and GPUs reserve temporaries as one block; TPUs never need all at once, and their compiler limits the peak.
     if experiment.mesh.devices.flat[0].platform == "tpu":
         temporary = usage.peak_memory_in_bytes - fixed
     return {

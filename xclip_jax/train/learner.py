@@ -164,6 +164,5 @@ def _full_key(name: str) -> str:
 
 
 def _content(image: ImageLike) -> Any:
-    return (
-        storage.read(os.path.expanduser(image), MAX_BYTES["image"]) if isinstance(image, str | os.PathLike) else image
-    )
+    is_path = isinstance(image, str | os.PathLike)
+    return storage.read(os.path.expanduser(image), MAX_BYTES["image"]) if is_path else image

@@ -182,9 +182,8 @@ class RunWriter(RunReader):
             write_json(self.config_file, content | {key: value for key, value in origin.items() if value})
             return
         before = schema.flatten(saved["config"])
-        changed = {
-            key: [before.get(key), value] for key, value in schema.flatten(current).items() if before.get(key) != value
-        }
+        after = schema.flatten(current)
+        changed = {key: [before.get(key), value] for key, value in after.items() if before.get(key) != value}
         start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
         saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
         # Length groups named in a config are for this start only.

@@ -47,10 +47,8 @@ class BatchNoise:
         b = len(next(iter(batch.values())))
         inputs = dict(batch)
         if "image" in batch:
-            key_image = jax.random.fold_in(random_key, 0)
-            inputs |= transforms.sample_augmentations(
-                key_image, b, flip=self.data.flip_prob, color=self.data.color_jitter
-            )
+            key = jax.random.fold_in(random_key, 0)
+            inputs |= transforms.sample_augmentations(key, b, flip=self.data.flip_prob, color=self.data.color_jitter)
         inputs = self.objective.draw(random_key, inputs, self.preprocessing.size)
         keys = {"img": random_key, "txt": jax.random.fold_in(random_key, 3)}
         noise = {name: self.towers[name].sample_noise(keys[name], b) for name in self.objective.towers}
@@ -177,7 +175,6 @@ class TrainStep:
         """See `_gradients`; texts are in the groups of `order`, or whole."""
         teacher, ema_batch_stats = self._teach(state, inputs, order) if self.objective.teacher else (None, None)
 
-        # Heads, with BatchNorm, and losses are defined on the whole batch; encoders may run on parts of it.
         def loss(params: Any) -> tuple[jax.Array, Any]:
             h = self._features(params, inputs, order)
             out, batch_stats = self._project(params, state.batch_stats, h)
@@ -242,14 +239,12 @@ class TrainStep:
         return h_img, h_txt
 
     def _project(self, params: Any, batch_stats: Any, h: Features) -> tuple[dict[str, Any], Any]:
-        """Return the outputs of the heads, and the new statistics of BatchNorm."""
         variables = {"params": params, "batch_stats": batch_stats}
         logits = not self.objective.loss.chunk_size
         out, new = self.model.apply(variables, *h, train=True, logits=logits, mutable=["batch_stats"], method="project")
         return out, new.get("batch_stats", {})
 
     def _teach(self, state: TrainState, inputs: Inputs, order: LengthOrder | None) -> tuple[dict[str, Any], Any]:
-        """Return the outputs of EMA parameters and EMA batch statistics, without dropout noise."""
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key != NOISE}
         return self._project(params, state.ema_batch_stats, self._features(params, inputs, order))

@@ -109,7 +109,6 @@ def run(
 def _first_state(
     run: Run, initial: Mapping[str, np.ndarray], checkpointer: Checkpointer, watch: Watchdog
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Return the state and position of the newest checkpoint, or a new state with the `initial` tensors."""
     experiment = run.experiment
     if checkpointer.latest() is None:
         step = run.folder.last_logged_step()

@@ -244,8 +244,7 @@ def convert_params(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Convert variables of `source` to the layout of `target`.
 
-    Blocks are scanned or unrolled, and position tables cut (texts) or interpolated (images). A tower of another type is
-    left out.
+    Blocks are scanned or unrolled, position tables cut (texts) or interpolated (images), other towers left out.
 
     Args:
       source: NumPy arrays by collection ("params", "batch_stats"), see `TwoTowers.apply`.

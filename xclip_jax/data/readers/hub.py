@@ -43,7 +43,6 @@ def _package(spec: str) -> Iterator[Any]:
 
 
 def _repository(rest: str) -> tuple[str, str, dict[str, Any]]:
-    """Return repository, split, and other arguments of `load_dataset`."""
     match = _HUB.fullmatch(rest)
     if not match:
         form = "hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT, or hf:/PATH"

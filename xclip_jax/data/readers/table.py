@@ -84,7 +84,6 @@ class ImageColumn(Sequence):
 
     def sizes(self) -> Iterator[tuple[str, int]]:
         """Yield the row and size in bytes of each image, or its file name and 0."""
-
         column = self.column
         paths = None
         if pyarrow.types.is_struct(column.type):

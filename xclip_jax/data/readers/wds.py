@@ -21,7 +21,6 @@ from xclip_jax.data.readers import tar as tar_reader
 from xclip_jax.data.readers import tar_index
 
 CLASSES, SEVERAL, CAPTIONS = "classification", "multilabel", "retrieval"
-# Suffixes of the files with labels or captions.
 _ANSWERS = {CLASSES: ".cls", SEVERAL: ".npy", CAPTIONS: ".txt"}
 _IMAGES = (".webp", ".png", ".jpg", ".jpeg")  # by decreasing priority
 _SHARDS = "nshards.txt"

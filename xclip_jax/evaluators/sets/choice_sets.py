@@ -28,7 +28,7 @@ from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.sets.custom import published_layout, query_columns
 
 PREFIX = "choice/"
-_COLUMNS = "?image=COLUMN&text=RIGHT&text=WRONG"
+_FORM = f"{PREFIX}SOURCE?image=COLUMN&text=RIGHT&text=WRONG"
 _PARTS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 _ARO = {"aro/vg_relation": "visual_genome_relation.json", "aro/vg_attribution": "visual_genome_attribution.json"}
 _FEWEST = 25  # ARO's mean leaves out pairs of attributes with fewer items
@@ -61,8 +61,7 @@ def sugarcrepe(folder: pathlib.Path) -> Choices:
     paths = Paths([folder / "val2017" / file for file in number])
     pictures = np.array([number[record["filename"]] for _, record in records], int)[:, None]
     texts = [[record["caption"], record["negative_caption"]] for _, record in records]
-    parts = [part for part, _ in records]
-    return Choices(paths, pictures, texts, parts, contents(paths))
+    return Choices(paths, pictures, texts, [part for part, _ in records], contents(paths))
 
 
 def aro(name: str, folder: pathlib.Path) -> Choices:
@@ -105,14 +104,12 @@ def read_rows(spec: str, data: DataConfig) -> Choices:
     options = dataclasses.replace(sources.source_options(data), text_columns=tuple(keys), tags_key=group)
     tables: list[Any] = []
     if others or columns.keys() - {"image", "text", "group"}:
-        raise UserError(f"{spec}: its keys are image, text and one group; write {PREFIX}SOURCE{_COLUMNS}.")
+        raise UserError(f"{spec}: its keys are image, text and one group; write {_FORM}.")
     for key in columns.get("image", [DataConfig.image_column]):
         image_options = dataclasses.replace(options, image_column=key)
         tables.append(sources.open_pairs(sources.spec_from_path(name), image_options))
     if not isinstance(tables[0], ColumnSource):
-        raise UserError(
-            f"{spec}: {name!r} has no columns, unlike csv:, parquet: and hf:; write {PREFIX}SOURCE{_COLUMNS}."
-        )
+        raise UserError(f"{spec}: {name!r} has no columns, unlike csv:, parquet: and hf:; write {_FORM}.")
     rows = [tables[0].texts(i) for i in range(len(tables[0]))]
     right = keys[: len(tables)]  # rows may differ in the number of wrong texts
     wrong = [(i, key) for i, row in enumerate(rows) for key, cell in zip(right, row, strict=False) if len(cell) != 1]
@@ -133,16 +130,15 @@ def read_rows(spec: str, data: DataConfig) -> Choices:
 def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ChoiceSet:
     """Open the set `spec`, see the module's docstring; texts get the command's prefix, not the published sets'."""
     name, _, location = spec.partition("@")
-    if name == "winoground" or spec.startswith(PREFIX):
+    own = spec.startswith(PREFIX)
+    if name == "winoground" or own:
         rows = f"{location or 'hf:facebook/winoground/test'}{_WINOGROUND}" if name == "winoground" else spec
         items = read_rows(rows.removeprefix(PREFIX), data)
     else:
         with published_layout(name, location):
             folder = pathlib.Path(location).expanduser()
             items = aro(name, folder) if name in _ARO else sugarcrepe(folder)
-    profile = dataclasses.replace(
-        profile, prefix=profile.prefix or "", captions=0, exif_rotation=spec.startswith(PREFIX)
-    )
+    profile = dataclasses.replace(profile, prefix=profile.prefix or "", captions=0, exif_rotation=own)
     prepare = profile.preprocessing(prepare)
     texts = [profile.texts(item) for item in items.texts]
     metric = "macro_accuracy" if name in _ARO else "accuracy"
@@ -159,7 +155,7 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
     parts = np.array(items.parts, object)
     groups = {part: parts == part for part in dict.fromkeys(items.parts) if part}
     loaded = ChoiceSet(spec, pictures(items.images, prepare), items.pictures, texts, groups, card, items.files)
-    return _answerable(loaded) if spec.startswith(PREFIX) else loaded
+    return _answerable(loaded) if own else loaded
 
 
 def _answerable(data: ChoiceSet) -> ChoiceSet:

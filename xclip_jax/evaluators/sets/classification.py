@@ -81,8 +81,7 @@ def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
 
     FILE is babel_imagenet.json, {language: [numbers of classes, names]}. Its folder may contain the prompts,
     nllb_dist13b_prompts.json (default: only the name), and ImageNet's folder `val` (default: TFDS). English has
-    OpenAI's names and prompts, like the authors' code; the file's English names are BabelNet's. The second result
-    describes the prompts.
+    OpenAI's names and prompts, like the authors' code, not BabelNet's. The second result describes the prompts.
     """
     language, _, location = spec.removeprefix(BABEL).partition("@")
     language = language.upper()
@@ -90,8 +89,7 @@ def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
     prompts_path = path.with_name("nllb_dist13b_prompts.json")
     images = path.with_name("val")
     with published_layout(spec, location):
-        names = json.loads(path.read_text(encoding="utf-8"))
-        numbers, classes = names[language]
+        numbers, classes = json.loads(path.read_text(encoding="utf-8"))[language]
         translated = json.loads(prompts_path.read_text(encoding="utf-8")) if prompts_path.is_file() else {}
     _, _, content = read(f"imagenet@{images}" if images.is_dir() else "imagenet", data_dir)
     authors = "translated"
@@ -186,13 +184,12 @@ def _described(authors: str, templates: Sequence[str]) -> str:
 def _make(
     spec: str, content: Content, entry: Entry, texts: list[list[str]], templates: str, prepare: Preprocessing
 ) -> ZeroShotSet:
+    labels = np.asarray(content.labels).tolist()
     card = Provenance(
         data=content.data,
         version=content.version,
         split=content.split,
-        split_hash=digest(
-            [content.identity, *np.asarray(content.labels).tolist(), *content.classes, *contents(content.images)]
-        ),
+        split_hash=digest([content.identity, *labels, *content.classes, *contents(content.images)]),
         protocol="mean of normalised prompts, normalised again; cosine; equal scores go to the lowest class",
         templates=templates,
         preprocessing=prepare.resizing,
@@ -209,8 +206,7 @@ def _read_splits(spec: str, data_dir: str | None) -> tuple[Entry, list[Content],
     name = spec.partition("/")[2]
     if sources.has_labels(name, "image"):
         source = sources.parse(name)
-        options = SourceOptions(data_dir or "")
-        has_validation = source.kind.has_split(source.rest, "validation", options)
+        has_validation = source.kind.has_split(source.rest, "validation", SourceOptions(data_dir or ""))
         splits = ("train", *["validation"] * has_validation, "test")
         parts = [read_source(f"{name}/{split}", data_dir, one_class=True) for split in splits]
         parts = [dataclasses.replace(part, data=source.rest, split="test") for part in parts]
@@ -229,22 +225,19 @@ def load_probe(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     entry, content, identity_of_splits = _read_splits(spec, data.dir or None)
     first = content[0]
     # A split may lack a class of the training items.
-    content = [
-        dataclasses.replace(part, labels=renumber(part.labels, part.classes, first.classes, spec)) for part in content
-    ]
+    content = [dataclasses.replace(x, labels=renumber(x.labels, x.classes, first.classes, spec)) for x in content]
     if len(content) == 2:
         content.insert(1, Content([], np.array([], int), first.classes, first.data))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"
     name = spec.partition("/")[2]
     rotated = sources.has_labels(name, "image") and not name.startswith(WDS)
     prepare = dataclasses.replace(profile, exif_rotation=rotated).preprocessing(prepare)
+    parts = ([part.labels.tolist(), part.classes, contents(part.images)] for part in content)
     card = Provenance(
         data=first.data,
         version=first.version,
         split=first.split,
-        split_hash=digest(
-            [identity_of_splits, *([part.labels.tolist(), part.classes, contents(part.images)] for part in content)]
-        ),
+        split_hash=digest([identity_of_splits, *parts]),
         protocol="CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
         preprocessing=prepare.resizing,
         metric=f"linear/{metric}",
@@ -261,14 +254,13 @@ def load_finetuned(spec: str, prepare: Preprocessing, data: DataConfig, profile:
     check_one_class(source_spec, source)
     labels = source.labels()
     images = source.key == "image"
+    listed = contents(source.items) if images else source.items
     prepare = dataclasses.replace(profile, exif_rotation=True).preprocessing(prepare)
     card = Provenance(
         data=source_spec,
         version=source.version,
         split=source_spec.rpartition("/")[2],
-        split_hash=digest(
-            [source.identity, *labels.tolist(), *source.names, *(contents(source.items) if images else source.items)]
-        ),
+        split_hash=digest([source.identity, *labels.tolist(), *source.names, *listed]),
         protocol="the classifier that end-to-end fine-tuning fitted",
         metric=f"finetuned/{source.metrics[0]}",
         preprocessing=prepare.resizing if images else "",

@@ -7,19 +7,18 @@ Pairs with the same image bytes are one item with all of their captions, includi
 """
 
 import contextlib
-import csv
 import dataclasses
 import urllib.parse
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from xclip_jax.core import fields, imports
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, describe
+from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
+from xclip_jax.core.storage import unreadable_as
 from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import display_name, field
 from xclip_jax.data.config import DataConfig
@@ -34,15 +33,9 @@ PREFIX = "retrieval/"
 _COLUMNS = "?image=COLUMN&text=COLUMN"
 
 
-@contextlib.contextmanager
-def published_layout(name: str, location: str) -> Iterator[None]:
+def published_layout(name: str, location: str) -> contextlib.AbstractContextManager[None]:
     """Turn errors from missing and damaged files, or files in another layout, into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, csv.Error, zlib.error) as error:
-        raise UserError(f"{name}: {location!r} is not in the published layout ({describe(error)}).") from error
+    return unreadable_as(f"{name}: {location!r} is not in the published layout")
 
 
 def is_holdout(spec: str, prefix: str = PREFIX) -> bool:
@@ -79,11 +72,9 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
     source_name, columns = query_columns(name)
     if columns.keys() - {"image", "text"}:
         source_name, columns = name, {}
-    image_column = columns.get("image", [DataConfig.image_column])[0]
-    text_columns = tuple(columns.get("text", DataConfig.text_columns))
-    return source_name, dataclasses.replace(
-        data, image_column=image_column, text_columns=text_columns, caption_transform=""
-    )
+    image = columns.get("image", [DataConfig.image_column])[0]
+    texts = tuple(columns.get("text", DataConfig.text_columns))
+    return source_name, dataclasses.replace(data, image_column=image, text_columns=texts, caption_transform="")
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:

@@ -31,8 +31,7 @@ _TWO_FILES = {
     "subj": ("subj.subjective", "subj.objective"),
     "mpqa": ("mpqa.neg", "mpqa.pos"),
 }
-# SentEval's values of C: larger ones if they are chosen by folds. A development split only chooses; nothing is fitted
-# on it.
+# SentEval's values of C: larger ones if chosen by folds. A development split only chooses, without a fit on it.
 _SWEEP = Sweep(tuple(2.0**e for e in range(-2, 4)), halvings=0, refit=False)
 _SWEEP_BY_FOLDS = Sweep(tuple(2.0**e for e in range(-1, 6)), halvings=0)
 _FOLDS = 10
@@ -60,8 +59,7 @@ def sts(name: str, path: pathlib.Path) -> SimilaritySet:
     for file in sorted(path.glob("STS.input.*.txt")):
         subset = file.name.removeprefix("STS.input.").removesuffix(".txt")
         ratings = file.with_name(f"STS.gs.{subset}.txt").read_text().splitlines()
-        texts = [line.split("\t") for line in _lines(file)]
-        rated = zip(texts, ratings, strict=True)
+        rated = zip([line.split("\t") for line in _lines(file)], ratings, strict=True)
         subsets[subset] = [(text[0], text[1], float(rating)) for text, rating in rated if rating.strip()]
     return _similarity(f"{name}@{path}", path.name, subsets)
 
@@ -79,7 +77,6 @@ def sick(name: str, path: pathlib.Path) -> SimilaritySet:
 
 
 def _similarity(spec: str, split: str, subsets: Mapping[str, Sequence[Pair]], split_hash: str = "") -> SimilaritySet:
-    """Return a set of the rated pairs in each subset."""
     ratings = {rating for pairs in subsets.values() for *_, rating in pairs}
     if len(ratings) < 2 or not all(map(math.isfinite, ratings)):
         raise ValueError("it needs two different similarities, all of them numbers")
@@ -125,7 +122,6 @@ def senteval(name: str, path: pathlib.Path) -> ProbeSet:
 
 
 def _read_split(name: str, path: pathlib.Path) -> list[tuple[Any, str]]:
-    """Read (text or pair of texts, label) from a file of a SentEval task with splits."""
     if name == "sicke":
         return [((row["sentence_A"], row["sentence_B"]), row["entailment_judgment"]) for row in _rows(path)]
     lines = _lines(path)
