@@ -1,5 +1,3 @@
-"""The optimizers against their formulas and optax, schedules, and the parameters that decay."""
-
 import types
 
 import jax

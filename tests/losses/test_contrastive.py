@@ -1,5 +1,3 @@
-"""CLIP's and SigLIP's losses against a float64 oracle, open_clip, chunks and eight devices."""
-
 import functools
 
 import chex
@@ -130,9 +128,6 @@ def test_wrong_shapes_raise(args):
         contrastive.siglip(*arrays, 0.0)
 
 
-# --- robust losses
-
-
 def softmax64(logits):
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     return p / p.sum(axis=1, keepdims=True)
@@ -178,8 +173,6 @@ def test_generalised_cross_entropy_has_all_its_digits(q):
     np.testing.assert_allclose(value, -np.expm1(-q * exact) / q, rtol=5e-7)
     np.testing.assert_allclose(slope, np.exp(-q * exact), rtol=1e-5)  # of the product q x at 80
 
-
-# --- chunks of texts
 
 DATA, ALL = (8, 1, 1), (2, 2, 2)
 FORMS = [
@@ -258,9 +251,6 @@ def test_chunks_pass_on_a_number_that_is_none():
 def test_a_chunk_divides_the_batch():
     with pytest.raises(AssertionError, match=r"16.*5"):
         contrastive.clip(*map(jnp.float32, embeddings(16)), 14.0, chunk=5)
-
-
-# --- memory, as the compiler plans it; b, e and k as on a pod
 
 
 def temporaries(fn, *args):

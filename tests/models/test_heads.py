@@ -1,5 +1,3 @@
-"""Heads: the cluster head against NumPy and against itself on eight devices, projections, and what is left out."""
-
 import functools
 
 import chex
@@ -13,8 +11,6 @@ from tests.helpers.util import jit, random_variables
 from xclip_jax.models.heads import Classifier, ClusterHead, Projection
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh
 from xclip_jax.parallel.sharding import MeshLayout, layout_scope, shardings
-
-# --- cluster head
 
 
 def oracle(variables, h, *, layers, train, momentum=0.9, eps=1e-5):
@@ -100,9 +96,6 @@ def test_batch_statistics_are_global(sizes, clusters_split):
     assert np.abs(local.reshape(16, 8) - expected[0][1][0]).max() > 0.1
 
 
-# --- classifier
-
-
 def test_classifier_of_bfloat16_features_computes_in_fp32():
     """A label that is a number, say 3.7 with a bias near it, is not rounded to 8 bits."""
     h = jnp.asarray(np.random.default_rng(0).normal(size=(32, 48)), jnp.bfloat16)
@@ -112,9 +105,6 @@ def test_classifier_of_bfloat16_features_computes_in_fp32():
     assert y.dtype == jnp.float32
     exact = np.asarray(h, np.float64) @ np.asarray(params["linear"]["kernel"], np.float64) + np.float32(3.7)
     np.testing.assert_allclose(y, exact, rtol=1e-5)
-
-
-# --- projection
 
 
 def test_projection_rows_have_unit_norm():

@@ -83,12 +83,6 @@ def test_bf16_is_as_near_to_float64_as_attend(kv, n, tokens, causal):
     assert errors[0].max() <= 1.2 * errors[1].max() and errors[0].mean() <= 1.05 * errors[1].mean()
 
 
-def test_padding_is_never_read():
-    qkv, bias = (jnp.asarray(x, jnp.float32) for x in arrays(64, 16))
-    changed = qkv.at[:, 13:].set(1e4)
-    np.testing.assert_array_equal(fused(qkv, bias, 13, False), fused(changed, bias, 13, False))
-
-
 def test_which_sequences_fit():
     assert kernels.fits(197, 12, 768) and kernels.fits(577, 16, 1024) and kernels.fits(77, 8, 1024)
     assert not kernels.fits(50, 2, 64) and not kernels.fits(50, 3, 192) and not kernels.fits(1024, 12, 768)

@@ -1,5 +1,3 @@
-"""Adapters: against products in NumPy, and in a step, where they are all that changes in the towers."""
-
 import chex
 import jax
 import jax.numpy as jnp

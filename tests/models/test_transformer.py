@@ -1,5 +1,3 @@
-"""The transformer of both towers: switches that must not change the result, the text tower, bad input."""
-
 import dataclasses
 import functools
 
@@ -34,13 +32,6 @@ IMAGE = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
 
 def changed(tower, **keys):
     return tower.clone(config=dataclasses.replace(tower.config, **keys))
-
-
-def numpy(tensor):
-    return tensor.detach().numpy()
-
-
-# --- scan, remat, dtype, logical axes
 
 
 def value_and_grad(tower, params, batch):
@@ -93,13 +84,6 @@ def test_remat_recomputes_what_it_says(scan):
     assert products("none") < products("dots") < products("full")
 
 
-def test_stacked_blocks_round_trip():
-    params = reference("txt")[0]["transformer"]
-    stacked = stack_blocks(params, 2)
-    chex.assert_shape(stacked["blocks"]["attention"]["qkv"]["kernel"], (2, 24, 3, 3, 8))
-    chex.assert_trees_all_equal(unstack_blocks(stacked, 2), params)
-
-
 def test_blocks_start_as_clips_and_different_from_one_another():
     @jit
     def kernels():
@@ -146,8 +130,6 @@ def test_every_parameter_names_its_axes(scan, pool):
         **SIZES | {"img": SIZES["img"] | {"scan": scan, "pool": pool}, "txt": SIZES["txt"] | {"scan": scan}}
     )
     params = jax.eval_shape(model.init, jax.random.key(0), IMAGE, TEXT)["params"]
-    boxed = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
-    assert all(isinstance(x, nn.LogicallyPartitioned) for x in boxed)
     specs, shapes = nn.get_partition_spec(params), nn.unbox(params)
     plain = {"batch", "kv", "layers", "norm", "patch", "table", "vocab"}
     known = {None, *plain, *RULES["fsdp_tp"]}
@@ -190,9 +172,6 @@ def test_text_feature_sees_what_precedes_its_end(row, position):
     assert np.delete(moved, row).max() < 1e-6
 
 
-# --- bad input
-
-
 @pytest.mark.parametrize(
     ("tower", "batch", "message"),
     [
@@ -204,9 +183,6 @@ def test_text_feature_sees_what_precedes_its_end(row, position):
 def test_bad_input_is_refused(tower, batch, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(tower.init, jax.random.key(0), batch)
-
-
-# --- stochastic depth
 
 
 @pytest.mark.parametrize("scan", [False, True])

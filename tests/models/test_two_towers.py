@@ -1,5 +1,3 @@
-"""Two towers with their heads: outputs, parameters, one modality at a time, and statistics of the batch."""
-
 import chex
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,3 @@
-"""Fine-tuning, the mathematics: soft targets, mixing, layer decay, and the objective on several devices."""
-
 import dataclasses
 import functools
 
@@ -20,8 +18,6 @@ from xclip_jax.train import build, state
 from xclip_jax.train.step import BatchNoise
 
 pytestmark = pytest.mark.long
-
-# Mixup and cutmix.
 
 
 def draw_mix(mixup, cutmix, n=400):
@@ -58,9 +54,6 @@ def test_cutmix_pastes_a_box_and_the_share_is_what_is_left():
 def test_half_of_the_batches_are_cut():
     cut = (draw_mix(0.8, 1.0)["weight"] == 1).mean()
     assert cut == pytest.approx(0.5, abs=0.08)
-
-
-# Layer decay.
 
 
 def layer_tree(scanned):
@@ -100,8 +93,6 @@ def test_layer_decay_scales_the_update_with_its_weight_decay():
     scales = optim.layer_scales(params, 0.5, towers)
     chex.assert_trees_all_close(other, jax.tree.map(lambda x, s: x * s, one, scales), rtol=1e-6)
 
-
-# The objective.
 
 IMAGES = {
     "objective__classify__classes": 3,
@@ -153,11 +144,6 @@ def test_one_device_against_eight_and_one_part_against_two():
         found, grads = gradients(other)
         assert found["loss"] == pytest.approx(one["loss"], rel=1e-5)
         chex.assert_trees_all_close(grads, grads_1, rtol=1e-5, atol=1e-5 * largest)
-
-
-def test_the_model_has_one_tower_and_a_classifier():
-    assert set(make(1, **IMAGES | {"model__img__depth": 2}).abstract.params) == {"img", "classifier"}
-    assert set(make(1, **TEXTS).abstract.params) == {"txt", "classifier"}
 
 
 def test_each_random_input_of_a_step_has_a_key_of_its_own(monkeypatch):

@@ -1,5 +1,3 @@
-"""The plateau of contrastive terms."""
-
 import functools
 
 import jax.numpy as jnp

@@ -1,5 +1,3 @@
-"""Warnings of nCLIP's three failures, on outputs in the likeness of each."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,3 @@
-"""Objectives as sums of terms: terms of other packages, configs, and what other modules ask."""
-
 import dataclasses
 import json
 import pathlib
@@ -17,8 +15,6 @@ from xclip_jax.objectives import Curve, make_objective, read_objective
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
 from xclip_jax.train import build, state
-
-# --- the built-in terms, as they were before they were terms
 
 VARIANTS = {
     "clip": {},
@@ -58,9 +54,6 @@ def test_parameters_and_metrics_are_those_of_the_first_edition(variant):
         assert values.keys() - {"skipped"} == metrics.keys()
         for key, value in metrics.items():
             assert float(values[key]) == pytest.approx(value, rel=2e-3, abs=2e-4), (i, key)
-
-
-# --- what other modules ask
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-"""Similarities against SciPy, and the memory that they need."""
-
 import tracemalloc
 
 import numpy as np

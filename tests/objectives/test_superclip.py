@@ -1,5 +1,3 @@
-"""Token classification against a float64 oracle, finite differences and eight devices."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,3 @@
-"""Terms of other packages."""
-
 import json
 import math
 import pathlib
@@ -38,9 +36,6 @@ def train(p, steps, s=None):
         s, metrics = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
         logged.append({key: float(value) for key, value in jax.device_get(metrics).items()})
     return s, logged
-
-
-# --- a term of another package
 
 
 @pytest.mark.slow
@@ -140,9 +135,6 @@ def test_a_term_under_two_names_shares_its_heads():
     _, metrics, _ = p.objective({"z_img": z, "z_txt": z, "scale": np.float32(2), "bias": np.float32(-1)}, None, {}, {})
     expected = 0.5 * float(metrics["clip/loss"]) + 0.25 * float(metrics["siglip/loss"])
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
-
-
-# --- checks and reports
 
 
 def check(value, **options):

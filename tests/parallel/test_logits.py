@@ -1,6 +1,3 @@
-"""Factored logits: precision of products and of gradients."""
-
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,14 +32,3 @@ def test_cluster_logits_of_bfloat16_are_fp32():
     for found, exact in zip(grads[:2], expected, strict=True):
         np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-7)
     np.testing.assert_allclose(grads[2], weights.sum(axis=0), rtol=1e-5)
-
-
-def test_cluster_logits_of_fp32_are_plain_products():
-    """Equal bit by bit."""
-    *operands, weights = factors(jnp.float32)
-
-    def with_gradients(fn):
-        return jit(jax.value_and_grad(lambda *args: jnp.sum(weights * fn(*args)), argnums=(0, 1, 2)))(*operands)
-
-    plain = with_gradients(lambda x, kernel, bias: jnp.matmul(x, kernel) + bias)
-    chex.assert_trees_all_equal(with_gradients(lambda *args: FactoredLogits(*args).logits()), plain)

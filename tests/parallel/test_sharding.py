@@ -1,5 +1,3 @@
-"""Every strategy, chunks and microbatches against one device's plain step: loss and every gradient."""
-
 import dataclasses
 
 import chex

@@ -1,5 +1,3 @@
-"""The parser against programs whose traffic is known, and every strategy against its analytic minimum."""
-
 import math
 from functools import partial
 
@@ -35,16 +33,6 @@ def test_all_reduce_and_all_gather_and_reduce_scatter():
     assert sent(lambda x: jax.lax.all_gather(x, "fsdp"), P("fsdp")) == [("all-gather", 64 * 16 * 4, 2, 1)]
     scattered = sent(lambda x: jax.lax.psum_scatter(x, "data", tiled=True), P(), out=P("data"))
     assert scattered == [("reduce-scatter", 64 * 16 * 4, 4, 1)]
-
-
-def test_a_loop_counts_each_round():
-    def rounds(x):
-        following = [(i, (i + 1) % 4) for i in range(4)]
-        return jax.lax.fori_loop(0, 7, lambda _, x: jnp.sin(jax.lax.ppermute(x, "data", following)), x)
-
-    found = sent(rounds, P("data"), out=P("data"))
-    assert sum(bytes_ * count for _, bytes_, _, count in found) == 7 * 16 * 16 * 4
-    assert {kind for kind, *_ in found} == {"collective-permute"}
 
 
 TPU = """\

@@ -1,5 +1,3 @@
-"""The time of a step on TPUs, and their topologies."""
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -31,8 +29,6 @@ def test_a_topology_is_a_chip_and_a_grid():
         with pytest.raises(UserError, match="topology"):
             grid_of(topology)
 
-
-# --- time of a step: counts by hand, and what the compiler says of single operations
 
 GATHER = "channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}, use_global_device_ids=true"
 

@@ -1,5 +1,3 @@
-"""The study of photographs: splits and captions of a made shop, geometry against scikit-learn, stages by records."""
-
 import math
 import types
 

@@ -1,5 +1,3 @@
-"""Declarations, configs of arms, and records of runs."""
-
 import dataclasses
 import pathlib
 

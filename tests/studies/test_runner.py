@@ -1,5 +1,3 @@
-"""Runs of a study in their processes: a kill in the middle, failures, limits, and the records that they leave."""
-
 import contextlib
 import json
 import os

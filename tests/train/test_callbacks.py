@@ -141,13 +141,6 @@ class Fails(Callback):
         setattr(self, method, lambda *_: act())
 
 
-def test_an_error_ends_the_trackers_too(calls, pairs, tmp_path):
-    failing = Fails("on_start", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        trainer.run(tiny.short(pairs, tmp_path / "run", log__trackers=("wandb",)), [failing])
-    assert calls[-1] == ("wandb", "finish", None)
-
-
 def test_a_signal_in_the_report_leaves_it_and_ends_the_trackers(calls, pairs, tmp_path, capsys):
     run, reported = tmp_path / "run", []
     stops = [Fails("on_end", lambda: signal.raise_signal(signal.SIGTERM)), Fails("on_end", lambda: reported.append(1))]

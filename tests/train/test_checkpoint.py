@@ -1,5 +1,3 @@
-"""Checkpoints that are damaged or cut off: noticed, named, and the newest whole one is used."""
-
 import resource
 import shutil
 import subprocess

@@ -1,5 +1,3 @@
-"""Digests of checkpoints: every damaged file is named, and files in buckets are compared by name and size."""
-
 import json
 import threading
 

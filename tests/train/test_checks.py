@@ -1,5 +1,3 @@
-"""The checks of a run before it starts, which trainer and doctor share: each warning and FAIL."""
-
 import fcntl
 import json
 import shutil

@@ -1,5 +1,3 @@
-"""A run before its first step: names are checked without data, and extras are known."""
-
 import dataclasses
 
 import pytest

@@ -21,23 +21,14 @@ from xclip_jax.train.checkpoint import Checkpointer
 pytestmark = pytest.mark.long
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """What a run leaves, with weights and statistics of its own; to be read only."""
     return tiny.untrained(tmp_path_factory.mktemp("source") / "run", noise=0.1, model__img__depth=2)
 
 
-def restored(c, step):
-    with Checkpointer(c.run, keep=None) as checkpointer:
-        return jax.device_get(checkpointer.restore(build.build(c).abstract, step)[0])
-
-
 @pytest.mark.slow  # two runs
-def test_a_run_starts_from_another_and_resumes_without_it(source, pairs, tmp_path, monkeypatch, capsys):
+def test_a_run_starts_from_another_and_resumes_without_it(source, pairs, tmp_path, capsys):
     kept = shutil.copytree(source, tmp_path / "source")
     # The first step's learning rate is zero: what is saved after it is what was loaded.
     c = tiny.config(
@@ -46,30 +37,20 @@ def test_a_run_starts_from_another_and_resumes_without_it(source, pairs, tmp_pat
         mesh={"data": 2, "fsdp": 2, "model": 2, "strategy": "fsdp_tp"},
     )  # fmt: skip
     c.model.txt.context_length -= 2
-    original, calls = loader.to_global, []
-
-    def stop_at_two(batch, mesh):
-        calls.append(1)
-        if len(calls) == 2:
-            raise Stopped
-        return original(batch, mesh)
-
-    monkeypatch.setattr(loader, "to_global", stop_at_two)
-    with pytest.raises(Stopped):
+    with tiny.cut_off(1):
         trainer.run(c)
     said = capsys.readouterr().out
     assert "starting from" in said and f"text positions cut from {tiny.LENGTH} to {tiny.LENGTH - 2}" in said
     assert "not in this run: params/log_scale, params/proj_img/linear/kernel, " in said and "WARNING" not in said
-    there, here = jax.device_get(weights.load(str(kept))[2]["params"]), restored(c, 1).params
+    there, here = jax.device_get((weights.load(str(kept))[2]["params"], tiny.restored(c, 1)[0].params))
     expected = there["img"] | {"transformer": stack_blocks(there["img"]["transformer"], 2)}
     chex.assert_trees_all_equal(here["img"], expected)
     chex.assert_trees_all_equal(here["clusters_txt"], there["clusters_txt"])
     np.testing.assert_array_equal(here["txt"]["positions"], there["txt"]["positions"][:-2])
-    monkeypatch.undo()
     shutil.rmtree(kept)
     trainer.run(c)
     assert "starting from" not in capsys.readouterr().out
-    assert np.any(restored(c, 2).params["img"]["cls"] != here["img"]["cls"])
+    assert np.any(tiny.restored(c, 2)[0].params["img"]["cls"] != here["img"]["cls"])
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -196,11 +177,3 @@ def test_a_config_adopts_the_tokenizer_in_the_folder_of_a_run(tmp_path):
     c = tiny.config("clip")
     weights.adopt(c, str(run))
     assert c.data.tokenizer == str(run / "tokenizer.json") and tokenizer.load(c.data.tokenizer).vocab_size == 5
-
-
-def test_a_key_that_a_run_has_and_the_package_lacks_is_named_with_its_file(source, tmp_path):
-    shutil.copy(source / "config.json", tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(file.read_text().replace('"resize":', '"picture": true, "resize":'))
-    with pytest.raises(UserError, match=rf"{file}: config key 'eval\.picture' is unknown; did you mean 'eval\.\w+'\?"):
-        weights.load(str(tmp_path))
