@@ -38,18 +38,6 @@ def oracle(name, keys, z_img, z_txt, scale, bias=0.0, smoothing=0.0):
     return total / b
 
 
-@functools.cache
-def compiled(name, arity):
-    return jax.jit(jax.value_and_grad(getattr(contrastive, name), argnums=tuple(range(arity)), has_aux=True))
-
-
-def value_and_grad(name, *args):
-    """Value, gradients by every argument, and metrics, under jit; bias None means that there is none."""
-    args = [jnp.asarray(arg, jnp.float32) for arg in args if arg is not None]
-    (loss, metrics), grads = compiled(name, len(args))(*args)
-    return loss, grads, metrics
-
-
 @pytest.mark.parametrize(
     ("name", "scalars", "smoothing", "keys", "devices"),
     [
@@ -86,46 +74,27 @@ def test_equals_oracle(name, scalars, smoothing, keys, devices):
     assert_close(list(grads), central_differences(f, args), 3e-5)
 
 
-@pytest.mark.parametrize(("name", "scale", "bias"), [("clip", 1 / 0.07, None), ("siglip", 10.0, -10.0)])
-def test_equals_open_clip(name, scale, bias):
-    torch = pytest.importorskip("torch")
-    peers = pytest.importorskip("open_clip.loss")
-    args = [*embeddings(16, 32, seed=1), scale] + ([bias] if name == "siglip" else [])
-    tensors = [torch.tensor(arg, dtype=torch.float32, requires_grad=True) for arg in args]
-    peer = peers.ClipLoss() if name == "clip" else peers.SigLipLoss()
-    expected = peer(*tensors)
-    expected.backward()
-    loss, grads, _ = value_and_grad(name, *args)
-    # A logit of 100 is rounded to 4e-6 in fp32, theirs and ours.
-    assert float(loss) == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
-    assert_close(grads, [t.grad.numpy() for t in tensors], 2e-5)
-
-
 def test_accuracies_are_of_the_right_direction():
     z_img = np.eye(3)
     z_txt = np.eye(3)[[0, 0, 0]]
-    _, _, metrics = value_and_grad("clip", z_img, z_txt + [[0], [0], [0.1]] * np.eye(3)[0], 1.0)
+    _, metrics = contrastive.clip(*map(jnp.float32, (z_img, z_txt + [[0], [0], [0.1]] * np.eye(3)[0])), 1.0)
     # Image 0 prefers the longest text, 2; images 1 and 2 see ties, won by text 0. All texts prefer image 0.
     assert float(metrics["acc_img"]) == 0.0
     assert float(metrics["acc_txt"]) == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize(("name", "bias"), [("clip", None), ("siglip", 1e4)])
-def test_extreme_scale_is_finite(name, bias):
-    z_img, z_txt = embeddings(8, together=0.0)
-    loss, grads, _ = value_and_grad(name, z_img, z_txt, 1e6, bias)
-    assert np.isfinite(loss)
-    assert all(np.isfinite(g).all() for g in grads)
-    assert float(loss) > 1e3
+@pytest.mark.parametrize(("name", "scalars"), [("clip", (1e6,)), ("siglip", (1e6, 1e4))])
+def test_extreme_scale_is_finite(name, scalars):
+    (loss, _), grads = in_chunks(name, tuple(map(jnp.float32, (*embeddings(8, together=0.0), *scalars))), 0)
+    chex.assert_tree_all_finite(grads)
+    assert 1e3 < float(loss) < np.inf
 
 
 @pytest.mark.parametrize("args", [((4, 8), (5, 8), ()), ((8,), (8,), ()), ((4, 8), (4, 8), (1,))])
 def test_wrong_shapes_raise(args):
-    arrays = [jnp.ones(shape) for shape in args]
-    with pytest.raises(AssertionError):
-        contrastive.clip(*arrays)
-    with pytest.raises(AssertionError):
-        contrastive.siglip(*arrays, 0.0)
+    for loss, scalars in ((contrastive.clip, ()), (contrastive.siglip, (0.0,))):
+        with pytest.raises(AssertionError):
+            loss(*map(jnp.ones, args), *scalars)
 
 
 def softmax64(logits):

@@ -203,19 +203,3 @@ def test_one_class_is_a_regression():
     logits, gold = jnp.array([[0.5], [-1.0], [2.0]]), jnp.array([0.0, 1.0, 5.0])
     loss, *_ = Classify(classes=1)({"logits": logits}, None, {}, {"label": gold})
     assert float(loss) == pytest.approx((0.25 + 4 + 9) / 3)
-
-
-def test_cross_entropy_with_soft_targets_is_torchs(smoothing=0.1):
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    logits, labels = rng.normal(size=(9, 5)).astype(np.float32), rng.integers(0, 5, 9)
-    term, batch = Classify(classes=5, smoothing=smoothing), {"label": jnp.asarray(labels)}
-    out = {"logits": jnp.asarray(logits)}
-    peer = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels), label_smoothing=smoothing)
-    assert float(term(out, None, {}, batch)[0]) == pytest.approx(float(peer), rel=1e-5)
-    share = rng.random(9).astype(np.float32)
-    target = (1 - smoothing) * np.eye(5)[labels] + smoothing / 5
-    mixed = share[:, None] * target + (1 - share[:, None]) * target[::-1]
-    mine = term(out, None, {}, batch | {"share": share, "other": {"label": jnp.asarray(labels[::-1])}})[0]
-    peer = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(mixed))
-    assert float(mine) == pytest.approx(float(peer), rel=1e-5)

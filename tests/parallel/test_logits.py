@@ -6,16 +6,11 @@ from tests.helpers.util import jit
 from xclip_jax.parallel.sharding import FactoredLogits
 
 
-def factors(dtype):
-    """x in `dtype`, kernel, bias, and weights of the logits in a loss; around 3, so that sums are large."""
-    rng = np.random.default_rng(0)
-    x, kernel, bias, weights = (rng.normal(size=size, loc=3) for size in ((32, 48), (48, 20), (20,), (32, 20)))
-    return jnp.asarray(x, dtype), *(jnp.asarray(y, jnp.float32) for y in (kernel / 7, bias, weights))
-
-
 def test_cluster_logits_of_bfloat16_are_fp32():
     """Sums and bias are not rounded to the 8 bits of their factors, nor is the gradient of the bias."""
-    x, kernel, bias, weights = factors(jnp.bfloat16)
+    rng = np.random.default_rng(0)  # around 3, so that sums are large
+    x, kernel, bias, weights = (rng.normal(size=size, loc=3) for size in ((32, 48), (48, 20), (20,), (32, 20)))
+    x, kernel, bias, weights = jnp.bfloat16(x), *map(jnp.float32, (kernel / 7, bias, weights))
 
     def loss(x, kernel, bias):
         s = FactoredLogits(x, kernel, bias).logits()

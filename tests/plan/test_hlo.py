@@ -16,15 +16,11 @@ from xclip_jax.train import build
 
 MESH = make_mesh({"data": 4, "fsdp": 2, "model": 1})
 P = PartitionSpec
-WHOLE = P()
 
 
-def sent(fn, *specs, out=WHOLE, args=((64, 16),)):
-    found = (
-        jax.jit(jax.shard_map(fn, mesh=MESH, in_specs=specs, out_specs=out, check_vma=False))
-        .lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in args))
-        .compile()
-    )
+def sent(fn, *specs, out=P()):
+    mapped = jax.jit(jax.shard_map(fn, mesh=MESH, in_specs=specs, out_specs=out, check_vma=False))
+    found = mapped.lower(jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile()
     return [(x.kind, x.bytes, x.group, x.count) for x in collectives(found.as_text(), 8)]
 
 
@@ -128,10 +124,9 @@ def test_chunks_sum_the_gradients_of_the_heads_once():
     ],
 )
 def test_groups_are_written_in_many_ways(text, group):
-    program = (
-        f"ENTRY %main (a: f32[8]) -> f32[64] {{\n  ROOT %g = f32[64]{{0}} all-gather(%a), channel_id=1, {text}\n}}"
-    )
-    assert [x.group for x in collectives(program, 32)] == [group]
+    gather = f"ROOT %g = f32[64]{{0}} all-gather(%a), channel_id=1, {text}"
+    found = collectives(f"ENTRY %main (a: f32[8]) -> f32[64] {{\n  {gather}\n}}", 32)
+    assert [x.group for x in found] == [group]
 
 
 BRANCHES = """\
@@ -174,21 +169,10 @@ def test_no_strategy_moves_much_more_than_it_must(strategy, data, fsdp):
     what was gathered for the forward pass is kept, and sums gradients over "fsdp", then a shard of them over "data".
     """
     b, e, hidden = 32, 64, 256
-    p = build.build(
-        tiny.config(
-            "xclip",
-            data__batch=b,
-            mesh__strategy=strategy,
-            mesh__data=data,
-            mesh__fsdp=fsdp,
-            mesh__model=1,
-            model__img__width=256,
-            model__img__depth=2,
-            model__txt__width=128,
-            model__embed=e,
-            model__cluster_head={"clusters": 512, "hidden": hidden, "layers": 1},
-        )
-    )
+    mesh = {"strategy": strategy, "data": data, "fsdp": fsdp, "model": 1}
+    sizes = {"model__img__width": 256, "model__img__depth": 2, "model__txt__width": 128, "model__embed": e}
+    head = {"clusters": 512, "hidden": hidden, "layers": 1}
+    p = build.build(tiny.config("xclip", data__batch=b, mesh=mesh, model__cluster_head=head, **sizes))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(b=b))
     found = collectives(p.compiled.lower(p.abstract, batch).compile().as_text(), 8)
     everything = jax.tree.leaves(p.abstract.params)

@@ -60,7 +60,6 @@ def test_the_runs_folder(tmp_path, run):
 
 
 def test_a_fault_is_reported_once_and_stops_the_trainer(tmp_path):
-    """The sources are missing, and the checks end; nothing is written."""
     config = tiny.config("clip", run=tmp_path / "run", data__sources=("folder:/nowhere",), eval__sets=("folder:/no",))
     findings = all_findings(config)
     assert [x.check for x in findings if x.mark == FAIL] == ["data"], findings
