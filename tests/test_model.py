@@ -59,6 +59,7 @@ def test_a_run_gives_what_its_evaluators_see(run, model):
     prepared = [transforms.evaluation_image(encoded(p), tiny.SIZE) for p in images]
     np.testing.assert_allclose(model.encode_image(images), encoder.images(variables, prepared)["embedding"], atol=2e-6)
     np.testing.assert_allclose(model.encode_text(TEXTS), encoder.texts(variables, TEXTS)["embedding"], atol=2e-6)
+    assert model._encoder.sizes == [8, 16]  # on eight devices
     assert model.card["step"] == 0 and model.card["objective"] == "xclip"
     assert xclip_jax.load(run, step=0).fingerprint() == model.fingerprint()
     assert weights.fingerprint(found, variables) == model.fingerprint()  # whatever a CPU makes of the weights

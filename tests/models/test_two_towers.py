@@ -14,17 +14,12 @@ SIZES = {
 }
 IMAGE = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 TEXT = np.array([[1, 2, 8, 0], [3, 4, 5, 8]])
-HEAD = {"clusters": 5, "hidden": 7}
+HEAD = {"cluster_head": {"clusters": 5, "hidden": 7}}
 
 
 @pytest.mark.parametrize(
     ("fields", "clip", "bias", "clusters"),
-    [
-        ({}, 1, 0, 0),
-        ({"bias": True}, 1, 1, 0),
-        ({"embed": 0, "cluster_head": HEAD}, 0, 0, 1),
-        ({"cluster_head": HEAD}, 1, 0, 1),
-    ],
+    [({}, 1, 0, 0), ({"bias": True}, 1, 1, 0), ({"embed": 0} | HEAD, 0, 0, 1), (HEAD, 1, 0, 1)],
     ids=["clip", "siglip", "nclip", "xclip"],
 )
 def test_two_towers_have_what_is_asked_for(fields, clip, bias, clusters):
@@ -44,7 +39,7 @@ def test_two_towers_have_what_is_asked_for(fields, clip, bias, clusters):
 
 @pytest.mark.parametrize(("kind", "batch"), [("img", IMAGE), ("txt", TEXT)])
 def test_one_modality_alone_gives_the_same(kind, batch):
-    model = two_towers(**SIZES, cluster_head=HEAD)
+    model = two_towers(**SIZES, **HEAD)
     variables = random_variables(model, IMAGE, TEXT)
     everything = jit(model.apply)(variables, IMAGE, TEXT)
 

@@ -16,9 +16,10 @@ from xclip_jax.train import build
 
 MESH = make_mesh({"data": 4, "fsdp": 2, "model": 1})
 P = PartitionSpec
+WHOLE = P()
 
 
-def sent(fn, *specs, out=P()):
+def sent(fn, *specs, out=WHOLE):
     mapped = jax.jit(jax.shard_map(fn, mesh=MESH, in_specs=specs, out_specs=out, check_vma=False))
     found = mapped.lower(jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile()
     return [(x.kind, x.bytes, x.group, x.count) for x in collectives(found.as_text(), 8)]
