@@ -1,15 +1,14 @@
-import dataclasses
 import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import scipy.special
 
 from tests.helpers import tiny
+from tests.train.test_step import catching
 from xclip_jax import optim
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader, transforms
@@ -124,13 +123,8 @@ def batch(p, seed=0):
 
 
 def gradients(p):
-    catch = optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
-    )
-    step = dataclasses.replace(p, tx=catch).step
-    s = started(p)
-    s = s.replace(opt_state=catch.init(s.params))
-    s, metrics = jax.jit(step)(s, loader.to_global(batch(p), p.mesh))
+    step, s = catching(p)
+    s, metrics = step(s.replace(params=started(p).params), loader.to_global(batch(p), p.mesh))
     return jax.device_get(metrics), jax.device_get(s.opt_state)
 
 

@@ -50,15 +50,13 @@ def test_a_term_of_another_package_trains_and_resumes(tmp_path):
     after = jax.device_get(s.params["tokens"])
     assert np.abs(after["kernel"] - before["kernel"]).max() > 1e-4
     assert p.objective.progress(logged[1])[1] == f"tokens {logged[1]['tokens/loss']:.3f}"
-    warnings = p.objective.alarms(logged[1] | {"clip/loss": 1.0, "tokens/top1": 0.0})
-    assert warnings == ["tokens: the most probable token is hardly ever in the caption. Lower optim.lr."]
-
+    (warning,) = p.objective.alarms(logged[1] | {"clip/loss": 1.0, "tokens/top1": 0.0})
+    assert warning.startswith("tokens: ")
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(s, {"samples": 0})
     # The config alone, as the run's folder has it, finds the term again.
     again = build.build(schema.complete(json.loads(json.dumps(schema.to_dict(p.config)))))
-    with Checkpointer(tmp_path, read_only=True) as checkpointer:
-        restored, _ = checkpointer.restore(again.abstract)
+    restored, _ = tiny.restored(again.config)
     np.testing.assert_array_equal(restored.params["tokens"]["kernel"], after["kernel"])
     np.testing.assert_array_equal(restored.loss_state["token_frequency"], s.loss_state["token_frequency"])
     assert np.asarray(restored.loss_state["token_frequency"]).any()
