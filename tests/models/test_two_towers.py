@@ -1,11 +1,10 @@
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from tests.helpers.util import jit, random_variables, two_towers
+from tests.helpers.util import two_towers
 
 SIZES = {
     "img": {"image_size": 8, "patch": 4, "width": 8, "depth": 1, "heads": 2},
@@ -35,20 +34,3 @@ def test_two_towers_have_what_is_asked_for(fields, clip, bias, clusters):
     for name, x in out.items():
         assert x.shape == sizes.get(name, (2, 6) if name.startswith("z") else (2, 5)), name
         assert x.dtype == jnp.float32, name
-
-
-@pytest.mark.parametrize(("kind", "batch"), [("img", IMAGE), ("txt", TEXT)])
-def test_one_modality_alone_gives_the_same(kind, batch):
-    model = two_towers(**SIZES, **HEAD)
-    variables = random_variables(model, IMAGE, TEXT)
-    everything = jit(model.apply)(variables, IMAGE, TEXT)
-
-    @jit
-    def alone(variables):
-        h = model.apply(variables, batch, method={"img": "encode_image", "txt": "encode_text"}[kind])
-        pair = (h, None) if kind == "img" else (None, h)
-        return {f"h_{kind}": h} | model.apply(variables, *pair, method="project")
-
-    out = alone(variables)
-    assert set(out) == {f"h_{kind}", f"z_{kind}", f"s_{kind}", "scale"}
-    chex.assert_trees_all_close(out, {name: everything[name] for name in out}, atol=1e-6)

@@ -1,4 +1,3 @@
-import json
 import math
 import pathlib
 import re
@@ -12,9 +11,7 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
 from xclip_jax.objectives import Check, Term, make_objective
-from xclip_jax.objectives.similarity import CosineSimilarity
 from xclip_jax.train import build, cost, state
-from xclip_jax.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.long
 
@@ -36,32 +33,6 @@ def train(p, steps, s=None):
         s, metrics = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
         logged.append({key: float(value) for key, value in jax.device_get(metrics).items()})
     return s, logged
-
-
-@pytest.mark.slow
-def test_a_term_of_another_package_trains_and_resumes(tmp_path):
-    p = build.build(superclip(tmp_path))
-    assert p.objective.fields == ("image", "text") and p.objective.similarities == (CosineSimilarity(),)
-    before = jax.device_get(state.create(p.init, p.abstract).params["tokens"])
-    assert before["kernel"].shape == (32, p.tokenizer.vocab_size)
-    s, logged = train(p, 2)
-    for metrics in logged:
-        assert metrics["loss"] == pytest.approx(metrics["clip/loss"] + 0.5 * metrics["tokens/loss"], rel=1e-6)
-    after = jax.device_get(s.params["tokens"])
-    assert np.abs(after["kernel"] - before["kernel"]).max() > 1e-4
-    assert p.objective.progress(logged[1])[1] == f"tokens {logged[1]['tokens/loss']:.3f}"
-    (warning,) = p.objective.alarms(logged[1] | {"clip/loss": 1.0, "tokens/top1": 0.0})
-    assert warning.startswith("tokens: ")
-    with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(s, {"samples": 0})
-    # The config alone, as the run's folder has it, finds the term again.
-    again = build.build(schema.complete(json.loads(json.dumps(schema.to_dict(p.config)))))
-    restored, _ = tiny.restored(again.config)
-    np.testing.assert_array_equal(restored.params["tokens"]["kernel"], after["kernel"])
-    np.testing.assert_array_equal(restored.loss_state["token_frequency"], s.loss_state["token_frequency"])
-    assert np.asarray(restored.loss_state["token_frequency"]).any()
-    _, (resumed,) = train(again, 1, restored)
-    assert np.isfinite(resumed["loss"]) and resumed["tokens/loss"] < logged[0]["tokens/loss"]
 
 
 def test_a_term_without_heads_uses_the_embeddings_of_clip():

@@ -65,14 +65,16 @@ def test_what_is_not_evaluated_is_not_read(average, tmp_path, monkeypatch):
     chex.assert_trees_all_equal(variables["params"], state.ema_params if average else state.params)
 
 
-def test_average_statistics_and_layout_of_a_start(source):
+def test_average_statistics_and_layout_of_a_start(source, capsys):
+    """And a warning of another activation."""
     c = tiny.config(
-        model__img__depth=2, model__scan=True, init__weights=str(source), seed=1, ema__momentum=0.996,
+        model__img__depth=2, model__img__style="openai", model__scan=True, init__weights=str(source), seed=1, ema__momentum=0.996,
         mesh={"data": 4, "fsdp": 2, "model": 1, "strategy": "zero1"},
     )  # fmt: skip
     p = build.build(c)
     fresh = state.create(p.init, p.abstract)
     begun = weights.init_from_weights(weights.read_initial(build.build(c).config, fresh)[0], fresh)
+    assert "different settings: model.img.style ('xclip', 'openai' in this run)" in capsys.readouterr().out
     assert jax.tree.map(lambda x: x.sharding, begun) == jax.tree.map(lambda x: x.sharding, p.abstract)
     there = jax.device_get(weights.load(str(source))[2])
     for statistics in (begun.batch_stats, begun.ema_batch_stats):
@@ -141,14 +143,6 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
         convert(towers(), towers(length=9))
     with pytest.raises(UserError, match=r"txt/tokens has shape \(20, 8\), expected \(30, 8\)"):
         convert(towers(), towers(vocab=30))
-
-
-def test_other_meanings_are_warned_of(source, capsys):
-    c = tiny.config(model__img__depth=2, model__img__style="openai", init__weights=str(source))
-    p = build.build(c)
-    weights.read_initial(p.config, p.abstract)
-    said = capsys.readouterr().out
-    assert "trained with different settings: model.img.style ('xclip', 'openai' in this run)" in said
 
 
 def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments():
