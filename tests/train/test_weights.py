@@ -68,8 +68,8 @@ def test_what_is_not_evaluated_is_not_read(average, tmp_path, monkeypatch):
 def test_average_statistics_and_layout_of_a_start(source, capsys):
     """And a warning of another activation."""
     c = tiny.config(
-        model__img__depth=2, model__img__style="openai", model__scan=True, init__weights=str(source), seed=1, ema__momentum=0.996,
-        mesh={"data": 4, "fsdp": 2, "model": 1, "strategy": "zero1"},
+        model__img__depth=2, model__img__style="openai", model__scan=True, init__weights=str(source), seed=1,
+        ema__momentum=0.996, mesh={"data": 4, "fsdp": 2, "model": 1, "strategy": "zero1"},
     )  # fmt: skip
     p = build.build(c)
     fresh = state.create(p.init, p.abstract)
