@@ -126,21 +126,14 @@ def few_steps():
         yield
 
 
-class Killed(Exception):
-    pass
-
-
 def train(c, monkeypatch, poisoned, start=0, kill=None):
-    """Run `c`, whose steps `poisoned` have bad batches, from step `start`, up to a kill before step `kill`.
-
-    Returns the batches of the steps.
-    """
+    """Run `c` from step `start` to a kill before step `kill`; steps `poisoned` are bad. Returns the steps' batches."""
     original, batches = loader.to_global, {}
 
     def to_global(batch, mesh):
         step = start + len(batches) + 1
         if step == kill:
-            raise Killed
+            raise tiny.CutOff
         batches[step] = mark({name: x.copy() for name, x in batch.items()}, LOSS) if step in poisoned else batch
         return original(batches[step], mesh)
 
@@ -221,7 +214,7 @@ def test_a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones(rewound)
 def test_a_run_killed_near_a_rewind_resumes_bit_exactly(pairs, tmp_path, monkeypatch, rewound, kill, resume):
     """Before it, and after the next checkpoint."""
     c = rewind_config(pairs, tmp_path / "run")
-    with pytest.raises(Killed):
+    with pytest.raises(tiny.CutOff):
         train(c, monkeypatch, POISONED, kill=kill)
     train(c, monkeypatch, POISONED, start=resume)
     for step in (8, 12):
