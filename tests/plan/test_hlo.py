@@ -164,10 +164,9 @@ def test_the_largest_branch_counts():
 def test_no_strategy_moves_much_more_than_it_must(strategy, data, fsdp):
     """Payload at most 1.2 times the minimum: gradients once, both embeddings once, parameters as the strategy must.
 
-    Kernels whose clusters are split are not sent: hidden rows are gathered, and their gradient is scattered.
-
-    zero1 gathers the updated parameters once. fsdp gathers each split kernel once, since without rematerialisation
-    what was gathered for the forward pass is kept, and sums gradients over "fsdp", then a shard of them over "data".
+    Of split clusters no kernel is sent: hidden rows are gathered, and their gradient is scattered. zero1 gathers the
+    updated parameters once. fsdp gathers each split kernel once, since without rematerialisation what was gathered for
+    the forward pass is kept, and sums gradients over "fsdp", then a shard of them over "data".
     """
     b, e, hidden = 32, 64, 256
     mesh = {"strategy": strategy, "data": data, "fsdp": fsdp, "model": 1}

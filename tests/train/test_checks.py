@@ -11,8 +11,7 @@ from tests.helpers.findings import only
 from xclip_jax.commands import doctor
 from xclip_jax.config import schema
 from xclip_jax.core.console import format_bytes
-from xclip_jax.core.errors import UserError
-from xclip_jax.train import checks, trainer
+from xclip_jax.train import checks
 from xclip_jax.train.checkpoint_files import num_bytes
 from xclip_jax.train.checks import FAIL, OK
 from xclip_jax.train.run_writer import RunWriter
@@ -42,9 +41,6 @@ def folder_finding(config, mark):
 
 
 def test_the_runs_folder(tmp_path, run):
-    (tmp_path / "file").touch()
-    finding = folder_finding(tiny.config(run=tmp_path / "file/run"), FAIL)
-    assert "is not a folder; name another folder" in finding.text
     assert "starts at step 0 of 10" in folder_finding(tiny.config(run=tmp_path / "new"), OK).text
     saved = json.loads((run / "config.json").read_text())["config"]
     copy = tmp_path / "copy"
@@ -59,13 +55,10 @@ def test_the_runs_folder(tmp_path, run):
     assert "optim.lr" in folder_finding(config, FAIL).text
 
 
-def test_a_fault_is_reported_once_and_stops_the_trainer(tmp_path):
+def test_a_fault_is_reported_once(tmp_path):
     config = tiny.config("clip", run=tmp_path / "run", data__sources=("folder:/nowhere",), eval__sets=("folder:/no",))
     findings = all_findings(config)
     assert [x.check for x in findings if x.mark == FAIL] == ["data"], findings
-    with pytest.raises(UserError, match="'/nowhere'"):
-        trainer.run(config)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
