@@ -106,7 +106,6 @@ SIZES = {
     "bias": True,
     "cluster_head": {"clusters": 12, "hidden": 20},
 }
-TOWERS = two_towers(**SIZES)
 
 
 def test_bfloat16_keeps_parameters_and_outputs_in_fp32():

@@ -11,7 +11,7 @@ from tests.objectives.test_term import SUPERCLIP, superclip
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
-from xclip_jax.objectives import Curve, make_objective, read_objective
+from xclip_jax.objectives import make_objective, read_objective
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
 from xclip_jax.train import build, state
@@ -62,13 +62,13 @@ def test_terms_describe_themselves(name, similarities, fields):
     objective = make_objective(resolved.objective)
     assert objective.similarities == similarities and objective.fields == fields
     p = build.build(resolved)
-    metrics = metrics_of_a_step(p)
-    for term, curves in ((name, term.curves()) for name, term in objective.terms.items()):
-        assert curves
-        for curve in curves:
-            assert isinstance(curve, Curve)
+    batch = tiny.batch() | {"label": np.arange(tiny.BATCH, dtype=np.int32) % 3}
+    metrics = jax.eval_shape(p.step, p.abstract, {key: batch[key] for key in fields})[1].keys()
+    for name, term in objective.terms.items():
+        assert term.curves()
+        for curve in term.curves():
             keys = [key for key, _ in curve.lines] + [x for _, x in curve.levels if isinstance(x, str)]
-            assert {f"{term}/{key}" for key in keys} <= metrics
+            assert {f"{name}/{key}" for key in keys} <= metrics
     flat, recipe = schema.flatten(schema.to_dict(resolved)), objective.recipe(resolved.model)
     assert {f"objective.terms.{term}" for term in objective.terms} <= recipe.keys()
     assert all(flat[key] == value for key, value in recipe.items())
@@ -127,12 +127,6 @@ def test_terms_that_overwrite_each_other_are_refused():
     clashing = dataclasses.replace(objective, terms={"nclip": Nclip(), "sharp": Renamed()})
     with pytest.raises(UserError, match=r"'own_clusters_img' with output 's_img' differs from the head 'clusters_img'"):
         clashing.heads(model, vocab=8)
-
-
-def metrics_of_a_step(p):
-    """Names of the metrics; nothing is compiled."""
-    batch = tiny.batch() | {"label": np.arange(tiny.BATCH, dtype=np.int32) % 3}
-    return jax.eval_shape(p.step, p.abstract, {key: batch[key] for key in p.objective.fields})[1].keys()
 
 
 @pytest.mark.parametrize(

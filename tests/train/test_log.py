@@ -133,26 +133,22 @@ def test_the_line_of_a_step():
 
 @pytest.mark.long
 def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
-    """Killed in step 6 and resumed at step 3; a save takes 0.3 s more than it takes."""
+    """Killed in step 6 and resumed at step 3."""
     pairs = tiny.folder(tmp_path / "pairs")
     changes = {"steps": 6, "checkpoint__every": 3, "data__sources": (f"folder:{pairs}",), "log__trackers": ()}
     c, lost = tiny.config("clip", run=tmp_path / "run", **changes), []
     save, exclude = Checkpointer.save, Clock.exclude_from_goodput
 
-    def slow(*args):
-        time.sleep(0.3)
-        save(*args)
-
     @contextlib.contextmanager
     def observed(self):
-        began = time.perf_counter()
         with exclude(self):
+            lost.append("in")
             yield
-        lost.append(time.perf_counter() - began)
+            lost.append("out")
 
     monkeypatch.setattr(schema.Config, "alarm_step", 3)
     monkeypatch.setattr(Objective, "alarms", lambda _, metrics: [f"flat: loss {metrics['loss']}"])
-    monkeypatch.setattr(Checkpointer, "save", slow)
+    monkeypatch.setattr(Checkpointer, "save", lambda *args: lost.append("save") or save(*args))
     monkeypatch.setattr(Clock, "exclude_from_goodput", observed)
     began = time.perf_counter()
     with tiny.cut_off(5):
@@ -164,7 +160,7 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(cost.PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
     capsys.readouterr()
     trainer.run(c)
-    assert sum(seconds > 0.3 for seconds in lost) == 2  # the saves of steps 3 and 6
+    assert lost.count("save") == 2 and all(lost[i - 1] == "in" for i, x in enumerate(lost) if x == "save")
     lines = tiny.lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[:3] == first[:3]
     step, mfus = cost.step_flops(schema.resolve(c)), []
