@@ -33,7 +33,6 @@ def model(run):
 
 @functools.cache
 def random_model(objective):
-    """A model with random weights, and what it was made of."""
     parts = build.build(tiny.config(objective, data__normalization="half", data__resample="area"))
     image, text = jnp.zeros((1, tiny.SIZE, tiny.SIZE, 3)), jnp.zeros((1, tiny.LENGTH), jnp.int32)
     variables = random_variables(parts.model, image, text)

@@ -226,26 +226,21 @@ def temporaries(fn, *args):
         return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_memory_of_chunks(name):
+@pytest.mark.parametrize(("name", "share"), [("clip", 8), ("siglip", 8), ("nclip", 4)])
+def test_memory_of_chunks(name, share):
+    """Of b, e and k as on a pod."""
     mesh = make_mesh({"data": 8, "fsdp": 1, "model": 1})
-    z = jax.ShapeDtypeStruct((8192, 64), jnp.float32, sharding=batch_sharding(mesh))
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-    args = (z, z, scalar) if name == "clip" else (z, z, scalar, scalar)
-    whole, chunked = (temporaries(functools.partial(getattr(contrastive, name), chunk=n), *args) for n in (0, 256))
-    assert chunked <= whole / 8
 
+    def shape(where, *sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=where(mesh))
 
-def test_memory_of_nclip_in_chunks():
-    mesh = make_mesh({"data": 8, "fsdp": 1, "model": 1})
-    b, k, d = 4096, 32768, 256
-    x = jax.ShapeDtypeStruct((b, d), jnp.float32, sharding=batch_sharding(mesh))
-    kernel = jax.ShapeDtypeStruct((d, k), jnp.float32, sharding=replicated(mesh))
-    bias = jax.ShapeDtypeStruct((k,), jnp.float32, sharding=replicated(mesh))
+    if name == "nclip":
+        args = [shape(batch_sharding, 4096, 256), shape(replicated, 256, 32768), shape(replicated, 32768)] * 2
 
-    def loss(x_img, kernel_img, bias_img, x_txt, kernel_txt, bias_txt, *, chunk):
-        s_img, s_txt = FactoredLogits(x_img, kernel_img, bias_img), FactoredLogits(x_txt, kernel_txt, bias_txt)
-        return noncontrastive.nclip(s_img, s_txt, chunk=chunk)
-
-    whole, chunked = (temporaries(functools.partial(loss, chunk=n), *(x, kernel, bias) * 2) for n in (0, 256))
-    assert chunked <= whole / 4
+        def loss(*x, chunk):
+            return noncontrastive.nclip(FactoredLogits(*x[:3]), FactoredLogits(*x[3:]), chunk=chunk)
+    else:
+        args = [shape(batch_sharding, 8192, 64)] * 2 + [shape(replicated)] * (1 if name == "clip" else 2)
+        loss = getattr(contrastive, name)
+    whole, chunked = (temporaries(functools.partial(loss, chunk=n), *args) for n in (0, 256))
+    assert chunked <= whole / share

@@ -44,7 +44,6 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """Six steps, with an evaluation and a report."""
     c = config(tmp_path_factory.mktemp("runs") / "run", steps=6, checkpoint__every=3, eval__report=True, **data)
     results = trainer.run(c, [report.callback()])
     assert any(key.endswith("top1") for key in results)
@@ -85,8 +84,6 @@ def test_flops_and_plan_count_it():
 
 @dataclasses.dataclass(frozen=True)
 class Uncounted(ConvMixer):
-    """A tower as somebody writes it who tries an idea."""
-
     def flops(self, train):
         return ImageTower.flops(self, train)
 

@@ -47,7 +47,6 @@ def value_and_grad(tower, params, batch):
 
 @functools.cache
 def reference(kind):
-    """Parameters, h and gradients of the unrolled tower without remat."""
     tower, batch = {"img": (IMG, IMAGE), "txt": (TXT, TEXT)}[kind]
     params = random_variables(tower, batch)["params"]
     return params, *value_and_grad(tower, params, batch)

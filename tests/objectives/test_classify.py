@@ -56,7 +56,6 @@ def test_half_of_the_batches_are_cut():
 
 
 def layer_tree(scanned):
-    """Shapes of a model of blocks with adapters, and its towers."""
     c = tiny.config("clip", model__img__depth=3, model__txt__depth=2, init__weights="x", finetune__lora__rank=2)
     c.model.scan = scanned
     p = build.build(c, jax.devices()[:1])
@@ -94,10 +93,7 @@ def test_layer_decay_scales_the_update_with_its_weight_decay():
 
 
 IMAGES = {
-    "objective__classify__classes": 3,
-    "objective__classify__smoothing": 0.1,
-    "objective__classify__mixup": 0.8,
-    "objective__classify__cutmix": 1.0,
+    "objective__classify": {"classes": 3, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
     "optim__layer_decay": 0.65,
     "model__img__drop_path": 0.3,
 }

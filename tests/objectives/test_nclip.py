@@ -15,7 +15,6 @@ def metrics_of(*logits):
 
 
 def logits_of(name, b=256, k=1024):
-    """Cluster logits in the likeness of one training outcome."""
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(2, b, k))
     own = np.eye(k)[rng.permutation(k)[:b]]

@@ -10,8 +10,6 @@ from xclip_jax.parallel.mesh import AXES, batch_part, batch_parts, check_batch, 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """As much of a device as a mesh looks at."""
-
     id: int
     process_index: int
     device_kind: str = "fake"

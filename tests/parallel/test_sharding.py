@@ -27,7 +27,6 @@ BATCH = 32
 
 
 def make(objective, mesh=None, **changes):
-    """Experiment on eight devices of `mesh`, or on one."""
     config = tiny.config(objective, data__batch=BATCH, **changes)
     if mesh:
         strategy, data, fsdp, model = MESHES[mesh]
@@ -60,7 +59,6 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def plain():
-    """Memoised results of one device."""
     known = {}
 
     def get(objective, **changes):

@@ -117,7 +117,6 @@ def test_the_second_head_against_its_definition():
 
 
 def _record(arm, values, evaluations=()):
-    """A run with these four measures of validation."""
     unseen, known, retrieval, probe = values
     names = stages.VALIDATION
     results = [

@@ -83,7 +83,6 @@ def test_initial_weights(tmp_path, run, pairs):
 
 
 def space(monkeypatch, run, number, *, keep=3, every=2, steps=100):
-    """Check a run on a disk with free space for so many checkpoints."""
     usage = types.SimpleNamespace(free=int(number * SIZE))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     config = schema.resolve({"steps": steps, "optim": {"warmup": 1}, "checkpoint": {"every": every, "keep": keep}})

@@ -23,7 +23,6 @@ def experiment():
 
 
 def check(experiment):
-    """The finding on the memory of an experiment, raised or printed as the trainer does."""
     (finding,) = checks.check_memory(experiment, lambda: cost.compile_if_fits(experiment))
     return finding
 
@@ -50,7 +49,6 @@ def peak(experiment):
 
 
 def has(monkeypatch, each):
-    """Give each of the eight devices `each` bytes."""
     monkeypatch.setattr(cost, "device_memory", lambda device: 8 * each)
 
 
@@ -184,5 +182,4 @@ def test_groups_count_as_they_are_rounded():
 
 def test_xclip_costs_a_tenth_more_than_clip_at_most():
     clip, xclip = (cost.step_flops(resolve(load_config(f"pretrain:objective={name}"))) for name in ("clip", "xclip"))
-    print(f"xCLIP's FLOPs are {xclip / clip:.4f} times CLIP's, ViT-B/16")
     assert 1 < xclip / clip <= 1.10

@@ -37,7 +37,6 @@ def learner():
 
 
 def test_create__equals_build():
-    """The objective's config and its first update, bit for bit."""
     config = tiny.config("nclip", steps=10)
     experiment = build.build(config)
     learner = Learner(experiment)

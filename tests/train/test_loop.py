@@ -26,7 +26,6 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A complete run of four steps."""
     return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -37,8 +36,6 @@ def go_back(run):
 
 
 class Evaluator:
-    """Counts what it is asked."""
-
     def __init__(self, name):
         self.name, self.calls = name, []
         self.encoder = types.SimpleNamespace(unreadable={})

@@ -93,7 +93,6 @@ def test_a_bad_batch_changes_nothing_but_the_step():
 
 
 def counts(s, kind):
-    """The counters of the optimizer's states of a kind."""
     nodes = jax.tree.leaves(s.opt_state, is_leaf=lambda x: isinstance(x, kind))
     return [int(x.count) for x in nodes if isinstance(x, kind)]
 
@@ -105,7 +104,6 @@ def state_like(host, p):
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.0, 0.0), (0.999999, 0.0), (0.0, 0.999999), (0.9999999, 0.9999999)])
 def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2):
-    """So a step can be accepted before its update is known."""
     largest = {"lr": 1000.0, "lr_end": 1000.0, "weight_decay": 1000.0, "eps": 1e-15}
     c = tiny.config(**{f"optim__{key}": value for key, value in (largest | {"b1": b1, "b2": b2}).items()})
     tx = optim.make_optimizer(schema.resolve(c).optim, 10, {})
@@ -120,7 +118,6 @@ def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_steps():
-    """Two skipped steps in a row, not ten, are the most."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recovery, "MOST_SKIPPED", 2)
         yield
@@ -190,7 +187,6 @@ POISONED = {5, 6, 7}
 
 @pytest.fixture(scope="module")
 def rewound(pairs, tmp_path_factory):
-    """A run that rewinds at step 7, and its batches."""
     c = rewind_config(pairs, tmp_path_factory.mktemp("rewound") / "run")
     with pytest.MonkeyPatch.context() as patch:
         return c, train(c, patch, POISONED)

@@ -23,13 +23,11 @@ def config(pairs, run, **changes):
 
 
 def logged(run):
-    """Training metrics by step, without those that measure time."""
     return {line["step"]: {k: v for k, v in line.items() if k not in CLOCKS} for line in tiny.lines(run)}
 
 
 @pytest.fixture(scope="module")
 def straight(pairs, tmp_path_factory):
-    """Ten steps without a break: the config, the last state and position."""
     c = config(pairs, tmp_path_factory.mktemp("straight") / "run")
     trainer.run(c)
     return c, *tiny.restored(c)

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """What a run leaves, with weights and statistics of its own; to be read only."""
     return tiny.untrained(tmp_path_factory.mktemp("source") / "run", noise=0.1, model__img__depth=2)
 
 
@@ -101,7 +100,6 @@ def test_a_start_that_cannot_be(source, pairs, tmp_path):
 
 
 def towers(size=16, length=8, embed=8, vocab=20, **img):
-    """A model and random variables of it."""
     model = two_towers(
         img={"image_size": size, "patch": 4, "width": 16, "depth": 1, "heads": 2} | img,
         txt={"vocab": vocab, "eot_id": 19, "context_length": length, "width": 8, "depth": 1, "heads": 2},
