@@ -1,10 +1,9 @@
 import functools
 import io
-import json
 import subprocess
 import sys
-import traceback
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +33,6 @@ def model(run):
 
 @functools.cache
 def random_model(objective):
-    """A model with random weights, and what it was made of."""
     parts = build.build(tiny.config(objective, data__normalization="half", data__resample="area"))
     image, text = jnp.zeros((1, tiny.SIZE, tiny.SIZE, 3)), jnp.zeros((1, tiny.LENGTH), jnp.int32)
     variables = random_variables(parts.model, image, text)
@@ -59,6 +57,7 @@ def test_a_run_gives_what_its_evaluators_see(run, model):
     prepared = [transforms.evaluation_image(encoded(p), tiny.SIZE) for p in images]
     np.testing.assert_allclose(model.encode_image(images), encoder.images(variables, prepared)["embedding"], atol=2e-6)
     np.testing.assert_allclose(model.encode_text(TEXTS), encoder.texts(variables, TEXTS)["embedding"], atol=2e-6)
+    assert model._encoder.sizes == [8, 16]  # on eight devices
     assert model.card["step"] == 0 and model.card["objective"] == "xclip"
     assert xclip_jax.load(run, step=0).fingerprint() == model.fingerprint()
     assert weights.fingerprint(found, variables) == model.fingerprint()  # whatever a CPU makes of the weights
@@ -112,23 +111,17 @@ def test_as_a_module_of_nnx_it_is_the_same_model_and_trains():
     def step(module, optimizer):
         found, grads = nnx.value_and_grad(lambda module: loss(module(pixels, tokens)), has_aux=True)(module)
         optimizer.update(module, grads)
-        return *found, grads
+        return *found, grads["proj_txt"]["linear"]["kernel"]
 
-    @functools.partial(jit)
     def linen(params):
-        return jax.value_and_grad(
-            lambda params: loss(towers.apply({**variables, "params": params}, pixels, tokens)), has_aux=True
-        )(params)
+        return loss(towers.apply({**variables, "params": params}, pixels, tokens))
 
     optimizer = nnx.Optimizer(module, optax.sgd(0.05), wrt=nnx.Param)
-    losses = [step(module, optimizer) for _ in range(2)]
-    (_, expected), gradient = linen(variables["params"])
-    assert set(losses[0][1]) == set(expected)
-    for key, value in expected.items():
-        np.testing.assert_allclose(losses[0][1][key], value, atol=1e-5, err_msg=key)
-    found = losses[0][2]["proj_txt"]["linear"]["kernel"][...]
-    np.testing.assert_allclose(found, gradient["proj_txt"]["linear"]["kernel"], atol=1e-5)
-    assert losses[1][0] < losses[0][0]
+    (before_step, found, grad), (after_step, *_) = (step(module, optimizer) for _ in range(2))
+    (_, expected), gradient = jit(jax.value_and_grad(linen, has_aux=True))(variables["params"])
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(grad[...], gradient["proj_txt"]["linear"]["kernel"], atol=1e-5)
+    assert after_step < before_step
     assert module.encode_image(pixels).shape == (4, 32)
     np.testing.assert_array_equal(model.encode_text(TEXTS), before)
 
@@ -147,52 +140,9 @@ def test_images_in_every_form_are_the_same(model, tmp_path, monkeypatch):
     np.testing.assert_array_equal(model.encode_image(same), model.encode_image(list(same)))
 
 
-def test_weights_of_open_clip_give_its_embeddings(tmp_path):
-    """From files and strings to embeddings, each by its own preprocessing, tokenizer and towers."""
-    import open_clip
-    import torch
-
-    torch.manual_seed(0)
-    vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
-    text = {"context_length": 12, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
-    theirs = open_clip.model.CLIP(24, vision, text).eval()
-    torch.save(theirs.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
-    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    ours, images = xclip_jax.load(tmp_path, batch=8), [Image.fromarray(p) for p in pictures()]
-    preprocess = open_clip.image_transform(32, is_train=False)
-    with torch.inference_mode():
-        z_img = theirs.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
-        z_txt = theirs.encode_text(open_clip.SimpleTokenizer(context_length=12)(TEXTS), normalize=True)
-    np.testing.assert_allclose(ours.encode_image(images), z_img.numpy(), atol=1e-5)
-    np.testing.assert_allclose(ours.encode_text(TEXTS), z_txt.numpy(), atol=1e-5)
-
-
-def test_nothing_is_compiled_after_each_size_was_seen_once(model):
-    """On eight devices batches are of 8 and 16; any number of items is made of these."""
-    assert model._encoder.sizes == [8, 16]
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
-    )
-    prepared = np.zeros((40, tiny.SIZE, tiny.SIZE, 3), np.uint8)
-    tokens = np.full((40, tiny.LENGTH), 2, np.int32)  # ends
-    fresh = random_model.__wrapped__("clip")[2]
-    fresh.encode_image(prepared[:3])
-    assert compiled  # else the listener hears nothing
-    for n in (3, 9):
-        model.encode_prepared(prepared[:n]), model.encode_tokens(tokens[:n])
-    compiled.clear()
-    for n in (0, 1, 2, 5, 8, 11, 16, 17, 25, 33, 40):
-        assert len(model.encode_prepared(prepared[:n])) == len(model.encode_tokens(tokens[:n])) == n
-    assert not compiled
-
-
-def test_batches_do_not_change_an_embedding(model):
-    images, texts = pictures(37), [f"text {i}" for i in range(37)]
-    one_by_one = np.concatenate([model.encode_image([image]) for image in images[:6]])
-    np.testing.assert_allclose(model.encode_image(images)[:6], one_by_one, atol=1e-6)
-    np.testing.assert_allclose(model.encode_text(texts)[30:], model.encode_text(texts[30:]), atol=1e-6)
+def test_nothing_in_nothing_out(model):
+    for found in (model.encode_image([]), model.encode_text([])):
+        assert found.shape == (0, 16) and found.dtype == np.float32
 
 
 @pytest.mark.parametrize("objective", ["xclip", "nclip"])
@@ -238,12 +188,7 @@ def test_clusters_are_the_largest_of_the_distribution(model):
     assert model.clusters([]).ids.shape == (0, 5)
 
 
-def test_nothing_in_nothing_out(model):
-    for found in (model.encode_image([]), model.encode_text([])):
-        assert found.shape == (0, 16) and found.dtype == np.float32
-
-
-def test_bad_input_is_named(model, run, tmp_path):
+def test_bad_input_is_named(model, tmp_path):
     (tmp_path / "good.png").write_bytes(encoded(pictures()[0]))
     (tmp_path / "bad.jpg").write_bytes(b"<html>")
     pixels = np.zeros((1, tiny.SIZE, tiny.SIZE, 3))
@@ -251,7 +196,6 @@ def test_bad_input_is_named(model, run, tmp_path):
         (lambda: model.encode_image([tmp_path / "good.png", tmp_path / "bad.jpg"]), r"image 1, '.*bad.jpg': not an im"),
         (lambda: model.encode_image([str(tmp_path / "none.jpg")]), r"none.jpg': file does not exist"),
         (lambda: model.encode_image([pixels[0]]), r"image is not uint8 \(h, w, 3\): an array of float64"),
-        (lambda: model.encode_image([3]), "image 0: not an image: type int"),
         (lambda: model.encode_image("a.jpg"), "images is a single image; pass a list"),
         (lambda: model.encode_pixels(pixels), "pixels are float64"),
         (lambda: model.encode_pixels(pixels[0].astype(np.float32)), "takes normalised float32"),
@@ -259,28 +203,19 @@ def test_bad_input_is_named(model, run, tmp_path):
         (lambda: model.encode_tokens(np.ones((1, 12))), "tokens are float64 of shape"),
         (lambda: model.encode_tokens([[1] * 9 + [259, 0, 0]]), "from 0 to 258"),
         (lambda: model.encode_tokens([[1] * 12, [5, -3] + [0] * 10]), "from 0 to 258"),
-        (lambda: model.encode_tokens(np.full((1, 12), 2**63 + 1, np.uint64)), "from 0 to 258"),
         (lambda: model.encode_tokens([[1] * 9 + [2, 0, 0], [1] * 12]), "with the end 2 in each row"),
         (lambda: model.encode_text("a fox"), "pass a list of strings"),
         (lambda: model.zero_shot([], []), "lists of at least one string"),
         (lambda: model.zero_shot([], ["fox"], ["a fox"]), r"templates are \['a fox'\]"),
-        (lambda: model.zero_shot([], "fox"), "lists of at least one string"),
         (lambda: model.zero_shot([], ["fox"], by="all"), "by='all' is not a score .* 'cross_entropy', 'both'; omit"),
         (lambda: random_model("clip")[2].zero_shot([], ["fox"], by="both"), "which has only its default"),
         (lambda: model.clusters([], texts=[]), "either images or texts"),
         (lambda: model.clusters([], top=0), "top is 0; expected an integer of at least 1"),
         (lambda: random_model("clip")[2].clusters([]), "a model trained by nclip or xclip"),
         (lambda: xclip_jax.load(tmp_path, step=3), "no checkpoint of step 3"),
-        (lambda: xclip_jax.load(run / "none"), "none' does not exist"),
     ):
         with pytest.raises(UserError, match=message):
             call()
-
-
-def test_an_error_of_an_image_has_a_short_traceback(model, tmp_path):
-    with pytest.raises(UserError) as error:
-        model.encode_image([tmp_path / "none.jpg"])
-    assert "".join(traceback.format_exception(error.value)).count("Traceback") == 1
 
 
 def test_tokens_of_every_integer_type_are_the_same(model):

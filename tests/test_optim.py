@@ -1,5 +1,3 @@
-"""The optimizers against their formulas and optax, schedules, and the parameters that decay."""
-
 import types
 
 import jax
@@ -12,6 +10,7 @@ from tests.helpers import tiny
 from tests.helpers.util import assert_close
 from xclip_jax import optim
 from xclip_jax.models.transformer import unstack_blocks
+from xclip_jax.parallel.mesh import batch_sharding, make_mesh
 from xclip_jax.train import build
 
 TOWERS = {"img": types.SimpleNamespace(), "txt": types.SimpleNamespace()}
@@ -80,18 +79,14 @@ def test_muon_equals_optax():
     rng = np.random.default_rng(0)
     sizes = {"mlp": {"kernel": (24, 40), "bias": (40,)}, "norm_1": {"scale": (24,)}}
     tree = {"img": {"transformer": {"block_0": sizes}, "patches": {"kernel": (48, 24)}}, "proj": {"kernel": (24, 8)}}
-    params = jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), tree, is_leaf=lambda x: type(x) is tuple
-    )
+    params = jax.tree.map(lambda shape: jnp.float32(rng.normal(size=shape)), tree, is_leaf=lambda x: type(x) is tuple)
     labels = jax.tree.map(lambda x: "adam", params)
     labels["img"]["transformer"]["block_0"]["mlp"]["kernel"] = "muon"
     config = optim.OptimConfig("muon", lr=0.02, lr_end=0.001, warmup=4, weight_decay=0.3, b1=0.8, b2=0.97, eps=1e-5)
     rate = optim.schedule(config, 10)
     muon = optax.contrib.muon(rate, beta=0.8, eps=1e-5, consistent_rms=0.2, weight_decay=0.3)
     adam = optax.adamw(rate, b1=0.8, b2=0.97, eps=1e-5, weight_decay=0.3, mask=optim.decay_mask)
-    place = jax.sharding.NamedSharding(
-        jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec("data")
-    )
+    place = batch_sharding(make_mesh({"data": 8, "fsdp": 1, "model": 1}))
     gradient = lambda params: jax.tree.map(lambda x: jnp.sin(3 * x), params)  # noqa: E731
     expected = updated(optax.partition({"muon": muon, "adam": adam}, labels), params, gradient, 10, jit=True)
     ours = optim.make_optimizer(config, 10, TOWERS)

@@ -96,6 +96,12 @@ def losses(run):
     return [line["loss"] for line in lines(run) if "loss" in line]
 
 
+def restored(c, step=None):
+    """State and position in a checkpoint of the run of a config, by default the last one."""
+    with Checkpointer(c.run, read_only=True) as checkpointer:
+        return checkpointer.restore(build.build(c).abstract, step)
+
+
 class CutOff(Exception):
     """Ends a run between two steps."""
 

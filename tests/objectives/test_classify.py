@@ -1,17 +1,14 @@
-"""Fine-tuning, the mathematics: soft targets, mixing, layer decay, and the objective on several devices."""
-
-import dataclasses
 import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import scipy.special
 
 from tests.helpers import tiny
+from tests.train.test_step import catching
 from xclip_jax import optim
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader, transforms
@@ -20,8 +17,6 @@ from xclip_jax.train import build, state
 from xclip_jax.train.step import BatchNoise
 
 pytestmark = pytest.mark.long
-
-# Mixup and cutmix.
 
 
 def draw_mix(mixup, cutmix, n=400):
@@ -60,11 +55,7 @@ def test_half_of_the_batches_are_cut():
     assert cut == pytest.approx(0.5, abs=0.08)
 
 
-# Layer decay.
-
-
 def layer_tree(scanned):
-    """Shapes of a model of blocks with adapters, and its towers."""
     c = tiny.config("clip", model__img__depth=3, model__txt__depth=2, init__weights="x", finetune__lora__rank=2)
     c.model.scan = scanned
     p = build.build(c, jax.devices()[:1])
@@ -101,13 +92,8 @@ def test_layer_decay_scales_the_update_with_its_weight_decay():
     chex.assert_trees_all_close(other, jax.tree.map(lambda x, s: x * s, one, scales), rtol=1e-6)
 
 
-# The objective.
-
 IMAGES = {
-    "objective__classify__classes": 3,
-    "objective__classify__smoothing": 0.1,
-    "objective__classify__mixup": 0.8,
-    "objective__classify__cutmix": 1.0,
+    "objective__classify": {"classes": 3, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
     "optim__layer_decay": 0.65,
     "model__img__drop_path": 0.3,
 }
@@ -133,13 +119,8 @@ def batch(p, seed=0):
 
 
 def gradients(p):
-    catch = optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
-    )
-    step = dataclasses.replace(p, tx=catch).step
-    s = started(p)
-    s = s.replace(opt_state=catch.init(s.params))
-    s, metrics = jax.jit(step)(s, loader.to_global(batch(p), p.mesh))
+    step, s = catching(p)
+    s, metrics = step(s.replace(params=started(p).params), loader.to_global(batch(p), p.mesh))
     return jax.device_get(metrics), jax.device_get(s.opt_state)
 
 
@@ -153,11 +134,6 @@ def test_one_device_against_eight_and_one_part_against_two():
         found, grads = gradients(other)
         assert found["loss"] == pytest.approx(one["loss"], rel=1e-5)
         chex.assert_trees_all_close(grads, grads_1, rtol=1e-5, atol=1e-5 * largest)
-
-
-def test_the_model_has_one_tower_and_a_classifier():
-    assert set(make(1, **IMAGES | {"model__img__depth": 2}).abstract.params) == {"img", "classifier"}
-    assert set(make(1, **TEXTS).abstract.params) == {"txt", "classifier"}
 
 
 def test_each_random_input_of_a_step_has_a_key_of_its_own(monkeypatch):
@@ -217,19 +193,3 @@ def test_one_class_is_a_regression():
     logits, gold = jnp.array([[0.5], [-1.0], [2.0]]), jnp.array([0.0, 1.0, 5.0])
     loss, *_ = Classify(classes=1)({"logits": logits}, None, {}, {"label": gold})
     assert float(loss) == pytest.approx((0.25 + 4 + 9) / 3)
-
-
-def test_cross_entropy_with_soft_targets_is_torchs(smoothing=0.1):
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    logits, labels = rng.normal(size=(9, 5)).astype(np.float32), rng.integers(0, 5, 9)
-    term, batch = Classify(classes=5, smoothing=smoothing), {"label": jnp.asarray(labels)}
-    out = {"logits": jnp.asarray(logits)}
-    peer = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels), label_smoothing=smoothing)
-    assert float(term(out, None, {}, batch)[0]) == pytest.approx(float(peer), rel=1e-5)
-    share = rng.random(9).astype(np.float32)
-    target = (1 - smoothing) * np.eye(5)[labels] + smoothing / 5
-    mixed = share[:, None] * target + (1 - share[:, None]) * target[::-1]
-    mine = term(out, None, {}, batch | {"share": share, "other": {"label": jnp.asarray(labels[::-1])}})[0]
-    peer = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(mixed))
-    assert float(mine) == pytest.approx(float(peer), rel=1e-5)

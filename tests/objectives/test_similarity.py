@@ -1,5 +1,3 @@
-"""Similarities against SciPy, and the memory that they need."""
-
 import tracemalloc
 
 import numpy as np
@@ -56,14 +54,4 @@ def test_a_class_of_embeddings_is_the_mean_of_unit_vectors_and_of_unit_length():
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     mean = unit.mean(axis=0)
     np.testing.assert_allclose(cosine.class_row(rows), mean / np.linalg.norm(mean), rtol=1e-6)
-    np.testing.assert_array_equal(cosine.rows(unit), unit)
     np.testing.assert_allclose(cosine.embedding(rows), unit, rtol=1e-6)
-    np.testing.assert_array_equal(zeroshot.classifier([rows.astype(np.float32)])[0],
-                                  cosine.class_row(rows.astype(np.float32)))  # fmt: skip
-
-
-def test_a_class_of_distributions_is_their_mean():
-    s, clusters = rng().normal(size=(5, 7)), ClusterSimilarity(0.5)
-    p = scipy.special.softmax(s / 0.5, axis=1)
-    np.testing.assert_allclose(clusters.class_row(clusters.rows(s)), p.mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(clusters.embedding(s), p / np.linalg.norm(p, axis=1, keepdims=True), rtol=1e-6)

@@ -1,5 +1,3 @@
-"""The persistent compilation cache: where it is, what is kept, and what a second start still compiles."""
-
 import json
 import os
 import pathlib

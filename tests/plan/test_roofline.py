@@ -1,5 +1,3 @@
-"""The time of a step on TPUs, and their topologies."""
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,28 +9,15 @@ from xclip_jax.plan.roofline import devices_of, grid_of, roofline
 pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize(
-    ("topology", "links"),
-    [
-        ("v5e:4x8", 2),
-        ("v5e:8x16", 3),
-        ("v6e:1x4", 1),
-        ("v5p:4x4x8", 6),
-        ("v4:2x4x4", 3),
-    ],
-)
-def test_links_of_a_chip_in_a_corner(topology, links):
-    name, grid = grid_of(topology)
-    assert KINDS[name].ici(grid) == links * KINDS[name].link
-
-
 def test_a_topology_is_a_chip_and_a_grid():
+    """A chip in a corner has the fewest links."""
+    for topology, links in {"v5e:4x8": 2, "v5e:8x16": 3, "v6e:1x4": 1, "v5p:4x4x8": 6, "v4:2x4x4": 3}.items():
+        name, grid = grid_of(topology)
+        assert KINDS[name].ici(grid) == links * KINDS[name].link
     for topology in ("v5e", "v9:2x2"):
         with pytest.raises(UserError, match="topology"):
             grid_of(topology)
 
-
-# --- time of a step: counts by hand, and what the compiler says of single operations
 
 GATHER = "channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}, use_global_device_ids=true"
 

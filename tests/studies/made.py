@@ -53,7 +53,6 @@ def results(config, value):
 
 
 def write_folder(path, config, value=7.0, finished=True):
-    """Make the folder of a run with this nested config."""
     folder = RunReader(str(path))
     path.mkdir(exist_ok=True)
     about = {"command": "x", "commit": "y", "versions": {"jax": "1"}}
@@ -64,7 +63,6 @@ def write_folder(path, config, value=7.0, finished=True):
 
 
 def record(run, value, error=""):
-    """A record of a run with this accuracy."""
     config = schema.to_dict(schema.resolve(run.config))
     flat = {name: x for name, x in schema.flatten(config).items() if name != "run"}
     made = [] if error else results(config, value)

@@ -1,5 +1,3 @@
-"""Tables and charts of a study."""
-
 import math
 import re
 import xml.etree.ElementTree

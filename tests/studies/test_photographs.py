@@ -1,5 +1,3 @@
-"""The study of photographs: splits and captions of a made shop, geometry against scikit-learn, stages by records."""
-
 import math
 import types
 
@@ -93,14 +91,8 @@ def test_sets(shop):
     assert len(titled.images) == sum(row[corpus.TITLE] not in prompts for row in rows) > 0
 
 
-@pytest.fixture
-def labels():
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 7, 300), rng.integers(0, 5, 300)
-
-
-def test_geometry(labels):
-    a, b = labels
+def test_geometry():
+    a, b = (np.random.default_rng(n).integers(0, n, 300) for n in (7, 5))
     expected = sklearn.metrics.normalized_mutual_info_score(a, b)
     assert geometry.normalised_information(a, b) == pytest.approx(expected, abs=1e-12)
     assert geometry.normalised_information(a, a) == pytest.approx(1)
@@ -125,7 +117,6 @@ def test_the_second_head_against_its_definition():
 
 
 def _record(arm, values, evaluations=()):
-    """A run with these four measures of validation."""
     unseen, known, retrieval, probe = values
     names = stages.VALIDATION
     results = [

@@ -1,5 +1,3 @@
-"""The icons' recipe: one golden dump for each config, as of the package's own."""
-
 import os
 import pathlib
 

@@ -1,5 +1,3 @@
-"""Declarations, configs of arms, and records of runs."""
-
 import dataclasses
 import pathlib
 
@@ -22,7 +20,6 @@ from xclip_jax.core.errors import UserError
     ("tested", "changes", "message"),
     [
         (True, {"optim.lrr": 1e-3}, "arm 'new': config key 'optim.lrr' is unknown"),
-        (True, {"optim.lr": "fast"}, "arm 'new': optim.lr cannot be 'fast'"),
         (True, {"eval.sets": (TEST_SET,)}, "arm 'new' would be evaluated on '.*/test' before its end"),
         (False, {"eval.sets_at_end": (TEST_SET,)}, "arm 'new' would be evaluated on '.*/test' before its end"),
     ],

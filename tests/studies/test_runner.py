@@ -1,5 +1,3 @@
-"""Runs of a study in their processes: a kill in the middle, failures, limits, and the records that they leave."""
-
 import contextlib
 import json
 import os
@@ -60,8 +58,6 @@ def test_a_killed_run_is_resumed(tmp_path, pairs):
 
 
 class Done:
-    """A process that has left a finished run, or a status."""
-
     status = 0
     before = None
 

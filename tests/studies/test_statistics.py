@@ -1,5 +1,3 @@
-"""Statistics over seeds against scipy and closed forms, and the rule of verdicts."""
-
 import math
 import types
 
@@ -53,9 +51,6 @@ def test_holm():
     # The smallest of four is multiplied by 4, the next by 3, and none falls below the previous one.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
-
-
-# --- verdicts
 
 
 def snapshot(**arms):

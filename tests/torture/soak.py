@@ -31,7 +31,6 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from PIL import Image
 
 from xclip_jax.core import environment
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
@@ -62,17 +61,12 @@ def config(run: str, pairs: str, classes: str) -> ml_collections.ConfigDict:
 
 def make_data(folder: pathlib.Path) -> tuple[str, str]:
     """Write pairs and a zero-shot set of random pictures; return their folders."""
-    rng = np.random.default_rng(0)
-    pairs, classes = folder / "pairs", folder / "classes"
+    from tests.helpers import tiny
 
-    def picture(path: pathlib.Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
-
-    for i in range(100):
-        picture(pairs / f"{i:03d}.png")
-        (pairs / f"{i:03d}.txt").write_text(f"picture {i}\n" + (f"number {i}\n" if i % 3 == 0 else ""))
-        picture(classes / f"class {i % 5}" / f"{i:03d}.png")
+    pairs, classes = tiny.folder(folder / "pairs", 100), folder / "classes"
+    for i in range(5):
+        for caption in tiny.folder(classes / f"class {i}", 20, seed=i + 1).glob("*.txt"):
+            caption.unlink()
     return str(pairs), str(classes)
 
 

@@ -27,7 +27,6 @@ def parsed(path):
 
 
 def function(test):
-    """The function of a test, "FILE::FUNCTION"."""
     path, name = test.split("::")
     found = [x for x in ast.walk(parsed(path)) if isinstance(x, ast.FunctionDef) and x.name == name]
     assert found, f"{path} has no {name}"

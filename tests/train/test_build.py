@@ -1,5 +1,3 @@
-"""Experiments: what follows from a config and its devices."""
-
 import jax
 import pytest
 

@@ -1,5 +1,3 @@
-"""Checkpoints that are damaged or cut off: noticed, named, and the newest whole one is used."""
-
 import resource
 import shutil
 import subprocess
@@ -214,7 +212,6 @@ def test_a_save_that_fails_is_reported_at_once_and_costs_no_other(run, no_large_
 
 
 def test_no_failed_save_is_lost_in_silence_or_hides_what_ended_the_run(run, no_large_files, capsys):
-    """The last save, one before the next, and one before another error."""
     position = {"samples": 48, "batch": 8}
     with pytest.raises(UserError, match=FAILED), Checkpointer(run) as checkpointer:
         checkpointer.save(make_state(6), position)

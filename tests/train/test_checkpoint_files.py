@@ -1,5 +1,3 @@
-"""Digests of checkpoints: every damaged file is named, and files in buckets are compared by name and size."""
-
 import json
 import threading
 
@@ -81,7 +79,6 @@ def test_in_a_bucket_names_and_sizes_are_compared_and_nothing_is_hashed(bucket, 
 
 
 def test_in_a_bucket_a_checkpoint_gets_its_digest_under_its_final_name(run):
-    """Where no folder is renamed."""
     path = run / "checkpoints" / "4" / checkpoint_files.DIGEST_FILE
     content = path.read_bytes()
     path.unlink()

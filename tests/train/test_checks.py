@@ -1,5 +1,3 @@
-"""The checks of a run before it starts, which trainer and doctor share: each warning and FAIL."""
-
 import fcntl
 import json
 import re
@@ -14,8 +12,7 @@ from tests.helpers.findings import only
 from xclip_jax.commands import doctor
 from xclip_jax.config import schema
 from xclip_jax.core.console import format_bytes
-from xclip_jax.core.errors import UserError
-from xclip_jax.train import checks, trainer
+from xclip_jax.train import checks
 from xclip_jax.train.checkpoint_files import num_bytes
 from xclip_jax.train.checks import FAIL, OK
 from xclip_jax.train.run_writer import RunWriter
@@ -45,9 +42,6 @@ def folder_finding(config, mark):
 
 
 def test_the_runs_folder(tmp_path, run):
-    (tmp_path / "file").touch()
-    finding = folder_finding(tiny.config(run=tmp_path / "file/run"), FAIL)
-    assert "is not a folder; name another folder" in finding.text
     assert "starts at step 0 of 10" in folder_finding(tiny.config(run=tmp_path / "new"), OK).text
     saved = json.loads((run / "config.json").read_text())["config"]
     copy = tmp_path / "copy"
@@ -62,14 +56,10 @@ def test_the_runs_folder(tmp_path, run):
     assert "optim.lr" in folder_finding(config, FAIL).text
 
 
-def test_a_fault_is_reported_once_and_stops_the_trainer(tmp_path):
-    """The sources are missing, and the checks end; nothing is written."""
+def test_a_fault_is_reported_once(tmp_path):
     config = tiny.config("clip", run=tmp_path / "run", data__sources=("folder:/nowhere",), eval__sets=("folder:/no",))
     findings = all_findings(config)
     assert [x.check for x in findings if x.mark == FAIL] == ["data"], findings
-    with pytest.raises(UserError, match="'/nowhere'"):
-        trainer.run(config)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -93,7 +83,6 @@ def test_initial_weights(tmp_path, run, pairs):
 
 
 def space(monkeypatch, run, number, *, keep=3, every=2, steps=100):
-    """Check a run on a disk with free space for so many checkpoints."""
     usage = types.SimpleNamespace(free=int(number * SIZE))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     config = schema.resolve({"steps": steps, "optim": {"warmup": 1}, "checkpoint": {"every": every, "keep": keep}})

@@ -1,5 +1,3 @@
-"""What a train step costs: memory, which is known to fit before the first step, and FLOPs, by hand and by XLA."""
-
 import os
 
 import flax.linen as nn
@@ -16,7 +14,6 @@ from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.train import build, checks, cost, trainer
-from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.checks import FAIL, OK
 from xclip_jax.train.run_writer import RunWriter
 
@@ -27,7 +24,6 @@ def experiment():
 
 
 def check(experiment):
-    """The finding on the memory of an experiment, raised or printed as the trainer does."""
     (finding,) = checks.check_memory(experiment, lambda: cost.compile_if_fits(experiment))
     return finding
 
@@ -40,11 +36,9 @@ def refusal(message):
 
 
 def test_a_step_that_exceeds_memory_says_by_how_much(experiment, monkeypatch):
+    """Vector memory depends on no key."""
     monkeypatch.setattr(cost, "compile_for", refusal("Ran out of memory in memory space hbm. Used 17.20G of 15.75G"))
     assert cost.compile_if_fits(experiment) == (None, "it needs 17.20G besides the state")
-
-
-def test_vector_memory_depends_on_no_key(experiment, monkeypatch):
     monkeypatch.setattr(cost, "compile_for", refusal("Ran out of memory in memory space vmem. Used 16.15M of 16.00M"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
         cost.compile_if_fits(experiment)
@@ -56,15 +50,11 @@ def peak(experiment):
 
 
 def has(monkeypatch, each):
-    """Give each of the eight devices `each` bytes."""
     monkeypatch.setattr(cost, "device_memory", lambda device: 8 * each)
 
 
-def test_a_step_that_fits_by_far_fits(experiment, peak):
+def test_a_step_that_fits_by_far_is_not_compiled(experiment, peak, monkeypatch):
     assert not cost.fits_by_far(experiment, 1.5 * peak) and cost.fits_by_far(experiment, 2**40)
-
-
-def test_a_step_that_fits_by_far_is_not_compiled(experiment, monkeypatch):
     monkeypatch.setattr(cost, "compile_if_fits", lambda _: pytest.fail("compiled"))
     has(monkeypatch, 2**40)
     assert check(experiment).mark == OK
@@ -113,9 +103,7 @@ def test_a_run_may_resume_with_every_remedy_for_its_batch(pairs, trained):
         config.update_from_flattened_dict({key: int(value) if key == "optim.microbatches" else value})
         folder.check(schema.resolve(config))
     most = tiny.short(pairs, trained, model__img__remat="full", model__txt__remat="full")
-    with Checkpointer(trained, read_only=True) as checkpointer:
-        state, _ = checkpointer.restore(build.build(most).abstract)
-    assert int(state.step) == 4
+    assert int(tiny.restored(most)[0].step) == 4
 
 
 def test_a_run_is_refused_before_its_folder_is_made(pairs, tmp_path, monkeypatch):
@@ -195,5 +183,4 @@ def test_groups_count_as_they_are_rounded():
 
 def test_xclip_costs_a_tenth_more_than_clip_at_most():
     clip, xclip = (cost.step_flops(resolve(load_config(f"pretrain:objective={name}"))) for name in ("clip", "xclip"))
-    print(f"xCLIP's FLOPs are {xclip / clip:.4f} times CLIP's, ViT-B/16")
     assert 1 < xclip / clip <= 1.10

@@ -1,5 +1,3 @@
-"""The log of a run: its clock, the metrics of its time, and warnings of collapses."""
-
 import contextlib
 import threading
 import time
@@ -21,28 +19,14 @@ from xclip_jax.train import cost, log, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.log import Clock, progress_line
 
-
-class Now:
-    """A time that the test moves."""
-
-    def __init__(self, now=0.0):
-        self.now = now
-
-    def __call__(self):
-        return self.now
-
-
-class Ended:
-    """The result of a step that has ended."""
-
-    def block_until_ready(self):
-        pass
+ENDED = types.SimpleNamespace(block_until_ready=lambda: None)  # the result of a step that has ended
 
 
 @pytest.fixture
 def now(monkeypatch):
-    moved = Now()
-    monkeypatch.setattr(log.time, "perf_counter", moved)
+    """A time that the test moves."""
+    moved = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(log.time, "perf_counter", lambda: moved.now)
     return moved
 
 
@@ -50,18 +34,14 @@ def values(goodput, wall, useful):
     return pytest.approx({"goodput": goodput, "wall_seconds": wall, "useful_seconds": useful})
 
 
-def spend(count, now, seconds):
-    with count.exclude_from_goodput():
-        now.now += seconds
-
-
 def test_goodput_of_one_process(now):
     """100 s of start-up, then 100 s: 12 in an evaluation, 8 in a checkpoint, 10 without data; 70 for ten steps."""
     now.now = 1000.0
     count = Clock(1000.0)
-    spend(count, now, 50.0)  # of the start-up, which is lost anyway
+    with count.exclude_from_goodput():  # of the start-up, which is lost anyway
+        now.now += 50.0
     now.now = 1100.0
-    count.step_started(Ended())
+    count.step_started(ENDED)
     count.wait_for_steps()
 
     def waits():
@@ -69,8 +49,9 @@ def test_goodput_of_one_process(now):
         yield
 
     list(count.count_waits(waits()))
-    spend(count, now, 12.0)
-    spend(count, now, 8.0)
+    for seconds in (12.0, 8.0):
+        with count.exclude_from_goodput():
+            now.now += seconds
     now.now = 1200.0
     assert count.goodput(10, wasted=0) == values(0.35, 200.0, 70.0)
     # One of the ten steps was skipped: a tenth of the 70 s.
@@ -89,7 +70,7 @@ def test_goodput_of_a_run_that_resumes(now):
     count = Clock(0.0, 10, before)
     now.now = 30.0
     assert count.goodput(10, wasted=0) == values(63 / 290, 290.0, 63.0)
-    count.step_started(Ended())
+    count.step_started(ENDED)
     now.now = 130.0
     assert count.goodput(20, wasted=0) == values(163 / 390, 390.0, 163.0)
     # A rewind to step 4: the ten steps of this process, and six of the process before it at the same 10 s a step.
@@ -132,7 +113,7 @@ def test_waits_count_when_the_devices_are_idle(now):
 
     waits = clock.count_waits(batches())
     next(waits)
-    clock.step_started(Ended())
+    clock.step_started(ENDED)
     clock.wait_for_steps()
     next(waits)
     clock.step_started(types.SimpleNamespace(block_until_ready=end.wait))
@@ -152,26 +133,22 @@ def test_the_line_of_a_step():
 
 @pytest.mark.long
 def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
-    """Killed in step 6 and resumed at step 3; a save takes 0.3 s more than it takes."""
+    """Killed in step 6 and resumed at step 3."""
     pairs = tiny.folder(tmp_path / "pairs")
     changes = {"steps": 6, "checkpoint__every": 3, "data__sources": (f"folder:{pairs}",), "log__trackers": ()}
     c, lost = tiny.config("clip", run=tmp_path / "run", **changes), []
     save, exclude = Checkpointer.save, Clock.exclude_from_goodput
 
-    def slow(*args):
-        time.sleep(0.3)
-        save(*args)
-
     @contextlib.contextmanager
     def observed(self):
-        began = time.perf_counter()
         with exclude(self):
+            lost.append("in")
             yield
-        lost.append(time.perf_counter() - began)
+            lost.append("out")
 
     monkeypatch.setattr(schema.Config, "alarm_step", 3)
     monkeypatch.setattr(Objective, "alarms", lambda _, metrics: [f"flat: loss {metrics['loss']}"])
-    monkeypatch.setattr(Checkpointer, "save", slow)
+    monkeypatch.setattr(Checkpointer, "save", lambda *args: lost.append("save") or save(*args))
     monkeypatch.setattr(Clock, "exclude_from_goodput", observed)
     began = time.perf_counter()
     with tiny.cut_off(5):
@@ -183,7 +160,7 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(cost.PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
     capsys.readouterr()
     trainer.run(c)
-    assert sum(seconds > 0.3 for seconds in lost) == 2  # the saves of steps 3 and 6
+    assert lost.count("save") == 2 and all(lost[i - 1] == "in" for i, x in enumerate(lost) if x == "save")
     lines = tiny.lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[:3] == first[:3]
     step, mfus = cost.step_flops(schema.resolve(c)), []
@@ -227,23 +204,3 @@ def test_uptime_is_that_of_this_process():
     before = environment.uptime()
     time.sleep(0.3)
     assert before > 0.1 and 0.25 < environment.uptime() - before < 5  # it has imported JAX
-
-
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("failure", "changes"),
-    [
-        # Nothing asks for a decision, so nobody makes one.
-        ("flat", {"objective__nclip__sharpness": 0.0, "objective__nclip__smoothness": 1.0, "optim__lr": 1e-3}),
-        # Nothing asks for variety, so all pairs go to one cluster.
-        ("few clusters", {"objective__nclip__sharpness": 2.0, "objective__nclip__smoothness": 0.0, "optim__lr": 1e-2}),
-        # A head that starts sharp and has no time to agree.
-        ("disagreement", {"objective__nclip__tau": 0.01, "optim__lr": 1e-12, "optim__lr_end": 0.0}),
-    ],
-)
-def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, monkeypatch, failure, changes):
-    monkeypatch.setattr(schema.Config, "alarm_step", 50)
-    sources = {"data__sources": (f"folder:{pairs}",)}
-    trainer.run(tiny.config("nclip", run=tmp_path / "run", steps=60, **sources, **changes))
-    assert capsys.readouterr().out.count(f": {failure}: ") == 1

@@ -1,5 +1,3 @@
-"""The training loop: evaluations over several starts of a run, and runs that end before their last step."""
-
 import itertools
 import json
 import os
@@ -21,15 +19,13 @@ from xclip_jax.data import loader
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.results import Result
-from xclip_jax.train import build, trainer, weights
-from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train import trainer, weights
 
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A complete run of four steps."""
     return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -40,8 +36,6 @@ def go_back(run):
 
 
 class Evaluator:
-    """Counts what it is asked."""
-
     def __init__(self, name):
         self.name, self.calls = name, []
         self.encoder = types.SimpleNamespace(unreadable={})
@@ -99,9 +93,7 @@ def test_the_average_is_what_is_evaluated_and_loaded(pairs, tmp_path, evaluators
     sets = {"eval__sets": ("a",), "eval__every": 2, "eval__sets_at_end": ("b",)}
     c = tiny.short(pairs, tmp_path / "run", **average, **sets, objective="nclip")
     trainer.run(c)
-    with Checkpointer(c.run, read_only=True) as checkpointer:
-        abstract = build.build(c).abstract
-        states = {step: jax.device_get(checkpointer.restore(abstract, step)[0]) for step in (2, 4)}
+    states = {step: jax.device_get(tiny.restored(c, step)[0]) for step in (2, 4)}
     (at_2, at_4), (final,) = evaluators["a"].calls, evaluators["b"].calls
     loaded = jax.device_get(weights.load(c.run)[2])
     for step, found in ((2, at_2), (4, at_4), (4, final), (4, loaded)):

@@ -1,5 +1,3 @@
-"""Losses and gradients that are not finite: what a step, a run and a resumed run make of them."""
-
 import dataclasses
 import types
 from typing import ClassVar
@@ -21,7 +19,6 @@ from xclip_jax.data import loader
 from xclip_jax.objectives import Term
 from xclip_jax.train import build, recovery, state, trainer
 from xclip_jax.train import step as train_step
-from xclip_jax.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.long
 
@@ -31,17 +28,12 @@ LOSS, GRADIENT, STATE = 201, 202, 203
 
 @dataclasses.dataclass(frozen=True)
 class Poison(Term):
-    """Nothing, but for batches with one of the tokens above."""
-
     title: ClassVar[str] = "poison"
 
     def initial_state(self, model, vocab):
-        """A running value."""
         return {"poison": jnp.zeros(3)}
 
     def __call__(self, out, teacher, state, batch, *, chunk=0):
-        """See `Term.__call__`."""
-
         def marked(token):
             return (batch["text"][:, 0] == token).any()
 
@@ -67,9 +59,6 @@ def mark(batch, token):
 
 def assert_same(a, b):
     chex.assert_trees_all_equal(jax.device_get(a), jax.device_get(b))
-
-
-# A step
 
 
 def test_a_bad_batch_changes_nothing_but_the_step():
@@ -104,7 +93,6 @@ def test_a_bad_batch_changes_nothing_but_the_step():
 
 
 def counts(s, kind):
-    """The counters of the optimizer's states of a kind."""
     nodes = jax.tree.leaves(s.opt_state, is_leaf=lambda x: isinstance(x, kind))
     return [int(x.count) for x in nodes if isinstance(x, kind)]
 
@@ -116,7 +104,6 @@ def state_like(host, p):
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.0, 0.0), (0.999999, 0.0), (0.0, 0.999999), (0.9999999, 0.9999999)])
 def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2):
-    """So a step can be accepted before its update is known."""
     largest = {"lr": 1000.0, "lr_end": 1000.0, "weight_decay": 1000.0, "eps": 1e-15}
     c = tiny.config(**{f"optim__{key}": value for key, value in (largest | {"b1": b1, "b2": b2}).items()})
     tx = optim.make_optimizer(schema.resolve(c).optim, 10, {})
@@ -129,32 +116,21 @@ def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2):
         chex.assert_tree_all_finite((updates, opt_state, optax.apply_updates(params, updates)))
 
 
-# A run
-
-
 @pytest.fixture(scope="module", autouse=True)
 def few_steps():
-    """Two skipped steps in a row, not ten, are the most."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recovery, "MOST_SKIPPED", 2)
         yield
 
 
-class Killed(Exception):
-    pass
-
-
 def train(c, monkeypatch, poisoned, start=0, kill=None):
-    """Run `c`, whose steps `poisoned` have bad batches, from step `start`, up to a kill before step `kill`.
-
-    Returns the batches of the steps.
-    """
+    """Run `c` from step `start` to a kill before step `kill`; steps `poisoned` are bad. Returns the steps' batches."""
     original, batches = loader.to_global, {}
 
     def to_global(batch, mesh):
         step = start + len(batches) + 1
         if step == kill:
-            raise Killed
+            raise tiny.CutOff
         batches[step] = mark({name: x.copy() for name, x in batch.items()}, LOSS) if step in poisoned else batch
         return original(batches[step], mesh)
 
@@ -165,27 +141,8 @@ def train(c, monkeypatch, poisoned, start=0, kill=None):
 
 
 def run_config(pairs, run, **changes):
-    return config(
-        run=run, **{"data__sources": (f"folder:{pairs}",), "checkpoint__every": 2, "checkpoint__keep": 20} | changes
-    )
-
-
-def logged(run):
-    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in tiny.lines(run)]
-
-
-def restored(c, step=None):
-    with Checkpointer(c.run) as checkpointer:
-        return checkpointer.restore(build.build(c).abstract, step)
-
-
-def assert_same_run(a, b, steps):
-    for step in steps:
-        (state_a, position_a), (state_b, position_b) = restored(a, step), restored(b, step)
-        assert_same(state_a, state_b)
-        assert position_a == position_b
-    assert logged(a.run) == logged(b.run)
-    assert tiny.lines(a.run, "skipped_steps.jsonl") == tiny.lines(b.run, "skipped_steps.jsonl")
+    defaults = {"data__sources": (f"folder:{pairs}",), "checkpoint__every": 2, "checkpoint__keep": 20}
+    return config(run=run, **defaults | changes)
 
 
 def test_a_run_goes_on_without_the_bad_steps(pairs, tmp_path, monkeypatch, capsys):
@@ -197,18 +154,16 @@ def test_a_run_goes_on_without_the_bad_steps(pairs, tmp_path, monkeypatch, capsy
         "WARNING: step 5 has values that are not finite, loss nan, " in out and "skipped, 2 in a row, 2 in all" in out
     )
     b = tiny.BATCH
-    entries = [
-        (line["step"], line["position"], line["samples"], line["loss"])
-        for line in tiny.lines(c.run, "skipped_steps.jsonl")
-    ]
-    assert entries == [(4, 3 * b, b, None), (5, 4 * b, b, None), (9, 8 * b, b, None)]
+    entries = [[line[key] for key in ("step", "position", "samples", "loss")]
+               for line in tiny.lines(c.run, "skipped_steps.jsonl")]  # fmt: skip
+    assert entries == [[4, 3 * b, b, None], [5, 4 * b, b, None], [9, 8 * b, b, None]]
     assert [(line["step"], line["skipped_steps"]) for line in tiny.lines(c.run)] == [
         (1, 0), (2, 0), (3, 0), (6, 2), (7, 2), (8, 2), (10, 3)
     ]  # fmt: skip
     rates = {line["step"]: line["lr"] for line in tiny.lines(c.run)}  # of 10 steps, the first of them warm-up
     cosine = {step: 1e-5 + 4.95e-4 * (1 + np.cos(np.pi * (step - 2) / 9)) for step in rates}
     assert rates == pytest.approx(cosine | {1: 0.0}, rel=1e-4)
-    final, position = restored(c)
+    final, position = tiny.restored(c)
     assert position["counters"]["skipped"] == {"total": 3, "in_a_row": 0, "rewound": 0}
     assert position["samples"] == 10 * b
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(final)))
@@ -232,7 +187,6 @@ POISONED = {5, 6, 7}
 
 @pytest.fixture(scope="module")
 def rewound(pairs, tmp_path_factory):
-    """A run that rewinds at step 7, and its batches."""
     c = rewind_config(pairs, tmp_path_factory.mktemp("rewound") / "run")
     with pytest.MonkeyPatch.context() as patch:
         return c, train(c, patch, POISONED)
@@ -240,15 +194,13 @@ def rewound(pairs, tmp_path_factory):
 
 def test_a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones(rewound):
     c, batches = rewound
-    assert tiny.lines(c.run, "skipped_steps.jsonl")[-1] == {
-        "step": 7,
-        "rewound_to": 2,
-    }  # the parameters of step 4 failed
+    rewind = {"step": 7, "rewound_to": 2}  # the parameters of step 4 failed
+    assert tiny.lines(c.run, "skipped_steps.jsonl")[-1] == rewind
     p = build.build(c)
-    s = train_step.with_step(restored(c, 2)[0], 7)
+    s = train_step.with_step(tiny.restored(c, 2)[0], 7)
     for step in range(8, 13):
         s, _ = p.compiled(s, loader.to_global(batches[step], p.mesh))
-    final, position = restored(c)
+    final, position = tiny.restored(c)
     assert_same(final, s)
     assert position["counters"]["skipped"] == {"total": 3, "in_a_row": 0, "rewound": 7}
     assert [line["step"] for line in tiny.lines(c.run)] == [1, 2, 3, 4, 8, 9, 10, 11, 12]
@@ -258,10 +210,14 @@ def test_a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones(rewound)
 def test_a_run_killed_near_a_rewind_resumes_bit_exactly(pairs, tmp_path, monkeypatch, rewound, kill, resume):
     """Before it, and after the next checkpoint."""
     c = rewind_config(pairs, tmp_path / "run")
-    with pytest.raises(Killed):
+    with pytest.raises(tiny.CutOff):
         train(c, monkeypatch, POISONED, kill=kill)
     train(c, monkeypatch, POISONED, start=resume)
-    assert_same_run(rewound[0], c, steps=[8, 12])
+    for step in (8, 12):
+        assert_same(tiny.restored(c, step), tiny.restored(rewound[0], step))
+    logged = [[{k: v for k, v in x.items() if k not in CLOCKS} for x in tiny.lines(run.run)] for run in (rewound[0], c)]
+    assert logged[0] == logged[1]
+    assert tiny.lines(c.run, "skipped_steps.jsonl") == tiny.lines(rewound[0].run, "skipped_steps.jsonl")
 
 
 @pytest.mark.parametrize(("damaged", "target"), [((), 4), ((4,), 2), ((2, 4), 5)])
