@@ -12,12 +12,7 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 # Constant, or default of a config key, in a module of xclip_jax; its value; the page that states it, and how.
 NUMBERS = (
     ("parallel.compiler:CACHE_BYTES", 2 * 2**30, "checkpoints.md", "is limited to 2 GiB"),
-    (
-        "parallel.compiler:CACHE_SECONDS",
-        0.1,
-        "checkpoints.md",
-        "Programs that compile in less than 0.1 s are not kept",
-    ),
+    ("parallel.compiler:CACHE_SECONDS", 0.1, "checkpoints.md", "Programs that compile in less than 0.1 s are not kept"),
     ("train.recovery:MOST_SKIPPED", 10, "checkpoints.md", "More than 10 in a row stop the run"),
     ("train.prepare:CAPTIONS", 1024, "performance.md", "chooses the groups from 1,024 captions"),
     ("data.length_groups:MAX_GROUPS", 4, "performance.md", "encoded in up to four groups"),

@@ -46,8 +46,7 @@ def test_command_line_of_a_command(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "unbuffered"),
-    [("--help", ""), ("--help", "1"), ("plan --help", ""), ("train --help", "")],
+    ("line", "unbuffered"), [("--help", ""), ("--help", "1"), ("plan --help", ""), ("train --help", "")]
 )
 def test_a_command_whose_output_nobody_reads_ends_quietly(line, unbuffered, tmp_path):
     """As in a pipe to `head`, whether writing fails at once or when the command ends."""

@@ -49,10 +49,7 @@ def change(run, **keys):
     (run / "config.json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("ema", False), ("resize_size", 2 * tiny.SIZE)],
-)
+@pytest.mark.parametrize(("key", "value"), [("ema", False), ("resize_size", 2 * tiny.SIZE)])
 def test_keys_that_change_the_features_at_the_same_step(key, value, root, tmp_path):
     run, one, two = tmp_path / "run", f"folder:{root / 'one'}", f"folder:{root / 'two'}"
     shutil.copytree(root / "a", run)
@@ -97,10 +94,7 @@ def test_a_branch_of_the_hub_that_moves(root, server, tmp_path, monkeypatch, cap
     assert xclip_jax.load("hf:lab/x", batch=8).card["commit"] == second
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"data__normalization": "clip"}, {"data__tokenizer": "fingerprints.json"}],
-)
+@pytest.mark.parametrize("changes", [{"data__normalization": "clip"}, {"data__tokenizer": "fingerprints.json"}])
 def test_a_fingerprint_is_of_preprocessing_tokenizer_and_meaning_too(changes, tmp_path, monkeypatch):
     """mteb and `embed` take it for what decides the features."""
     monkeypatch.chdir(tmp_path)
