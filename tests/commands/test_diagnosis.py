@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 from tests.helpers import tiny
+from tests.helpers.findings import only as the_only
 from tests.helpers.pages import ENDED, written
 from tests.report.test_health import collapsed
 from xclip_jax.commands import doctor as command
@@ -51,8 +52,7 @@ def findings(folder, check, **options):
 
 
 def only(folder, check, mark, **options):
-    (finding,) = findings(folder, check, **options)
-    assert finding.mark == mark and "\n" not in finding.line(), finding
+    finding = the_only(check_run(str(folder), **options), check, mark)
     assert finding.mark == OK or finding.remedy or finding.check == "objective"
     return finding
 

@@ -45,14 +45,6 @@ def test_classes_of_the_set_are_numbered_as_those_of_the_model():
     assert metrics["textual/finetuned/x/finetuned/top1"] == 75
 
 
-@pytest.mark.parametrize(
-    ("names", "first"), [(("ant", "bee", "cow"), "cow"), (("ant", "bee", "cat", ".git"), ".git"), (("Ant",), "Ant")]
-)
-def test_a_class_that_the_model_did_not_learn_is_refused(names, first):
-    with pytest.raises(UserError, match=f"has the class '{first}'"):
-        ClassifierEvaluator(encoder(("ant", "bee", "cat")), labelled(names, [len(names) - 1]))
-
-
 def test_runs_that_do_not_say_their_classes_are_tested_by_number():
     data = labelled(("ant", "cow"), [0, 1])
     assert ClassifierEvaluator(encoder(None), data).data is data
