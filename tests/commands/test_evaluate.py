@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 
-import numpy as np
-import PIL.Image
 import pytest
 
 from tests.helpers import tiny
@@ -24,12 +22,7 @@ def runs(trained, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     shutil.copytree(trained, root / "a")
     tiny.untrained(root / "b", seed=1)
-    rng = np.random.default_rng(0)
-    for label in ("cat", "dog"):
-        (root / "set" / label).mkdir(parents=True)
-        for i in range(10):
-            image = PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
-            image.save(root / "set" / label / f"{i}.png")
+    tiny.classes(root / "set")
     return root
 
 

@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 
-import numpy as np
-import PIL.Image
 import pytest
 
 from tests.helpers import tiny
@@ -22,14 +20,10 @@ from xclip_jax.train import trainer
 def run(tmp_path_factory):
     """A run of xCLIP on pairs and a set whose words are hostile, with its report."""
     root = tmp_path_factory.mktemp("report")
-    pairs, rng = tiny.folder(root / "pairs"), np.random.default_rng(0)
+    pairs = tiny.folder(root / "pairs")
     for i in range(0, 40, 2):
         (pairs / f"{i:03d}.txt").write_text(HOSTILE)
-    for label in ("cat", "<img src=x onerror=alert(3)>"):
-        (root / "set" / label).mkdir(parents=True)
-        for i in range(10):
-            image = PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
-            image.save(root / "set" / label / f"{i}.png")
+    tiny.classes(root / "set", names=("cat", "<img src=x onerror=alert(3)>"))
     changes = {"data__sources": (f"folder:{pairs}",), "mesh__fsdp": 2, "eval__every": 2, "eval__report": True}
     changes |= {"eval__sets": (f"folder:{root / 'set'}",)}
     trainer.run(tiny.config(run=root / "run", steps=4, **changes), [report.callback()])

@@ -3,8 +3,6 @@
 import json
 import shutil
 
-import numpy as np
-import PIL.Image
 import pytest
 import tokenizers
 from etils import epath
@@ -25,13 +23,8 @@ STEPS = 0
 def root(tmp_path_factory):
     """Runs a and b, with a moving average, and two sets: folders "one" and "two"."""
     root = tmp_path_factory.mktemp("weights")
-    rng = np.random.default_rng(0)
     for name in ("one", "two"):
-        for label in ("cat", "dog"):
-            (root / name / label).mkdir(parents=True)
-            for i in range(5):
-                image = PIL.Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8))
-                image.save(root / name / label / f"{i}.png")
+        tiny.classes(root / name, 5, size=26)
     for seed, name in enumerate("ab"):
         tiny.untrained(root / name, noise=0.3, ema__momentum=0.5, eval__ema=True, seed=seed)
     return root
