@@ -27,12 +27,7 @@ NUMBERS = (
     ("processes.watchdog:_MOMENT", 2.0, "checkpoints.md", "during its compilation | the run ends within 3 s"),
     ("processes.watchdog:_POLL_SECONDS", 0.5, "checkpoints.md", "during its compilation | the run ends within 3 s"),
     ("processes.watchdog:_WARNING", 60.0, "checkpoints.md", "reports its phase after 60 seconds"),
-    (
-        "config.schema:LogConfig.stall_limit",
-        1800.0,
-        "checkpoints.md",
-        "After `log.stall_limit` seconds (1800, 0 for never)",
-    ),
+    ("config.schema:LogConfig.stall_limit", 1800.0, "checkpoints.md", "`log.stall_limit` seconds (1800, 0 for never)"),
     ("processes.runtime:HEARTBEAT_SECONDS", 25, "pods.md", "JAX ends the others after 25 s"),
     ("data.config:DataConfig.max_bad_fraction", 0.05, "data.md", "Above `data.max_bad_fraction` (5 %)"),
     ("data.images:MAX_PIXELS", 2**26, "data.md", "an image of more than 64 million pixels is refused"),

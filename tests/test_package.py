@@ -37,11 +37,9 @@ def test_help_names_every_command_and_imports_none(tmp_path):
 
 
 def test_command_line_of_a_command(tmp_path):
-    done = command("train", "--config", "demo:objective=nclip", "--config.optim.lrr=1", cwd=tmp_path)
-    assert done.stderr == "error: config key 'optim.lrr' is unknown; did you mean 'optim.lr'?\n"
-    assert done.returncode == 1 and list(tmp_path.iterdir()) == []
     done = command("trian", cwd=tmp_path)
     assert done.stderr == "error: unknown command 'trian'; did you mean 'train'? See xclip-jax --help\n"
+    assert done.returncode == 1 and list(tmp_path.iterdir()) == []
     assert command("--version", cwd=tmp_path).stdout.startswith("xclip_jax 0.")
 
 

@@ -41,16 +41,6 @@ def test_the_page_of_a_run_needs_nothing_else_and_escapes_everything(run):
     assert (run / "run" / "picture.png").exists()
 
 
-def test_a_run_that_names_no_set_says_how_to_add_some(run, tmp_path):
-    shutil.copytree(run / "run", tmp_path / "run")
-    written = json.loads((tmp_path / "run" / "config.json").read_text())
-    written["config"]["eval"] |= {"sets": [], "sets_at_end": []}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(written))
-    command.main([str(tmp_path / "run"), "--output", str(tmp_path / "x.html")])
-    words = " ".join(check((tmp_path / "x.html").read_text()).text)
-    assert "No evaluation set has images and texts. Add some to eval.sets_at_end" in words
-
-
 def test_a_run_in_progress(run, tmp_path):
     """Without a checkpoint there are curves; a half-written line and a half-written checkpoint are left alone."""
     folder = tmp_path / "run"

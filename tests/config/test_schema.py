@@ -10,7 +10,7 @@ import pytest
 
 from docs import generate
 from tests.helpers import tiny
-from xclip_jax.config import load, recipes, schema
+from xclip_jax.config import load, schema
 from xclip_jax.core.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -54,10 +54,6 @@ def test_every_config_file_has_a_dump():
     assert files == {module for module, _ in CONFIGS.values()}
 
 
-def test_flatten():
-    assert schema.flatten({"a": {"b": 1, "c": (1, 2)}, "d": "x"}) == {"a.b": 1, "a.c": [1, 2], "d": "x"}
-
-
 @pytest.mark.parametrize("name", generate.PAGES)
 def test_pages_made_from_the_code_are_current(name):
     made = generate.PAGES[name]()
@@ -81,10 +77,3 @@ def test_values_that_cancel_each_other_are_refused(changes, keys):
     with pytest.raises(UserError) as error:
         schema.resolve(tiny.config("clip", **changes))
     assert all(key in str(error.value) for key in keys) and "\n" not in str(error.value)
-
-
-def test_a_key_that_does_not_exist_is_named_with_the_nearest():
-    values = recipes.base("clip", "Ti/12").to_dict() | {"steps": 3}
-    values["eval"]["picture"] = True
-    with pytest.raises(UserError, match=r"config key 'eval\.picture' is unknown; did you mean 'eval\.\w+'\?"):
-        schema.resolve(schema.complete(values))

@@ -144,13 +144,9 @@ def test_export_keeps_the_classes(images, tuned, tmp_path):
     # A new run takes the classifier over only if it is one of its own classes.
     config = small(load_config(f"finetune:data=folder:{images},batch={tiny.BATCH},weights={run}"), tmp_path / "new", 5)
     abstract = build.build(schema.resolve(config), jax.devices()[:1]).abstract
-    heads = {
-        classes: [
-            name for name in weights.read_initial(schema.resolve(config), abstract, classes)[0] if "classif" in name
-        ]
-        for classes in (("bright", "dark", "grey"), ("bright", "dark", "white"), None)
-    }
-    assert list(map(len, heads.values())) == [2, 0, 0]
+    for classes, heads in ((("bright", "dark", "grey"), 2), (("bright", "dark", "white"), 0), (None, 0)):
+        tensors, _ = weights.read_initial(schema.resolve(config), abstract, classes)
+        assert len([name for name in tensors if "classif" in name]) == heads
 
 
 def test_numbers_of_glue_are_learned(pretrained, tmp_path):
@@ -182,14 +178,9 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
     metrics, items = by_name(results)
     name, predicted = f"textual/{data.name}", logits.argmax(axis=1)
     found = {key: metrics[f"{name}/finetuned/{key}"] / 100 for key in ("top1", "mean_per_class", "f1", "matthews")}
-    assert found == pytest.approx(
-        {
-            "top1": sklearn.metrics.accuracy_score(data.labels, predicted),
-            "mean_per_class": sklearn.metrics.balanced_accuracy_score(data.labels, predicted),
-            "f1": sklearn.metrics.f1_score(data.labels, predicted),
-            "matthews": sklearn.metrics.matthews_corrcoef(data.labels, predicted),
-        }
-    )
+    of_sklearn = ("accuracy_score", "balanced_accuracy_score", "f1_score", "matthews_corrcoef")
+    expected = [getattr(sklearn.metrics, name)(data.labels, predicted) for name in of_sklearn]
+    assert list(found.values()) == pytest.approx(expected)
     assert items.keys() == {f"{name}/finetuned/{key}" for key in found} and metrics[f"{name}/majority"] == 50
     assert "Matthews" in tables.render(results)
     for logits, message in ((None, "classifier 0"), (np.zeros((100, 3)), "classifier 3")):

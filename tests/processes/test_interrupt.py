@@ -20,8 +20,7 @@ from xclip_jax.train.loop import Session
 
 
 def config(pairs, run, **changes):
-    defaults = {"data__sources": (f"folder:{pairs}",), "checkpoint__every": 1000, "steps": 4, "data__batch": 8}
-    return tiny.config("clip", run=run, **defaults | changes)
+    return tiny.short(pairs, run, objective="clip", checkpoint__every=1000, data__batch=8, **changes)
 
 
 class Set:

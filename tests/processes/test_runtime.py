@@ -21,14 +21,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def start(devices, *args):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one holds
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.two_processes", *map(str, args)],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tests.helpers.two_processes", *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, **pipes)
 
 
 def wait_for(running):
