@@ -105,8 +105,8 @@ def test_columns_are_named_after_the_source(tmp_path, capsys):
     rows = [f"pairs/{i:03d}.png,a,{'a' if i == 4 else f'number {i}'}" for i in range(5)]
     path = tmp_path / "b,text.csv"
     path.write_text("\n".join(["path,caption,alt", *rows]))
-    assert run(capsys, path)[2].endswith(f"; name its columns, {path},image=COLUMN,text=COLUMN.")
-    code, out, _ = run(capsys, f"{path},image=path,text=caption,alt,tags=alt")
+    assert run(capsys, path)[2].endswith("image=COLUMN&text=COLUMN.")
+    code, out, _ = run(capsys, f"{path},image=path,text=caption,alt")
     assert code == 0 and "read: 5 at random\n" in out
     assert re.search(r"repeated captions: 4; .* objective\.clip\.positives=caption", out)
     assert "repeated captions: 0\n" in run(capsys, f"{path},image=path,text=alt")[1]

@@ -51,7 +51,7 @@ def findings(folder, check, **options):
 
 
 def only(folder, check, mark, **options):
-    finding = the_only(check_run(str(folder), **options), check, mark)
+    finding = the_only(list(check_run(str(folder), **options)), check, mark)
     assert finding.mark == OK or finding.remedy or finding.check == "objective"
     return finding
 

@@ -61,7 +61,7 @@ def test_a_set_that_fails_does_not_keep_others_from_their_results(runs, tmp_path
     for i in range(2):
         (broken / "cat" / f"{i}.png").write_bytes(b"<html>")
     sets = [f"folder:{broken}", f"folder:{runs / 'set'}"]
-    with pytest.raises(UserError, match=r"x\.json .*\n  folder:.*broken: 2 of"):
+    with pytest.raises(UserError, match=r"x\.json .*\n  folder:.*broken: .*2 of"):
         evaluate.evaluate(str(runs / "a"), ",".join(sets), output=str(tmp_path / "x.json"))
     (result,) = json.loads((tmp_path / "x.json").read_text())["results"]
     assert result["set"] == sets[1] and "broken failed: TooManyUnreadable: at least 2 of 20" in capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_weights_are_compared_by_their_evaluation(runs, tmp_path, monkeypatch):
 
 
 def test_a_suite_is_a_name_or_names():
-    assert len(registry.expand_suites("demo")) > 10 and "imagenet_a" in registry.expand_suites("paper")
+    assert len(registry.expand_suites("demo")) > 5 and "imagenet_a" in registry.expand_suites("paper")
     assert registry.expand_suites("imagenet, emoji/test_line,imagenet") == ("imagenet", "emoji/test_line")
     demo = registry.all_suites()["demo"]
     for names in ("demo,imagenet", ["demo", "imagenet"]):

@@ -158,7 +158,8 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
     begun = weights.init_from_weights(weights.read_initial(p.config, p.abstract)[0], state.create(p.init, p.abstract))
     assert f"starting from {tmp_path / 'hf'}, step 0" in capsys.readouterr().out
     found = interop.read(str(tmp_path / "hf"))[1]["params"]
-    found["txt"]["transformer"] = stack_blocks(found["txt"]["transformer"], 1)
+    for tower in ("img", "txt"):
+        found[tower]["transformer"] = stack_blocks(found[tower]["transformer"], 1)
     chex.assert_trees_all_equal(jax.device_get(begun.params), found)
 
 

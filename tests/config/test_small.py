@@ -191,7 +191,7 @@ def test_the_pairs_decide_on_size_context_and_captions_apart(discs):
     assert c.data.sources == (f"folder:{discs}",) and re.fullmatch(r"runs/small-.*pairs-[0-9a-f]{6}", c.run)
     assert (c.model.img.image_size, c.model.txt.context_length) == (36, 24)
     assert c.data.spread_duplicate_captions and c.data.cache
-    assert c.eval.sets == ("retrieval/holdout",)
+    assert c.eval.sets == ("retrieval/holdout", "zeroshot/holdout")
     assert load.load_config(f"small:pairs={discs},tokenizer=bytes").to_dict() == c.to_dict()  # so that it resumes
 
 

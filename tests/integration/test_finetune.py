@@ -127,7 +127,7 @@ def test_export_keeps_the_classes(images, tuned, tmp_path):
     folder_of_classes(tmp_path / "other", 2)
     (tmp_path / "other" / "grey").rename(tmp_path / "other" / "white")
     for path in (run, out):
-        with pytest.raises(UserError, match="class 'white' is not among the 3 classes"):
+        with pytest.raises(UserError, match="has the class 'white', unlike the training items"):
             evaluate.evaluate(str(path), f"finetuned/folder:{tmp_path}/other")
     card = (out / export.CARD).read_text()
     assert "xclip-jax evaluate --checkpoint out --suite finetuned/folder:PATH" in card

@@ -104,7 +104,7 @@ def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
     assert "Predictions of b are by the checkpoint of step 2." in words and "Predictions of a" not in words
     assert "No evaluation set has images and texts" in words
     RunReader(tmp_path / "b").evaluation_file.unlink()
-    assert f"make it with xclip-jax evaluate --checkpoint {tmp_path / 'b'} --suite NAME" in page.render([a, b])
+    assert "does not exist; make it with xclip-jax evaluate" in " ".join(check(page.render([a, b]), SECTIONS).text)
 
 
 def differences(runs):
