@@ -12,12 +12,7 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 # Constant, or default of a config key, in a module of xclip_jax; its value; the page that states it, and how.
 NUMBERS = (
     ("parallel.compiler:CACHE_BYTES", 2 * 2**30, "checkpoints.md", "is limited to 2 GiB"),
-    (
-        "parallel.compiler:CACHE_SECONDS",
-        0.1,
-        "checkpoints.md",
-        "Programs that compile in less than 0.1 s are not kept",
-    ),
+    ("parallel.compiler:CACHE_SECONDS", 0.1, "checkpoints.md", "Programs that compile in less than 0.1 s are not kept"),
     ("train.recovery:MOST_SKIPPED", 10, "checkpoints.md", "More than 10 in a row stop the run"),
     ("train.prepare:CAPTIONS", 1024, "performance.md", "chooses the groups from 1,024 captions"),
     ("data.length_groups:MAX_GROUPS", 4, "performance.md", "encoded in up to four groups"),
@@ -32,12 +27,7 @@ NUMBERS = (
     ("processes.watchdog:_MOMENT", 2.0, "checkpoints.md", "during its compilation | the run ends within 3 s"),
     ("processes.watchdog:_POLL_SECONDS", 0.5, "checkpoints.md", "during its compilation | the run ends within 3 s"),
     ("processes.watchdog:_WARNING", 60.0, "checkpoints.md", "reports its phase after 60 seconds"),
-    (
-        "config.schema:LogConfig.stall_limit",
-        1800.0,
-        "checkpoints.md",
-        "After `log.stall_limit` seconds (1800, 0 for never)",
-    ),
+    ("config.schema:LogConfig.stall_limit", 1800.0, "checkpoints.md", "`log.stall_limit` seconds (1800, 0 for never)"),
     ("processes.runtime:HEARTBEAT_SECONDS", 25, "pods.md", "JAX ends the others after 25 s"),
     ("data.config:DataConfig.max_bad_fraction", 0.05, "data.md", "Above `data.max_bad_fraction` (5 %)"),
     ("data.images:MAX_PIXELS", 2**26, "data.md", "an image of more than 64 million pixels is refused"),

@@ -195,9 +195,5 @@ def test_the_figures_of_clusters_are_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(clusters, "compare", functools.partial(clusters.compare, steps=2))
     clusters.main(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["information.png", "words.png"]
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        *clusters.SETTINGS,
-        "clip",
-        "nclip",
-        "xclip",
-    ]
+    first = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert first == [*clusters.SETTINGS, "clip", "nclip", "xclip"]

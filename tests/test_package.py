@@ -37,17 +37,14 @@ def test_help_names_every_command_and_imports_none(tmp_path):
 
 
 def test_command_line_of_a_command(tmp_path):
-    done = command("train", "--config", "demo:objective=nclip", "--config.optim.lrr=1", cwd=tmp_path)
-    assert done.stderr == "error: config key 'optim.lrr' is unknown; did you mean 'optim.lr'?\n"
-    assert done.returncode == 1 and list(tmp_path.iterdir()) == []
     done = command("trian", cwd=tmp_path)
     assert done.stderr == "error: unknown command 'trian'; did you mean 'train'? See xclip-jax --help\n"
+    assert done.returncode == 1 and list(tmp_path.iterdir()) == []
     assert command("--version", cwd=tmp_path).stdout.startswith("xclip_jax 0.")
 
 
 @pytest.mark.parametrize(
-    ("line", "unbuffered"),
-    [("--help", ""), ("--help", "1"), ("plan --help", ""), ("train --help", "")],
+    ("line", "unbuffered"), [("--help", ""), ("--help", "1"), ("plan --help", ""), ("train --help", "")]
 )
 def test_a_command_whose_output_nobody_reads_ends_quietly(line, unbuffered, tmp_path):
     """As in a pipe to `head`, whether writing fails at once or when the command ends."""
@@ -114,10 +111,6 @@ def test_a_wheel_has_the_same_files_from_the_checkout_and_from_an_sdist(tmp_path
     assert {"xclip_jax/py.typed", "xclip_jax/report/search.css"} <= files[0]
 
 
-def test_package_is_typed():
-    assert (ROOT / "xclip_jax" / "py.typed").exists()
-
-
 def test_readme_is_short_and_its_links_lead_somewhere():
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     before_the_first_command, *_ = pages[0].read_text().split("```")
@@ -134,11 +127,6 @@ def test_versions_agree():
 
 # Flags of absl can be defined only once in a process.
 ABSL = ("train", "plan")
-
-
-def test_a_value_of_another_type_is_one_sentence(tmp_path):
-    done = command("train", "--config", "demo", "--config.steps=abc", cwd=tmp_path)
-    assert done.stderr.startswith("error: flag --config.steps=abc: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in ABSL])

@@ -14,17 +14,9 @@ from tests.helpers import hub_server, tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # the discard port: refused at once
-TRAINING = [
-    "train",
-    "--config",
-    "demo:objective=clip,steps=2",
-    "--config.run=run",
-    "--config.data.batch=32",
-    "--config.model.img.depth=1",
-    "--config.model.txt.depth=1",
-    '--config.eval.sets_at_end=("emoji/test_rendering",)',
-    "--config.eval.report=False",
-]
+KEYS = ("run=run", "data.batch=32", "model.img.depth=1", "model.txt.depth=1", "eval.report=False")
+TRAINING = ["train", "--config", "demo:objective=clip,steps=2", *(f"--config.{key}" for key in KEYS)]
+TRAINING += ['--config.eval.sets_at_end=("emoji/test_rendering",)']
 LOOK_UPS = """
 from xclip_jax.demo import emoji as demo; from xclip_jax.data import tokenizer
 from xclip_jax.evaluators import prompts

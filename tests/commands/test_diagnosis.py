@@ -11,8 +11,8 @@ import pytest
 from etils import epath
 
 from tests.helpers import tiny
+from tests.helpers.findings import only as the_only
 from tests.helpers.pages import ENDED, written
-from tests.report.test_health import collapsed
 from xclip_jax.commands import doctor as command
 from xclip_jax.commands.diagnosis import check_run
 from xclip_jax.train import checkpoint_files
@@ -51,8 +51,7 @@ def findings(folder, check, **options):
 
 
 def only(folder, check, mark, **options):
-    (finding,) = findings(folder, check, **options)
-    assert finding.mark == mark and "\n" not in finding.line(), finding
+    finding = the_only(list(check_run(str(folder), **options)), check, mark)
     assert finding.mark == OK or finding.remedy or finding.check == "objective"
     return finding
 
@@ -120,15 +119,6 @@ def test_nothing_learned(tmp_path):
     assert "plateau" in only(folder, "objective", FAIL).text
 
 
-@pytest.mark.parametrize("kind", ["", "flat", "few clusters", "disagreement"])
-def test_collapse_of_clusters(kind, tmp_path):
-    lines = [{"step": step, "loss": 0.0, "grad_norm": 1.0} | collapsed(kind) for step in (1, 600)]
-    judged = findings(run_of(tmp_path, lines, "nclip"), "objective")
-    assert {x.text.partition(":")[0]: x.mark for x in judged} == {
-        f"nclip, {name}": FAIL if name == kind else OK for name in ("flat", "few clusters", "disagreement")
-    }
-
-
 def test_devices_that_wait_and_bad_samples(tmp_path):
     series = {"data__wait_share": lambda i: 0.3 if i >= 30 else 0.0, "data__bad_share": lambda i: 0.03}
     folder = run_of(tmp_path, rows(**series))
@@ -177,16 +167,11 @@ def test_results(tmp_path):
     folder = run_of(tmp_path, rows())
     record = {"set": "a", "family": "zeroshot", "metric": "top1", "value": 50.0, "unit": "%", "n": 100, "chance": 10.0}
     for value, mark in ((50.0, OK), (11.0, WARNING)):
-        content = {
-            "results": {},
-            "ended": ENDED,
-            "records": [record | {"value": value, "protocol": "", "headline": True}],
-        }
-        (folder / "results.json").write_text(json.dumps(content))
+        records = [record | {"value": value, "protocol": "", "headline": True}]
+        (folder / "results.json").write_text(json.dumps({"results": {}, "ended": ENDED, "records": records}))
         assert only(folder, "results", mark).text.startswith(f"{int(mark == OK)} of 1 sets")
-    (folder / "results.json").write_text(
-        json.dumps({"results": {}, "records": [], "ended": ENDED, "failed": {"b": "file is gone"}})
-    )
+    failed = {"results": {}, "records": [], "ended": ENDED, "failed": {"b": "file is gone"}}
+    (folder / "results.json").write_text(json.dumps(failed))
     assert "b could not be evaluated: file is gone" in only(folder, "results", FAIL).text
 
 

@@ -21,34 +21,16 @@ def get_config(arg=None):
 """
 
 
-def run_command(tmp_path, pairs, *arguments, platforms="cpu"):
-    """The command as a user starts it, on a recipe of his own."""
+def test_the_command_prints_findings_and_fails(tmp_path, pairs):
+    """As a user starts it, on a recipe of his own."""
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE.format(run=str(tmp_path / "run"), source=f"folder:{pairs}"))
-    line = [sys.executable, "-m", "xclip_jax.main", "doctor", "--config", str(recipe), *arguments]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": platforms}
-    return subprocess.run(line, capture_output=True, text=True, env=environment)
-
-
-def test_the_command_prints_findings_and_fails(tmp_path, pairs):
-    done = run_command(tmp_path, pairs, "--config.data.batch=48", "--config.steps", "50")
+    line = [sys.executable, "-m", "xclip_jax.main", "doctor", "--config", str(recipe), "--config.data.batch=48"]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
     lines = done.stdout.splitlines()
     assert done.returncode == 1 and lines[-1] == "5 checks: 1 FAIL, 0 warnings"
     assert lines[-2].startswith("FAIL     data") and "data.batch=48" in lines[-2]
     assert {path.name for path in tmp_path.iterdir()} <= {"recipe.py", "__pycache__"}
-
-
-@pytest.mark.slow
-def test_all_checks_of_the_command(tmp_path, pairs):
-    """bash launch/test.sh -m slow tests/commands/test_doctor.py: with a compiled step, and without a device."""
-    done = run_command(tmp_path, pairs)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, done.stderr
-    checks = [line[9:23].strip() for line in lines[:-1]]
-    assert checks == ["devices", "folder", "model", "disk", "data", "memory", "step"]
-    assert lines[-1] == "7 checks: 0 FAIL, 0 warnings"
-    done = run_command(tmp_path, pairs, platforms="cuda")
-    assert done.returncode == 1 and done.stdout.startswith("FAIL     devices        JAX has no device")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ embed.main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, run):
-    """A run, 40 good pictures and two bad ones, texts, two tars."""
+    """A run, 40 good pictures and two bad ones, texts."""
     root = tmp_path_factory.mktemp("embed")
     (root / "run").symlink_to(run)
     tiny.folder(root / "pictures", 40)
@@ -56,8 +56,6 @@ def root(tmp_path_factory, run):
     (root / "pictures" / "002b.png").write_bytes(b"<html>")
     (root / "pictures" / "036b.jpg").write_bytes((root / "pictures" / "003.png").read_bytes()[:100])
     (root / "texts.txt").write_text("a fox\r\nein Füchslein\n\nthe last one", encoding="utf-8")
-    bad_tars.pairs(root / "0.tar", 0, 13)
-    bad_tars.pairs(root / "1.tar", 13, 8)
     return root
 
 
@@ -185,17 +183,6 @@ def test_changed_pictures_are_another_job(root, model, tmp_path, capsys):
         (pictures / name).write_bytes(before)
 
 
-def test_tars(root, model):
-    out = root / "tars.parquet"
-    embed.main(flags(root, out, images=f"{root}/{{0..1}}.tar"))
-    columns, _ = read(out)
-    source = inputs.open_images(f"{root}/*.tar")
-    content = [source.read(i) for i in range(21)]
-    assert list(columns["text"]) == [text for _, text in content] and all(columns["text"])
-    assert list(columns["id"]) == [source.name(i) for i in range(21)] and "0.tar#" in columns["id"][0]
-    np.testing.assert_allclose(columns["embedding"], model.encode_image([data for data, _ in content]), atol=1e-6)
-
-
 def test_a_command_that_embedded_nothing_is_in_the_way_of_none(root, tmp_path):
     """Its images may be readable at the next attempt, or a mistake."""
     (tmp_path / "a.png").write_bytes(b"<html>")
@@ -222,26 +209,15 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
         embed.embed(model, sources, str(out))
 
 
-def test_a_damaged_file_is_named(model, tmp_path):
-    file = tmp_path / "x.parquet"
-    file.write_bytes(b"PK\x03\x04" + bytes(40))
-    for read in (embeddings.read, lambda file: embed.embed(model, {"text": inputs.Lines(str(file))}, str(file))):
-        with pytest.raises(UserError, match=r"x\.parquet is damaged"):
-            read(file)
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"checkpoint": "{}/none"}, "none'"),
-        ({"images": "{}/none/*.jpg"}, "none/*.jpg'"),
         ({"batch": 0}, "--batch is 0"),
         ({"images": "{}/run"}, "run' has 0 images"),
         ({"texts": "{}/none.txt"}, "none.txt'"),
         ({"out": "{}/x.csv"}, "--out is '.csv'"),
         ({"out": "{}/texts.txt/x.parquet"}, "--out"),
         ({"out": "gs://bucket/x.parquet"}, "--out 'gs://bucket/x.parquet'"),
-        ({"step": 9}, "step 9"),
         ({"images": "{}/texts.txt", "out": "{}/bad.parquet"}, "bad.parquet.bad.jsonl"),
     ],
 )

@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 
-import numpy as np
-import PIL.Image
 import pytest
 
 from tests.helpers import tiny
@@ -24,12 +22,7 @@ def runs(trained, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     shutil.copytree(trained, root / "a")
     tiny.untrained(root / "b", seed=1)
-    rng = np.random.default_rng(0)
-    for label in ("cat", "dog"):
-        (root / "set" / label).mkdir(parents=True)
-        for i in range(10):
-            image = PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
-            image.save(root / "set" / label / f"{i}.png")
+    tiny.classes(root / "set")
     return root
 
 
@@ -150,9 +143,7 @@ def test_a_suite_is_a_name_or_names():
         (["--checkpoint", "{}/a", "--profile", "google"], "--profile is 'google'"),
         (["--checkpoint", "{}/a", "--output", "{}/a/config.json/x"], "--output"),
         (["--checkpoint", "{}/a", "--step", "9"], "step 9"),
-        (["--checkpoint", "{}/a", "--stepp", "9"], "--stepp"),
         (["--checkpoint", "{}/bare"], "holds no checkpoint"),
-        (["--checkpoint", "{}/broken"], "config.json is damaged"),
         (["--checkpoint", "{}/a", "--captions", "-1"], "--captions is -1"),
         (["--checkpoint", "{}/a", "--compare", "{}/a", "{}/b"], "--checkpoint"),
         ([], "--checkpoint --compare"),
@@ -161,7 +152,5 @@ def test_a_suite_is_a_name_or_names():
 def test_bad_input(flags, message, runs):
     (runs / "bare").mkdir(exist_ok=True)
     shutil.copy(runs / "a" / "config.json", runs / "bare")
-    (runs / "broken").mkdir(exist_ok=True)
-    (runs / "broken" / "config.json").write_text("{")
     with pytest.raises(SystemExit, match=f"^error: .*{re.escape(message)}"):
         evaluate.main([flag.format(runs) for flag in flags])

@@ -32,11 +32,7 @@ def run(tmp_path_factory):
     """A run that evaluates its moving average, with results of a set in two classes."""
     root = tmp_path_factory.mktemp("export")
     pairs = tiny.folder(root / "pairs")
-    for label in ("cat", "dog"):
-        tiny.folder(root / "set" / label, n=4)
-        for text in (root / "set" / label).glob("*.txt"):
-            text.unlink()
-    suite = f"folder:{root / 'set'}"
+    suite = f"folder:{tiny.classes(root / 'set', 4)}"
     trainer.run(tiny.config(
         "xclip", run=root / "run", steps=STEPS, data__sources=(f"folder:{pairs}",), data__tokenizer="clip",
         checkpoint__every=1, ema__momentum=0.5, eval__ema=True, eval__sets_at_end=(suite,),
@@ -172,8 +168,6 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--checkpoint", "{}", "--to", "onnx", "{}/../x"], "--to is 'onnx'"),
-        (["--checkpoint", "{}/none", "{}/../x"], "none' does not exist"),
-        (["--checkpoint", "{}", "--step", "9", "{}/../x"], "step 9"),
         (["--checkpoint", "{}"], "OUT"),
         (["--checkpoint", "{}", "{}/config.json"], "config.json' is not an empty folder"),
         (["--checkpoint", "{}", "{}"], "is not an empty folder"),

@@ -48,12 +48,3 @@ def test_linked_folders_and_patterns(tmp_path):
     (tmp_path / "images" / "linked").symlink_to(pictures)
     assert len(inputs.open_images(str(tmp_path / "images"))) == 2
     assert len(inputs.open_images(f"{pictures}/*1.png")) == 1
-
-
-def test_hidden_folders_and_files_are_left_out(tmp_path):
-    pictures = tmp_path / ".kept" / "pictures"  # above the folder that is named a dot means nothing
-    for place in ("a.png", ".b.png", ".thumbnails/large/c.png", "sub/.cache/d.png", "sub/e.png"):
-        (pictures / place).parent.mkdir(parents=True, exist_ok=True)
-        (pictures / place).write_bytes(b"x")
-    source = inputs.open_images(str(pictures))
-    assert [source.name(i) for i in range(len(source))] == [str(pictures / name) for name in ("a.png", "sub/e.png")]

@@ -105,7 +105,6 @@ def test_each_image_of_a_tar_has_its_own_thumbnail(model, tmp_path):
         (["{}", "--images", "none"], "none"),
         (["{}", "--images", "{}", "--port", "{port}"], "--port"),
         (["{}", "--images", "{}", "--batch", "0"], "--batch is 0"),
-        (["none", "--images", "{}"], "none"),
     ],
 )
 def test_bad_arguments(flags, message, run):

@@ -1,9 +1,7 @@
-"""Sizes that follow from the pairs and the machine, and a run from pairs to results."""
+"""Sizes that follow from the pairs and the machine."""
 
-import colorsys
 import dataclasses
 import itertools
-import json
 import math
 import re
 
@@ -16,7 +14,7 @@ from tests.helpers import tiny
 from xclip_jax.config import load, schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, sources, tokenizer
-from xclip_jax.train import cost, trainer
+from xclip_jax.train import cost
 
 
 def config(count, device="cpu", **arguments):
@@ -24,23 +22,16 @@ def config(count, device="cpu", **arguments):
     return load.load_config("small:" + ",".join(f"{key}={value}" for key, value in given.items()))
 
 
-def drawn(folder, n=60):
-    """Discs on a ground in `folder`, sub-folders of it by their colour; captions name both."""
-    hues = {"red": 0.0, "green": 0.35, "blue": 0.6, "pink": 0.9}
-    for i, (name, ground, radius) in zip(range(n), itertools.cycle(itertools.product(hues, hues, range(4, 12)))):
-        rows, columns = np.mgrid[:36, :48]
-        disc = (rows - 18) ** 2 + (columns - 20 - i % 5) ** 2 < radius**2
-        colours = [[int(255 * x) for x in colorsys.hsv_to_rgb(hues[key], 0.9, 0.8)] for key in (ground, name)]
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.where(disc[..., None], *colours[::-1]).astype(np.uint8)).save(folder / name / f"{i:02d}.png")
-        (folder / name / f"{i:02d}.txt").write_text(f"a {name} disc on {ground}")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def discs(tmp_path_factory):
-    # The first 60 of the product have two colours alone.
-    return drawn(tmp_path_factory.mktemp("discs") / "pairs", 128)
+    """128 images in four sub-folders, with 16 captions."""
+    folder, rng = tmp_path_factory.mktemp("discs") / "pairs", np.random.default_rng(0)
+    for i in range(128):
+        name, ground = (("red", "green", "blue", "pink")[n % 4] for n in (i, i // 4))
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (36, 48, 3), dtype=np.uint8)).save(folder / name / f"{i:03d}.png")
+        (folder / name / f"{i:03d}.txt").write_text(f"a {name} disc on {ground}")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -241,17 +232,3 @@ def test_the_description_is_that_of_the_config_with_its_flags():
         "small: 1,000 pairs, 20 % of them held out; xclip (0.5 clip + 0.25 nclip), 512 clusters, towers of other sizes "
         "than a preset, 96 px, 32 tokens, batch 16, 30 steps (0.6 epochs), adamw at 0.002"
     )
-
-
-@pytest.mark.slow
-def test_a_run_from_pairs_to_results(discs, tmp_path):
-    c = load.load_config(f"small:pairs={discs},tokenizer=bytes,size=24,epochs=4")
-    c.unlock()
-    c.run, c.eval.report, c.optim.lr = str(tmp_path / "run"), False, 2e-3
-    trainer.run(c)
-    results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
-    assert results["retrieval/holdout/images"] >= 8
-    level = results["retrieval/holdout/chance/image_to_text/r5"]
-    assert 0 <= results["retrieval/holdout/image_to_text/r5"] <= 100 and 0 < level <= 100
-    assert sum("retrieval/holdout/image_to_text/r1" in line for line in tiny.lines(c.run)) > 2  # on the way
-    assert tiny.losses(c.run)[-1] < tiny.losses(c.run)[0]

@@ -10,7 +10,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.train import trainer
 
 NAN = float("nan")
-# (key, value, what the sentence says beside the key and the value)
+# (key, value, what the sentence says beside both), a row for each kind of check: docs/config.md has those of all keys
 BAD = [
     ("run", "", "string that is not empty"),
     ("seed", -1, "from 0 to 4294967295"),
@@ -19,59 +19,19 @@ BAD = [
     ("init.freeze", ("image",), "'img', 'txt'"),
     ("mesh.data", 0, "-1 for the rest"),
     ("mesh.strategy", "ddp", "'dp', 'zero1', 'fsdp', 'fsdp_tp'"),
-    ("model.img.image_size", 0, "at least 1"),
-    ("model.img.patch", 0, "at least 1"),
-    ("model.img.width", 0, "at least 1"),
-    ("model.img.mlp_ratio", 0, "above 0"),
-    ("model.img.style", "relu6", "'xclip', 'openai', 'tanh', 'siglip'"),
-    ("model.img.remat", "some", "'none', 'dots', 'full'"),
-    ("model.img.pool", "max", "'cls', 'mean', 'map'"),
     ("model.img.drop_path", 1.0, "at least 0 and below 1"),
-    ("model.txt.width", 0, "at least 1"),
-    ("model.txt.context_length", 1, "at least 2"),
-    ("model.embed", 0, "at least 1"),
-    ("model.cluster_head.clusters", 0, "at least 1"),
-    ("model.cluster_head.hidden", 0, "at least 1"),
-    ("model.cluster_head.layers", -1, "at least 0"),
-    ("model.dtype", "float16", "'float32', 'bfloat16'"),
-    ("objective.name", "", "not empty"),
     ("objective.terms", {"clip": -1.0}, "at least 0"),
     ("objective.terms", 0.3, "a group of keys"),
-    ("objective.nclip.target", "stop", "'detach'"),
-    ("objective.nclip.tau", 0.0, "above 0"),
-    ("objective.classify.smoothing", 1.0, "below 1"),
     ("optim.lr", 0.0, "above 0"),
     ("optim.lr", 1e39, "float32 can hold"),
     ("optim.lr", NAN, "a number"),
     ("optim.lr", "fast", "a number"),
-    ("optim.schedule", "step", "'cosine', 'linear', 'constant'"),
-    ("optim.warmup", -1, "at least 0"),
-    ("optim.grad_clip_norm", -1.0, "at least 0"),
-    ("optim.b1", 0.9999999999, "at least 0 and below 1"),  # 1 in float32: no bias correction
     ("optim.lr", 3e37, "at most 1000"),
-    ("optim.eps", 1e-16, "at least 1e-15"),
-    ("optim.b2", 1.0, "at least 0 and below 1"),
-    ("optim.weight_decay", -0.1, "from 0 to 1000"),
-    ("optim.layer_decay", -1.0, "above 0 and at most 1"),
-    ("optim.microbatches", 0, "at least 1"),
-    ("loss.chunk_size", -1, "at least 0"),
-    ("ema.momentum", 2.0, "below 1"),
+    ("optim.b1", 0.9999999999, "at least 0 and below 1"),  # 1 in float32: no bias correction
     ("data.sources", "folder:x", "a tuple of strings"),
-    ("data.batch", 0, "at least 1"),
     ("data.crop_scale", (0.5,), "a tuple of 2 values"),
-    ("data.resample", "nearest", "'area', 'bicubic'"),
-    ("data.normalization", "cifar", "'imagenet'"),
     ("data.flip_prob", 2.0, "from 0 to 1"),
-    ("data.color_jitter", -1.0, "from 0 to 1"),
     ("data.caption_transform", "my_lab.captions:shorten", "package.module:function:FIELD"),
-    ("data.decoding", "pillow", "'xclip', 'open_clip'"),
-    ("data.threads", -1, "at least 1"),
-    ("data.max_bad_fraction", -1.0, "from 0 to 1"),
-    ("eval.batch", 0, "at least 1"),
-    ("eval.every", -1, "at least 0"),
-    ("log.every", -1, "at least 0"),
-    ("checkpoint.keep", 0, "at least 1"),
-    ("checkpoint.every", -1, "at least 0"),
 ]
 CLASSIFY = {"objective.name": "classify", "objective.terms": {"classify": 1.0}}
 # Values that are allowed by themselves and not together.
@@ -86,20 +46,13 @@ CONFLICTS = [
     ({"loss.chunk_size": 5}, r"loss\.chunk_size=5 must divide data\.batch=16"),
     ({"objective.terms": {"clip": 0.0, "nclip": 0.0}}, r"objective\.terms is .* a weight above 0"),
     ({"objective.terms": {}}, r"objective\.terms is .* a weight above 0"),
-    (
-        {"objective.name": "mine", "objective.terms": {"clap": 1.0}},
-        r"unknown objective term 'clap'; did you mean 'clip'",
-    ),
+    ({"objective.name": "mine", "objective.terms": {"clap": 1.0}}, "objective term 'clap'; did you mean 'clip'"),
     ({"objective.name": "nclip"}, r"objective\.name is 'nclip', whose terms are nclip, and terms has clip, nclip"),
     ({"objective.name": "mine", "objective.terms": {"clip": 1.0, "classify": 1.0}}, "use one kind"),
     ({"objective.plugins": {"clap": {"type": "no.such:Clap"}}}, r"objective\.plugins\.clap has no weight"),
     (
-        {
-            "objective.name": "mine",
-            "objective.terms": {"clap": 1.0},
-            "objective.plugins": {"clap": {"type": "no.such:X"}},
-        },
-        r"objective\.terms\.clap: objective term 'no\.such:X' cannot be imported",
+        {"objective.name": "mine", "objective.terms": {"x": 1.0}, "objective.plugins": {"x": {"type": "no.such:X"}}},
+        r"objective\.terms\.x: objective term 'no\.such:X' cannot be imported",
     ),
     (CLASSIFY, r"objective\.classify\.classes is 0"),
     (CLASSIFY | {"objective.classify.classes": 1, "objective.classify.mixup": 0.8}, "both to 0"),
@@ -183,13 +136,8 @@ def test_facts_of_a_group_are_those_of_its_keys():
     assert schema.fields.keys_where(schema.DataConfig, card="batch") == ("batch",)
 
 
-def test_a_misspelt_key_cannot_be_set_from_python():
-    config = schema.default()
-    for group in (config, config.optim):
-        with pytest.raises(AttributeError, match="does not exist"):
-            group.misspelt = 1
-
-
-def test_a_group_that_is_a_value():
+def test_a_misspelt_key_and_a_group_that_is_a_value():
+    with pytest.raises(AttributeError, match="does not exist"):
+        schema.default().optim.misspelt = 1
     with pytest.raises(UserError, match=r"optim is 3; expected a group of keys"):
         schema.resolve(changed("run", {}) | {"optim": 3})

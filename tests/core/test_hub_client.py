@@ -1,7 +1,6 @@
 """Errors of the Hub's client as sentences."""
 
 import importlib
-import sys
 
 import pytest
 
@@ -16,12 +15,6 @@ httpx = importlib.import_module(errors.HfHubHTTPError.__bases__[0].__module__.pa
 def http_error(status, kind=None):
     response = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x"))
     return (kind or errors.HfHubHTTPError)(f"status {status}", response=response)
-
-
-def test_without_the_client_the_remedy_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"^hf:a/b .*pip install 'xclip_jax\[hub\]'"):
-        hub_client.load("hf:a/b")
 
 
 def test_which_errors_mean_that_the_hub_is_unreachable():

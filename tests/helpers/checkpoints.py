@@ -19,16 +19,9 @@ HARMLESS = ("_CHECKPOINT_METADATA", "commit_success.txt")
 def make_state(step, size=64):
     rng = np.random.default_rng(step)
     params = {name: jnp.asarray(rng.normal(size=(size, size)), jnp.float32) for name in ("a", "b", "c")}
-    return TrainState(
-        step=jnp.asarray(step, jnp.int32),
-        params={"img": params},
-        batch_stats={},
-        opt_state=(jax.tree.map(jnp.square, params), jnp.asarray(step, jnp.int32)),
-        ema_params=None,
-        ema_batch_stats=None,
-        loss_state={},
-        seed=jnp.asarray(0, jnp.uint32),
-    )
+    step, empty = jnp.asarray(step, jnp.int32), {"batch_stats": {}, "loss_state": {}}
+    empty |= {"ema_params": None, "ema_batch_stats": None, "seed": jnp.asarray(0, jnp.uint32)}
+    return TrainState(step=step, params={"img": params}, opt_state=(jax.tree.map(jnp.square, params), step), **empty)
 
 
 def abstract(state):

@@ -57,13 +57,8 @@ def main(run, pairs, fault, step, process, *rest):
         loader.to_global = to_global
         loader.batches = slow
         given = {key: ast.literal_eval(value) for key, value in changes.items()}
-        defaults = {
-            "data__sources": (f"folder:{pairs}",),
-            "checkpoint__every": 10_000,
-            "data__batch": 8,
-            "steps": 10_000,
-        }
-        trainer.run(tiny.config("clip", run=run, **defaults | given))
+        defaults = {"checkpoint__every": 10_000, "data__batch": 8, "steps": 10_000}
+        trainer.run(tiny.short(pairs, run, objective="clip", optim__warmup=1, **defaults | given))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,17 @@ def folder(path, n=40, seed=0):
     return path
 
 
+def classes(path, n=10, names=("cat", "dog"), size=20):
+    """Writes `n` random images for each name into folders under `path` and returns it."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        (path / name).mkdir(parents=True)
+        for i in range(n):
+            image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(image).save(path / name / f"{i}.png")
+    return path
+
+
 def lines(run, name="metrics.jsonl"):
     """The lines of a file of JSON lines in a run's folder."""
     return [json.loads(line) for line in (pathlib.Path(run) / name).read_text().splitlines()]

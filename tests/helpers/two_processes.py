@@ -70,17 +70,9 @@ def main(folder, out, *others, devices=None):
     features = encoder.images(s.variables(), images)
     texts = encoder.texts(s.variables(), [f"text number {i}" for i in range(3)])
     unreadable = np.isnan(encoder.images(s.variables(), Broken(2 * images))["embedding"]).all(axis=1)
-    found = {
-        "losses": losses,
-        "rows": rows,
-        "restored": [same, position["samples"] == STEPS * BATCH],
-        "fell_back": fell_back,
-        "image": features["embedding"],
-        "clusters": features["cluster_logits"],
-        "text": texts["embedding"],
-        "unreadable": np.flatnonzero(unreadable),
-        "counted": [*encoder.unreadable],
-    }
+    found = {"losses": losses, "rows": rows, "restored": [same, position["samples"] == STEPS * BATCH]}
+    found |= {"fell_back": fell_back, "unreadable": np.flatnonzero(unreadable), "counted": [*encoder.unreadable]}
+    found |= {"image": features["embedding"], "clusters": features["cluster_logits"], "text": texts["embedding"]}
     whole = jax.jit(lambda x: x, out_shardings=replicated(p.mesh))(grads)
     flat = jax.tree_util.tree_leaves_with_path(whole)
     found |= {f"grad{jax.tree_util.keystr(path)}": x.addressable_data(0) for path, x in flat}
@@ -112,17 +104,9 @@ def run(folder, out, data, model, *others):
     """A run of two steps on a mesh of these sizes; keeps the rows of each batch that this process's devices hold."""
     if others:
         runtime.join(False, others[0], int(others[1]), int(others[2]))
-    config = tiny.config(
-        "xclip",
-        run=f"{out}.run",
-        steps=2,
-        data__batch=8,
-        data__sources=(f"folder:{folder}",),
-        data__max_bad_fraction=0.5,
-        mesh__data=int(data),
-        mesh__model=int(model),
-        optim__eps=1e-3,
-    )
+    changes = {"data__batch": 8, "data__sources": (f"folder:{folder}",), "data__max_bad_fraction": 0.5}
+    changes |= {"mesh__data": int(data), "mesh__model": int(model), "optim__eps": 1e-3}
+    config = tiny.config("xclip", run=f"{out}.run", steps=2, **changes)
     to_global, shapes, texts = loader.to_global, [], []
 
     def spy(batch, mesh):

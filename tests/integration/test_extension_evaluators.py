@@ -7,11 +7,9 @@ import pytest
 
 from tests.extension import greys
 from tests.helpers import tiny
-from tests.helpers.encoding import make_encoder, small_model
 from xclip_jax.commands import evaluate, report
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry, results, tables
-from xclip_jax.evaluators.results import from_json, to_json
 from xclip_jax.train import trainer
 
 pytestmark = pytest.mark.long
@@ -34,23 +32,6 @@ def check_table(shown):
     assert head.split() == ["order", "of", "images,", "%", "images", "nearer"]
     assert row.split()[:2] == [SPEC, "20"] and row.endswith("(50.0)")
     assert tables.headlines(shown).startswith(f"{SPEC} nearer ")
-
-
-def test_built_in_ones_are_an_entry_each(monkeypatch):
-    """An entry in KINDS and one in EVALUATORS are all that a kind of sets and an evaluator need."""
-
-    class BuiltIn(greys.Greys):
-        prefixes = ("greys",)
-
-    monkeypatch.setattr(registry, "KINDS", {**registry.KINDS, "greys": BuiltIn})
-    monkeypatch.setattr(registry, "EVALUATORS", {**registry.EVALUATORS, "neighbours": greys.Neighbours})
-    monkeypatch.setattr(greys.GreyImages, "evaluator", "neighbours")
-    assert registry.expand_suites("greys/20,mnist") == ("greys/20", "mnist")
-    (evaluator,) = registry.open_all(["greys/20"], make_encoder())
-    measured = registry.measure(evaluator, small_model()[1])
-    for shown in (measured, from_json(to_json(measured)), [dataclasses.replace(r, evaluator="") for r in measured]):
-        head, line, *_ = tables.render(shown).splitlines()
-        assert head.startswith("order of images, %") and line.split()[:2] == ["greys/20", "20"]
 
 
 def test_a_run_evaluates_the_set_by_its_name(run):
@@ -79,36 +60,20 @@ def test_the_report_shows_it(run):
     assert "chance 50.0\u00a0%" in page and '<span class="pill' in page
 
 
-@pytest.mark.parametrize("evaluator", ["", "not_installed.here:Neighbours"])
-def test_results_without_their_evaluator_have_their_headline(evaluator, run):
+def test_results_without_their_evaluator_have_their_headline(run):
     record = json.loads((run / "results.json").read_text())
-    shown = [dataclasses.replace(result, evaluator=evaluator) for result in results.from_json(record["records"])]
+    records = results.from_json(record["records"])
+    shown = [dataclasses.replace(result, evaluator="not_installed.here:Neighbours") for result in records]
     head, row = tables.render(shown).splitlines()[:2]
     assert head.split() == ["order", "of", "images", "own", "metric", "value"]
     assert row.split()[:2] == [SPEC, "nearer"]
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("no_such_package.evals:Mine", "'no_such_package.evals:Mine' cannot be imported .*No module named"),
-        ("tests.extension.greys:Neighbours", "Neighbours' is not a class derived from .*SetKind"),
-    ],
-)
-def test_an_unknown_kind_of_sets_is_one_sentence(spec, message):
-    with pytest.raises(UserError, match=message):
-        registry.check(spec)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("zeroshott", "evaluator 'zeroshott' is not the name of a class"),
-        ("tests.extension.greys:Greys", "evaluator .*greys:Greys' is not a class derived from .*Evaluator"),
-    ],
-)
-def test_an_unknown_evaluator_is_one_sentence(name, message):
+def test_an_unknown_kind_of_sets_and_an_unknown_evaluator_are_one_sentence():
+    with pytest.raises(UserError, match=r"greys:Neighbours' is not a class derived from .*SetKind"):
+        registry.check("tests.extension.greys:Neighbours")
     data = greys.GreyImages("x", [])
-    data.evaluator = name
-    with pytest.raises(UserError, match=message):
-        registry.evaluator(None, data)
+    for name, message in (("zeroshott", "name of a class"), ("tests.extension.greys:Greys", "derived .*Evaluator")):
+        data.evaluator = name
+        with pytest.raises(UserError, match=rf"evaluator .*{name}' is not .*{message}"):
+            registry.evaluator(None, data)

@@ -83,18 +83,6 @@ def test_a_loaded_model_compares_by_it(points):
         model.clusters(texts=WORDS)
 
 
-def test_beside_another_it_has_a_score_of_its_own():
-    experiment, variables = made(clip=1.0, points=0.5)
-    encoder = make_encoder(experiment)
-    img, txt = encoder.images(variables, IMAGES), encoder.texts(variables, WORDS)
-    scores = ZeroShot(encoder, ZeroShotSet("x", IMAGES, LABELS, [[word] for word in WORDS])).scores(variables)
-    assert list(scores) == ["", "euclidean", "both"]
-    cosine, negative = img["embedding"] @ txt["embedding"].T, -distance(img["point"], txt["point"])
-    np.testing.assert_allclose(scores[""], cosine, atol=1e-6)
-    np.testing.assert_allclose(scores["euclidean"], negative, rtol=1e-4)
-    np.testing.assert_allclose(scores["both"], cosine / cosine.std() + negative / negative.std(), rtol=1e-3)
-
-
 def test_a_run_trains_evaluates_and_reports_by_it(tmp_path):
     for word, shade in zip(WORDS, np.linspace(0, 250, len(WORDS)).astype(np.uint8), strict=True):
         (tmp_path / "set" / word).mkdir(parents=True)

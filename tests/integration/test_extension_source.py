@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.extension.json_lines import JsonLinesSource
 from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import check
 from xclip_jax.config.schema import resolve
@@ -38,23 +37,14 @@ def write(folder, n=N, bad=7):
     return f"{KIND}:{folder / 'pairs.jsonl'}"
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
     return write(tmp_path_factory.mktemp("pairs"))
 
 
-@pytest.fixture(scope="module")
-def run(spec, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    trainer.run(tiny.config("clip", run=folder, steps=4, data__sources=(spec,), checkpoint__every=2))
-    return folder
-
-
-def test_it_is_trained_on_and_its_bad_sample_is_recorded(spec, run):
+def test_it_is_trained_on_and_its_bad_sample_is_recorded(spec, tmp_path):
+    run = tmp_path / "run"
+    trainer.run(tiny.config("clip", run=run, steps=4, data__sources=(spec,), checkpoint__every=2))
     assert len(tiny.losses(run)) == 4
     (entry,) = tiny.lines(run, "bad_samples.jsonl")
     path = spec.removeprefix(f"{KIND}:")
@@ -62,25 +52,6 @@ def test_it_is_trained_on_and_its_bad_sample_is_recorded(spec, run):
     (fingerprint,) = json.loads((run / "data.json").read_text())
     source = sources.open_pairs(spec)
     assert fingerprint == source.fingerprint() and fingerprint["samples"] == N
-
-
-def test_a_stopped_run_continues_exactly(spec, run, tmp_path, monkeypatch):
-    config = tiny.config("clip", run=tmp_path / "run", steps=4, data__sources=(spec,), checkpoint__every=2)
-    read, batches = JsonLinesSource.__getitem__, []
-
-    def stop_later(self, index):
-        batches.append(index)
-        if len(batches) > 3.5 * tiny.BATCH:
-            raise KeyboardInterrupt
-        return read(self, index)
-
-    monkeypatch.setattr(JsonLinesSource, "__getitem__", stop_later)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(config)
-    monkeypatch.undo()
-    trainer.run(config)
-    assert tiny.losses(tmp_path / "run") == tiny.losses(run)
-    assert tiny.lines(tmp_path / "run", "bad_samples.jsonl") == tiny.lines(run, "bad_samples.jsonl")
 
 
 def test_the_check_reads_it(spec, capsys):
@@ -95,9 +66,6 @@ def test_keys_are_those_of_the_config(tmp_path):
     shutil.copy(write(tmp_path).removeprefix(f"{KIND}:").replace("pairs.jsonl", "0.jpg"), tmp_path / "a.jpg")
     options = SourceOptions(image_column="photo", text_columns=("title", "alt"))
     assert sources.open_pairs(f"{KIND}:{tmp_path / 'x.jsonl'}", options)[0]["text"] == ["a", "b"]
-
-
-# Labelled items of another package.
 
 
 class Waves(SourceKind):

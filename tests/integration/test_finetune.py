@@ -5,8 +5,6 @@ import json
 import jax
 import numpy as np
 import PIL.Image
-import pyarrow
-import pyarrow.parquet
 import pytest
 import sklearn.metrics
 
@@ -23,8 +21,6 @@ from xclip_jax.evaluators.probe import ClassifierEvaluator
 from xclip_jax.train import build, trainer, weights
 
 pytestmark = pytest.mark.long
-
-# Labelled data.
 
 
 def folder_of_classes(path, n=24, seed=0):
@@ -43,35 +39,23 @@ COLA = "gj04\t1\t\tOur friends {i} won't buy this.\ngj04\t0\t*\tThey {i} drank t
 
 def glue_folder(path, task, n=12):
     path.mkdir(parents=True, exist_ok=True)
-    if task == "cola":
-        text = "".join(COLA.format(i=i) for i in range(n))
-    elif task == "stsb":
+    text = "".join(COLA.format(i=i) for i in range(n))
+    if task == "stsb":
         rows = [f'{i}\tg\tf\ty\t{i}\ts\ts\t{"ab"[i % 2] * 3} {i}\t"aaa {i}\t{5.0 * (1 - i % 2)}' for i in range(n)]
         head = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
         text = "\n".join([head, *rows])
-    else:
-        rows = [f"{i}\tA {i}\tB\t{('entailment', 'neutral', 'contradiction')[i % 3]}" for i in range(n)]
-        text = "index\tsentence1\tsentence2\tgold_label\n" + "\n".join(rows)
-    for name in ("train", "dev", "dev_matched", "dev_mismatched"):
+    for name in ("train", "dev"):
         (path / f"{name}.tsv").write_text(text + "\n")
     return path
 
 
 def test_glue_of_files(tmp_path):
-    texts, labels = glue.read_pairs("cola", "validation", str(glue_folder(tmp_path / "c", "cola")))
-    assert texts[:2] == [["Our friends 0 won't buy this."], ["They 0 drank the pub"]] and labels[:2].tolist() == [1, 0]
-    texts, labels = glue.read_pairs("stsb", "train", str(glue_folder(tmp_path / "s", "stsb")))
-    assert texts[1] == ["bbb 1", '"aaa 1'] and labels[:2].tolist() == [5, 0] and labels.dtype == np.float32
-    for name in ("mnli", "mnli_mismatched"):
-        texts, labels = glue.read_pairs(name, "validation", str(glue_folder(tmp_path / "m", "mnli")))
-        assert texts[2] == ["A 2", "B"] and labels[:4].tolist() == [0, 1, 2, 0]
-    with pytest.raises(UserError, match=r"'colla'.*'cola'"):
-        glue.read_pairs("colla", "train", str(tmp_path))
-    with pytest.raises(UserError, match="the GLUE split is 'test'"):
-        glue.read_pairs("cola", "test", str(tmp_path))
-
-
-# From end to end.
+    (tmp_path / "dev_mismatched.tsv").write_text("sentence1\tsentence2\tgold_label\nA\tB\tcontradiction\n")
+    texts, labels = glue.read_pairs("mnli_mismatched", "validation", str(tmp_path))
+    assert texts == [["A", "B"]] and labels.tolist() == [2]
+    for name, split, message in (("colla", "train", "'colla'.*'cola'"), ("cola", "test", "the GLUE split is 'test'")):
+        with pytest.raises(UserError, match=message):
+            glue.read_pairs(name, split, str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +95,6 @@ def test_sizes_are_taken_over_from_weights(pretrained, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         load_config(f"finetune:weights={tmp_path}")
-
-
-def test_a_column_of_strings_is_learned(images, pretrained, tmp_path):
-    for split in ("train", "validation"):
-        files = sorted((images / split).glob("*/*.png"))[:: 1 if split == "train" else 2]
-        columns = {"picture": [file.read_bytes() for file in files], "kind": [file.parent.name for file in files]}
-        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{split}-00000-of-00001.parquet")
-    data = f"parquet:{tmp_path}?image=picture&label=kind"
-    c = small(load_config(f"finetune:data={data},batch={tiny.BATCH},weights={pretrained}"), tmp_path / "run", 4)
-    assert c.objective.classify.classes == 3 and c.data.sources == (f"{data}/train",)
-    assert trainer.run(c)[f"visual/finetuned/{data}/validation/n"] == 8
-    assert weights.load(str(c.run)).classes == ("bright", "dark", "grey")
 
 
 @pytest.fixture(scope="module")
@@ -172,13 +144,9 @@ def test_export_keeps_the_classes(images, tuned, tmp_path):
     # A new run takes the classifier over only if it is one of its own classes.
     config = small(load_config(f"finetune:data=folder:{images},batch={tiny.BATCH},weights={run}"), tmp_path / "new", 5)
     abstract = build.build(schema.resolve(config), jax.devices()[:1]).abstract
-    heads = {
-        classes: [
-            name for name in weights.read_initial(schema.resolve(config), abstract, classes)[0] if "classif" in name
-        ]
-        for classes in (("bright", "dark", "grey"), ("bright", "dark", "white"), None)
-    }
-    assert list(map(len, heads.values())) == [2, 0, 0]
+    for classes, heads in ((("bright", "dark", "grey"), 2), (("bright", "dark", "white"), 0), (None, 0)):
+        tensors, _ = weights.read_initial(schema.resolve(config), abstract, classes)
+        assert len([name for name in tensors if "classif" in name]) == heads
 
 
 def test_numbers_of_glue_are_learned(pretrained, tmp_path):
@@ -210,14 +178,9 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
     metrics, items = by_name(results)
     name, predicted = f"textual/{data.name}", logits.argmax(axis=1)
     found = {key: metrics[f"{name}/finetuned/{key}"] / 100 for key in ("top1", "mean_per_class", "f1", "matthews")}
-    assert found == pytest.approx(
-        {
-            "top1": sklearn.metrics.accuracy_score(data.labels, predicted),
-            "mean_per_class": sklearn.metrics.balanced_accuracy_score(data.labels, predicted),
-            "f1": sklearn.metrics.f1_score(data.labels, predicted),
-            "matthews": sklearn.metrics.matthews_corrcoef(data.labels, predicted),
-        }
-    )
+    of_sklearn = ("accuracy_score", "balanced_accuracy_score", "f1_score", "matthews_corrcoef")
+    expected = [getattr(sklearn.metrics, name)(data.labels, predicted) for name in of_sklearn]
+    assert list(found.values()) == pytest.approx(expected)
     assert items.keys() == {f"{name}/finetuned/{key}" for key in found} and metrics[f"{name}/majority"] == 50
     assert "Matthews" in tables.render(results)
     for logits, message in ((None, "classifier 0"), (np.zeros((100, 3)), "classifier 3")):

@@ -4,19 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from etils import epath
 
-from tests.helpers import tiny
 from tests.helpers.encoding import by_name
-from tests.integration.test_finetune import FakeEncoder, folder_of_classes
-from xclip_jax.commands import evaluate
-from xclip_jax.core.errors import UserError
+from tests.integration.test_finetune import FakeEncoder
 from xclip_jax.core.run_folder import RunReader
-from xclip_jax.core.storage import write_json
-from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.probe import ClassificationSet, ClassifierEvaluator
-from xclip_jax.train import weights
-from xclip_jax.train.build import make_encoder
 
 pytestmark = pytest.mark.long
 
@@ -45,41 +37,11 @@ def test_classes_of_the_set_are_numbered_as_those_of_the_model():
     assert metrics["textual/finetuned/x/finetuned/top1"] == 75
 
 
-@pytest.mark.parametrize(
-    ("names", "first"), [(("ant", "bee", "cow"), "cow"), (("ant", "bee", "cat", ".git"), ".git"), (("Ant",), "Ant")]
-)
-def test_a_class_that_the_model_did_not_learn_is_refused(names, first):
-    with pytest.raises(UserError, match=f"has the class '{first}'"):
-        ClassifierEvaluator(encoder(("ant", "bee", "cat")), labelled(names, [len(names) - 1]))
-
-
 def test_runs_that_do_not_say_their_classes_are_tested_by_number():
     data = labelled(("ant", "cow"), [0, 1])
     assert ClassifierEvaluator(encoder(None), data).data is data
     numbers = ClassificationSet("finetuned/y", ["text"], np.array([0.5]), 1)
     assert ClassifierEvaluator(encoder(("ant",)), numbers).data is numbers
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of three classes, saved before its first step."""
-    return tiny.untrained(tmp_path_factory.mktemp("finetuned") / "run", "classify", objective__classify__classes=3)
-
-
-def test_the_runs_data_json_names_its_classes(run, tmp_path, capsys):
-    images = folder_of_classes(tmp_path / "images", 2)
-    spec = f"finetuned/folder:{images}"
-    names = ["bright", "dark", "grey"]
-    (run / "data.json").unlink(missing_ok=True)
-    old = evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))["results"][0]
-    write_json(epath.Path(run / "data.json"), [{"samples": 6, "hash": "x", "classes": names}])
-    new = evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))["results"][0]
-    assert new["metrics"] == old["metrics"] and RunReader(run).read_classes() == tuple(names)
-    write_json(epath.Path(run / "data.json"), [{"samples": 6, "hash": "x", "classes": ["bright", "grey", "white"]}])
-    with pytest.raises(UserError, match="has the class 'dark'"):
-        registry.open_all([spec], make_encoder(weights.load(str(run))[1], ["bright", "grey", "white"]))
-    with pytest.raises(UserError, match="has the class 'dark'"):
-        evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))
 
 
 def test_no_data_json_and_no_classes_are_none(tmp_path):

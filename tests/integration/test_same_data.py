@@ -80,14 +80,6 @@ def test_a_record_that_cannot_be_read_at_a_restart_is_said(run):
     assert fingerprint["samples"] == len(run.trained)  # and not those that are held out
 
 
-def test_a_record_that_could_not_be_read_at_the_start_is_said(run):
-    run.bad = run.held_out[0]
-    run.start()
-    run.bad = None
-    with pytest.raises(UserError, match=r"source 0, .*has changed since"):
-        run.prepare()
-
-
 def compare(monkeypatch):
     """What a process that has others compares with them, each with the remedy."""
     compared = []

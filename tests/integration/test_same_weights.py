@@ -3,8 +3,6 @@
 import json
 import shutil
 
-import numpy as np
-import PIL.Image
 import pytest
 import tokenizers
 from etils import epath
@@ -25,13 +23,8 @@ STEPS = 0
 def root(tmp_path_factory):
     """Runs a and b, with a moving average, and two sets: folders "one" and "two"."""
     root = tmp_path_factory.mktemp("weights")
-    rng = np.random.default_rng(0)
     for name in ("one", "two"):
-        for label in ("cat", "dog"):
-            (root / name / label).mkdir(parents=True)
-            for i in range(5):
-                image = PIL.Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8))
-                image.save(root / name / label / f"{i}.png")
+        tiny.classes(root / name, 5, size=26)
     for seed, name in enumerate("ab"):
         tiny.untrained(root / name, noise=0.3, ema__momentum=0.5, eval__ema=True, seed=seed)
     return root
@@ -49,10 +42,7 @@ def change(run, **keys):
     (run / "config.json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("ema", False), ("resize_size", 2 * tiny.SIZE)],
-)
+@pytest.mark.parametrize(("key", "value"), [("ema", False), ("resize_size", 2 * tiny.SIZE)])
 def test_keys_that_change_the_features_at_the_same_step(key, value, root, tmp_path):
     run, one, two = tmp_path / "run", f"folder:{root / 'one'}", f"folder:{root / 'two'}"
     shutil.copytree(root / "a", run)
@@ -97,10 +87,7 @@ def test_a_branch_of_the_hub_that_moves(root, server, tmp_path, monkeypatch, cap
     assert xclip_jax.load("hf:lab/x", batch=8).card["commit"] == second
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"data__normalization": "clip"}, {"data__tokenizer": "fingerprints.json"}],
-)
+@pytest.mark.parametrize("changes", [{"data__normalization": "clip"}, {"data__tokenizer": "fingerprints.json"}])
 def test_a_fingerprint_is_of_preprocessing_tokenizer_and_meaning_too(changes, tmp_path, monkeypatch):
     """mteb and `embed` take it for what decides the features."""
     monkeypatch.chdir(tmp_path)

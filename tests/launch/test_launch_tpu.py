@@ -27,12 +27,10 @@ RECIPE = ["--config", "configs/pretrain.py:objective=xclip"]
     ("script", "env", "args", "message"),
     [
         ("tpu_vm.sh", {"ZONE": "z"}, TRAINING, "error: PROJECT is not set"),
-        ("tpu_pod.sh", {"PROJECT": "p"}, TRAINING, "error: ZONE is not set"),
         ("tpu_vm.sh", REQUIRED | {"TYPE": "v9-8"}, TRAINING, "error: RUNTIME is not set, and none is known for TYPE"),
         ("tpu_pod.sh", REQUIRED | {"TYPE": "tpu7x-8"}, TRAINING, "error: TYPE=tpu7x-8: the Cloud TPU API"),
         ("tpu_vm.sh", REQUIRED | {"EXTRAS": "wandb"}, TRAINING, "error: EXTRAS=wandb lacks tpu"),
         ("tpu_vm.sh", REQUIRED, TRAINING, "error: gcloud is missing"),
-        ("tpu_pod.sh", REQUIRED, [], "error: --config.run is missing"),
         ("tpu_pod.sh", REQUIRED, [*RECIPE, "--config.run=runs/mine"], "error: --config.run=runs/mine would be lost"),
         ("slurm.sh", REQUIRED, [*RECIPE, "--config.run="], "error: --config.run is missing"),
     ],
@@ -133,7 +131,6 @@ def test_vm_that_exists_is_used_and_training_not_started_twice(cloud):
     [
         ("tpu_vm.sh", {"LOGGED_OUT": "1"}, [], "error: this machine cannot list gs://bucket"),
         ("tpu_pod.sh", {}, [WANDB], "error: log.trackers names wandb, which the workers would lack"),
-        ("tpu_vm.sh", {"EXTRAS": "tpu,wandb"}, [WANDB], "error: log.trackers names wandb, for which the workers"),
         ("tpu_pod.sh", {"ENV_FILE": "/nowhere/keys"}, [], "error: ENV_FILE=/nowhere/keys is not a file"),
         ("tpu_vm.sh", {"PYTHON": sys.executable}, ["--config.optim.lrr=1"], "error: config key 'optim.lrr' is unknown"),
         (

@@ -20,8 +20,7 @@ from xclip_jax.train.loop import Session
 
 
 def config(pairs, run, **changes):
-    defaults = {"data__sources": (f"folder:{pairs}",), "checkpoint__every": 1000, "steps": 4, "data__batch": 8}
-    return tiny.config("clip", run=run, **defaults | changes)
+    return tiny.short(pairs, run, objective="clip", checkpoint__every=1000, data__batch=8, **changes)
 
 
 class Set:
@@ -80,24 +79,18 @@ def test_an_evaluation_that_fails_does_not_cost_the_steps_before(pairs, tmp_path
     assert RunReader(c.run).latest_step() == 3
 
 
-def test_an_interruptible_iterator_raises_what_is_no_exception():
-    class PanicError(BaseException):
-        """As tokenizers raises it."""
-
-    def elements():
-        yield 1
-        raise PanicError
-
-    with pytest.raises(PanicError):
-        list(records.interruptible_iterator(elements(), lambda: None))
+class PanicError(BaseException):
+    """As tokenizers raises it: no exception."""
 
 
-def test_an_interruptible_iterator_yields_all_and_closes_what_it_reads():
+def test_an_interruptible_iterator_yields_all_closes_what_it_reads_and_raises():
     closed = []
 
-    def elements():
+    def elements(end=None):
         try:
             yield from range(5)
+            if end:
+                raise end
         finally:
             closed.append(True)
 
@@ -106,6 +99,8 @@ def test_an_interruptible_iterator_yields_all_and_closes_what_it_reads():
         if element == 2:
             break
     assert closed == [True, True]
+    with pytest.raises(PanicError):
+        list(records.interruptible_iterator(elements(PanicError), lambda: None))
 
 
 # The main thread is in C code, and the signal reaches another one, as it may in a compilation.

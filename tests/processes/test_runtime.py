@@ -21,14 +21,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def start(devices, *args):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one holds
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.two_processes", *map(str, args)],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tests.helpers.two_processes", *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, **pipes)
 
 
 def wait_for(running):
@@ -129,16 +124,11 @@ def test_processes_hold_the_same_rows_along_the_model_axis_and_halves_along_the_
 
 @pytest.mark.parametrize("name", ["data", "model"])
 @pytest.mark.slow
-def test_losses_tokens_and_bad_samples_are_those_of_one_process(runs, name):
+def test_losses_tokens_bad_samples_and_weights_are_those_of_one_process(runs, name):
     expected = metrics(runs, "one")
     assert expected[3] > 0, "no bad sample in the first batch"
     np.testing.assert_allclose(metrics(runs, name), expected, rtol=1e-4)
     assert bad(runs, name) == bad(runs, "one") != []
-
-
-@pytest.mark.parametrize("name", ["data", "model"])
-@pytest.mark.slow
-def test_weights_are_read_whole_in_every_process(runs, name):
     _, experiment, variables, *_ = weights.load(str(runs / f"{name}.run"))
     expected = weights.fingerprint(experiment, variables)
     assert [str(np.load(runs / f"{name}.{process}.npz")["weights"]) for process in range(2)] == [expected] * 2

@@ -26,24 +26,6 @@ def statuses(monkeypatch):
     return ended
 
 
-@pytest.fixture
-def watch(tmp_path, statuses, monkeypatch):
-    """Starts a watchdog, and returns it."""
-    running = []
-    monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.05)
-
-    def start(limit=0.0):
-        handler = interrupt.PreemptionHandler().__enter__()
-        handler.can_save = True
-        dog = watchdog.Watchdog(RunReader(tmp_path), handler, limit=limit).__enter__()
-        running.extend([handler, dog])
-        return dog
-
-    yield start
-    for context in reversed(running):
-        context.__exit__()
-
-
 class Timed(watchdog.Watchdog):
     """A watchdog without its thread, on a clock that the test moves."""
 
@@ -55,13 +37,6 @@ class Timed(watchdog.Watchdog):
         for _ in range(seconds):
             self.now += 1
             self.check()
-
-
-def wait(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert condition()
 
 
 def test_the_watchdog_names_the_phase_and_ends_the_process(statuses, tmp_path, capfd):
@@ -96,11 +71,15 @@ def test_the_watchdog_warns_once_of_each_phase_but_not_of_a_compilation(tmp_path
     assert lines == [f"WARNING: no progress: {phase} (61 s)" for phase in ("a step", "waiting for data")]
 
 
-def test_the_thread_of_the_watchdog(watch, statuses, capfd):
+def test_the_thread_of_the_watchdog(statuses, tmp_path, monkeypatch, capfd):
     """In real time."""
-    dog = watch(limit=0.4)
-    dog.enter(watchdog.STEP)
-    wait(lambda: statuses)
+    monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.05)
+    with interrupt.PreemptionHandler() as handler, watchdog.Watchdog(RunReader(tmp_path), handler, limit=0.4) as dog:
+        handler.can_save = True
+        dog.enter(watchdog.STEP)
+        deadline = time.monotonic() + 60
+        while not statuses and time.monotonic() < deadline:
+            time.sleep(0.02)
     assert statuses == [EXIT_RESTART]
     assert "test_the_thread_of_the_watchdog" in capfd.readouterr().err  # this thread's stack too
 

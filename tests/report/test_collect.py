@@ -25,11 +25,11 @@ from xclip_jax.report import collect, examples
 from xclip_jax.train.run_writer import RunWriter
 
 
-def add(run, result, step, *, items=None, profile=""):
+def add(run, result, step, *, items=None, **changes):
     """Add a result to a run's evaluation.json, as `xclip_jax.commands.evaluate` does."""
     entry = {"name": f"zeroshot/{result.set}", "metrics": {"top1": result.value}, "set": result.set, "metric": "top1"}
     entry |= {"value": result.value, "records": to_json([result]), "checkpoint": "run", "step": step}
-    keys = dict.fromkeys(results_files.KEY, "") | entry | {"profile": profile, "changes": {}}
+    keys = dict.fromkeys(results_files.KEY, "") | entry | {"profile": "", "changes": {}} | changes
     results_files.add(RunReader(run).evaluation_file, keys, {result.name: items} if items else {}, {}, own=True)
 
 

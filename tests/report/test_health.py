@@ -65,17 +65,13 @@ def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path, monkeypatch):
 # --- terms of another package
 
 
-def plugin_rows():
-    rows = []
-    for step, top1 in ((1, 0.5), (2, 0.0), (3, 0.25)):
-        row = {"step": step, "loss": 8.0, "clip/loss": 2.0, "clip/ln_b": 2.77, "tokens/loss": 6.0}
-        rows.append(row | {"tokens/top1": top1, "rank/img": 3.0})
-    return rows
+ROW = {"loss": 8.0, "clip/loss": 2.0, "clip/ln_b": 2.77, "tokens/loss": 6.0, "rank/img": 3.0}
+PLUGIN_ROWS = [ROW | {"step": step, "tokens/top1": top1} for step, top1 in ((1, 0.5), (2, 0.0), (3, 0.25))]
 
 
 def test_a_term_of_another_package_has_curves_and_lights(tmp_path, monkeypatch):
     monkeypatch.setattr(schema.Config, "alarm_step", 2)
-    run = written(tmp_path / "run", superclip(), plugin_rows())
+    run = written(tmp_path / "run", superclip(), PLUGIN_ROWS)
     text = page_of(run, examples.Examples())
     words = " ".join(check(text).text)
     for sentence in (
@@ -85,10 +81,8 @@ def test_a_term_of_another_package_has_curves_and_lights(tmp_path, monkeypatch):
         "Warning at 1 of 2 logged steps from step 2 on, last at 2.",
     ):  # fmt: skip
         assert sentence in words, sentence
-    assert re.findall(r'light (\w*)"><h3>(\w+)<span>(\w+)', text) == [
-        ("", "Plateau", "healthy"),
-        ("", "Tokens", "healthy"),
-    ]
+    lights = re.findall(r'light (\w*)"><h3>(\w+)<span>(\w+)', text)
+    assert lights == [("", "Plateau", "healthy"), ("", "Tokens", "healthy")]
     alarm = page_of(dataclasses.replace(run, training=run.training[:2]), examples.Examples())
     assert '<article class="card light alarm"><h3>Tokens<span>alarm' in alarm
     assert "the most probable token is hardly ever in the caption. Lower optim.lr." in alarm

@@ -8,9 +8,8 @@ from tests.helpers import tiny
 from tests.helpers.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
 from tests.helpers.pages import page_of, written
 from tests.report.test_collect import judged_results
-from tests.report.test_health import collapsed
+from tests.report.test_health import collapsed, judged_at_once  # noqa: F401
 from tests.report.test_sections import compared, predicted
-from xclip_jax.config import schema
 from xclip_jax.report import examples, page
 
 LONG = "a very long name of one class, which no card and no column of a table can show in one line without a cut"
@@ -28,14 +27,6 @@ def shown_examples():
         clusters=examples.Clusters(64, 30, gallery, clusters),
         credits=["Images by their artists."],
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def judged_at_once():
-    """Warnings from step 1 on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schema.Config, "alarm_step", 1)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from examples import superclip as extension  # noqa: F401 the files of a run may
 from tests.helpers import tiny
 from tests.helpers.made_results import zero_shot
 from tests.helpers.pages import HOSTILE, check, written
+from tests.report.test_collect import add
 from xclip_jax.commands import report as command
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators import results as results_files
-from xclip_jax.evaluators.results import Result, to_json
+from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.report import collect, examples, page, sections
 from xclip_jax.report.collect import Run
@@ -36,11 +36,7 @@ def run(folder, color, right, *, objective="clip", split="1", **changes):
     written(folder, tiny.config(objective, run=folder, **changes), rows, evaluations)
     values = np.repeat([1.0, 0.0], [right, 100 - right])
     result = Result("x", "zeroshot", "top1", float(right), n=100, chance=25.0, headline=True, evaluator="zeroshot")
-    entry = {"set": "x", "name": "zeroshot/x", "metric": "top1", "value": float(right), "n": 100, "step": 3}
-    entry |= {"records": to_json([result]), "metrics": {"top1": float(right)}, "checkpoint": folder.name}
-    entry |= {"profile": "", "changes": {}, "split_hash": split, "fingerprint": folder.name}
-    file = RunReader(folder).evaluation_file
-    results_files.add(file, entry, {result.name: PerExample(values)}, {}, own=True)
+    add(folder, result, 3, items=PerExample(values), n=100, split_hash=split, fingerprint=folder.name)
     return Run(folder.name, color, collect.read(folder), examples.Examples())
 
 
