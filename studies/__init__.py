@@ -1,5 +1,4 @@
 """Studies: declared arms run with several seeds, and the tables, charts and verdicts made from their records.
 
-The folder uses the package like an external package and is not installed with it; nothing imports it. `icons` names its
-sources, sets and recipe accordingly: "studies.icons.sources:IconSplits:train", studies/icons/recipe.py.
+The folder uses the package like an external package and is not installed with it; nothing imports it.
 """

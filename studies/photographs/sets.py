@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.icons.clustered import ClusteredZeroShotSet
+from studies.clustered import ClusteredZeroShotSet
 from studies.photographs import corpus
 from studies.photographs.corpus import KIND_COLUMN, TITLE, Row, hash_rank
 from studies.photographs.geometry import GeometrySet

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 import sklearn.metrics
 
+from studies.clustered import ClusteredZeroShot, ClusteredZeroShotSet
 from studies.photographs import claims, command, corpus, geometry, page, sets, spaces, stages, terms
 from studies.records import RunRecord
 from xclip_jax.core.errors import UserError
@@ -212,3 +213,21 @@ def test_regrets():
     })  # fmt: skip
     assert behind["0.008_0.2"]["photographs, unseen kinds"] == 10 and behind["0.004_0"]["icons, retrieval"] == 3
     assert behind["0.004_0"]["photographs, unseen kinds"] == 0
+
+
+def test_geometric_mean_rank():
+    labels = np.array([0, 1, 1, 2, 0])
+    scores = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    scores[0] = np.nan
+
+    class Fixed(ClusteredZeroShot):
+        def scores(self, variables):
+            return {"": scores}
+
+    data = ClusteredZeroShotSet("x", [None] * 5, labels, [["a"], ["b"], ["c"]], {}, ["a", "b", "c"], together=labels)
+    result = {r.key: r for r in Fixed(None, data).measure(None)}["rank_gmean"]
+    rank = 1 + (scores > np.take_along_axis(scores, labels[:, None], 1)).sum(axis=1)
+    rank[0] = 3  # without a valid ranking
+    np.testing.assert_array_equal(result.items.groups, labels)
+    assert result.value == pytest.approx(np.exp(np.log(rank).mean())) and result.unit == "rank"
+    assert result.chance == pytest.approx(6 ** (1 / 3))
