@@ -1,7 +1,9 @@
 """Files of embeddings: strings of any length, and parts that are joined."""
 
 import numpy as np
+import pytest
 
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import embeddings
 
 LONG = ["", "a fox", "b" * 10**6, "\u00fc\0" * 3, "\u72d0\nl"]
@@ -30,3 +32,10 @@ def test_names_that_are_not_utf8_are_written(tmp_path):
     columns = {"kind": ["image"], "id": ["caf\udce9.png"], "text": [""], "embedding": np.zeros((1, 3))}
     embeddings.write(tmp_path / "x.parquet", columns)
     assert embeddings.read(tmp_path / "x.parquet")["id"] == ["caf?.png"]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"no table")
+    for read in (embeddings.read, embeddings.about):
+        with pytest.raises(UserError, match=r"x\.parquet is damaged"):
+            read(tmp_path / "x.parquet")
