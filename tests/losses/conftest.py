@@ -1,4 +1,4 @@
-"""Types are promoted only where that is written: a bfloat16 that silently becomes float32 is an error here."""
+"""An implicit promotion of types, such as of bfloat16 to float32, is an error in these tests."""
 
 import jax
 import pytest
