@@ -81,11 +81,13 @@ def test_each_c_is_solved_as_if_alone(monkeypatch):
     x, y = overlapping(n=150, d=8)
     cs = [1e-2, 1.0, 1e3]
     together = logistic.fit(x, y, cs, 7, tolerance=1e-7)
+    monkeypatch.setattr(logistic, "_SMALL", 0)  # converged problems are dropped
+    dropped = logistic.fit(x, y, cs, 7, tolerance=1e-7)
     monkeypatch.setattr(logistic, "_SCORES", 2 * 150 * 7)  # in turns
     turns = logistic.fit(x, y, cs, 7, tolerance=1e-7)
     for i, c in enumerate(cs):
         alone = logistic.fit(x, y, [c], 7, tolerance=1e-7)
-        for other in (together, turns):
+        for other in (together, dropped, turns):
             assert other.objective[i] == pytest.approx(alone.objective[0], rel=1e-4)
 
 

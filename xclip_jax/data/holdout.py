@@ -9,15 +9,19 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from xclip_jax.core.console import show
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records
 from xclip_jax.data.base import Record, Source, WrappedSource
 from xclip_jax.data.config import DataConfig
+
+_MANY = 100_000  # the reading of more pairs is announced
 
 
 class Subset(WrappedSource):
@@ -73,6 +77,9 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
     """Read all records of the source `spec`, and return the held-out pairs; a share of 1 holds out all."""
     key = json.dumps([spec, share, config.image_column, config.text_columns, source.fingerprint()], default=str)
     if key not in _known:
+        if len(source) > _MANY:
+            # Not log0: the processes of a run may not have joined yet.
+            show(f"reading the {len(source):,} pairs of {spec} to choose pairs to hold out or evaluate", sys.stderr)
 
         def take(record: Record) -> tuple[int, tuple[list[str], str] | None]:
             digits = image_hash(record["image"])

@@ -6,9 +6,9 @@ has one vector w, the difference of the two logits' weights, and the penalty |w|
 least penalty are -w / 2 and w / 2, with |W|^2 = |w|^2 / 2: doubling the penalty on W gives the same objective.
 All C share each pass over the features. A label may be shared among classes: its loss is the mean over the shares.
 
-Two things save time without changing the solution. Logits are linear in W, so line searches need no product with the
-features. Features are centred (the bias compensates) and rotated to their principal axes, where the Hessian's diagonal
-is known up to a factor and serves as the preconditioner.
+Three things save time without changing the solution. Logits are linear in W, so line searches need no product with
+the features. Features are centred (the bias compensates) and rotated to their principal axes, where the Hessian's
+diagonal is known up to a factor and serves as the preconditioner. Converged problems are dropped.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from xclip_jax.core.errors import UserError
 
 HISTORY, _ITERATIONS = 10, 1000
 _SCORES = 1 << 27  # logits in memory at once (about four fp32 arrays); more values of C are solved in turns
+_SMALL = 1 << 24  # number of logits up to which keeping converged problems is cheaper than recompiling
 _ROUND = 4  # iterations between checks for convergence
 _BLOCK = 1 << 22  # numbers in a block of features
 _STALLED = 1e-10  # smallest promised improvement of a step, relative to the objective
@@ -139,14 +140,27 @@ def _solve(
         "value": jnp.full(count, np.log(classes), jnp.float32),
         "iteration": jnp.zeros((), int),
     }
+    alive = np.arange(count)
+    weights = np.zeros((d, count, classes), np.float32)
+    objective = np.zeros(count)
     for _ in range(0, _ITERATIONS, _ROUND):
         console.report_progress(all_processes=False)  # the number of rounds depends on rounding
         state = _iterate(x, y, back, problem, state, tolerance)
-        if np.asarray(state["done"]).all():
-            break
-    return np.asarray(state["w"]), np.asarray(state["value"])
+        keep = np.flatnonzero(~np.asarray(state["done"]))
+        last = not len(keep) or int(state["iteration"]) >= _ITERATIONS
+        # Each new shape is compiled: drop only large problems, and only if at least a quarter has converged.
+        if last or (4 * len(keep) <= 3 * len(alive) and state["z"].size > _SMALL):
+            weights[:, alive] = np.asarray(state["w"])
+            objective[alive] = np.asarray(state["value"])
+            if last:
+                break
+            alive = alive[keep]
+            problem = {key: value[:, keep] for key, value in problem.items()}
+            state |= {key: jnp.take(state[key], keep, axis=axis) for key, axis in _AXIS_OF_CS.items()}
+    return weights, objective
 
 
+_AXIS_OF_CS = {"w": 1, "z": 1, "g": 1, "s": 2, "y": 2, "rho": 1, "done": 0, "value": 0}
 _matmul = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 

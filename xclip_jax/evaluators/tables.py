@@ -112,8 +112,10 @@ def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
         while depth <= name.count("/") and [end(x, depth) for x in matches.values()].count(end(match, depth)) > 1:
             depth += 1
         names[name] = end(match, depth)
-    held_out = {HELD_OUT: "held-out pairs"}
-    return {name: held_out.get(x, x.replace(f"{HELD_OUT}@", "held-out pairs of ")) for name, x in names.items()}
+    for name, short in names.items():
+        if short.partition("@")[0] == HELD_OUT:
+            names[name] = short.replace(HELD_OUT, "held-out pairs", 1).replace("@", " of ", 1)
+    return names
 
 
 def headlines(results: Sequence[Result]) -> str:

@@ -36,6 +36,7 @@ _REMOTE_BLOCK = 8 << 20
 _BUCKETS = ("gs", "gcs", "s3", "az", "abfs")  # stores that may be writable, to keep an index next to its tar
 _LONGEST = 4096  # bytes of a name
 _MOST_REFUSED = 100  # headers refused by `tarfile` before reading of a tar ends
+_PROGRESS_SECONDS = 10
 
 
 class _Tar(tarfile.TarFile):
@@ -234,7 +235,12 @@ def load(tars: Sequence[str]) -> list[pathlib.Path]:
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(max(processes, 1), context, init_worker) as pool:
             built = pool.map(build, todo) if processes > 1 else map(build, todo)
-            index_paths |= dict(zip(todo, built, strict=True))
+            reported = began
+            for done, (tar, index_path) in enumerate(zip(todo, built, strict=True), 1):
+                index_paths[tar] = index_path
+                if time.monotonic() - reported > _PROGRESS_SECONDS:
+                    reported = time.monotonic()
+                    print(f"indexed {done:,} of {len(todo):,} tars", flush=True)
         print(f"indexed {len(todo):,} tars in {time.monotonic() - began:.1f} s", flush=True)
     return [index_path for index_path in map(index_paths.get, tars) if index_path is not None]
 
