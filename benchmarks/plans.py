@@ -20,7 +20,7 @@ from benchmarks import roofline
 from xclip_jax.commands import plan
 from xclip_jax.config import load as config_file
 from xclip_jax.core import environment
-from xclip_jax.plan.roofline import GIB
+from xclip_jax.train.cost.roofline import GIB
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 MIB = 2**20

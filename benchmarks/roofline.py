@@ -3,8 +3,8 @@
     xclip-jax plan --config pretrain:objective=clip --topology v5e:4x8 --hlo step.hlo
     JAX_PLATFORMS=cpu python -m benchmarks.roofline step.hlo v5e:4x8
 
-Times come from `xclip_jax.plan.roofline`. "HBM" is a lower bound: the bytes that operations read from and write to the
-chip's memory, in padded layouts, over bandwidth.
+Times come from `xclip_jax.train.cost.roofline`. "HBM" is a lower bound: the bytes that operations read from and write
+to the chip's memory, in padded layouts, over bandwidth.
 """
 
 import argparse
@@ -15,9 +15,9 @@ import re
 from typing import Any
 
 from xclip_jax.core.errors import exit_with_message
-from xclip_jax.plan import hlo
-from xclip_jax.plan.hlo import KINDS, Array, Computation, Execution, Instruction, Program
-from xclip_jax.plan.roofline import CHIPS, FREE, cycles, grid_of, roofline, seconds
+from xclip_jax.train.cost import hlo
+from xclip_jax.train.cost.hlo import KINDS, Array, Computation, Execution, Instruction, Program
+from xclip_jax.train.cost.roofline import CHIPS, FREE, cycles, grid_of, roofline, seconds
 
 # The first pattern in an operation's name and source decides its part, in a tower and elsewhere.
 _TOWER_PARTS = (

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import roofline
-from tests.plan.test_roofline import STEP
+from tests.train.test_roofline import STEP
 from xclip_jax.models import kernels
-from xclip_jax.plan import hlo
-from xclip_jax.plan import roofline as topology
-from xclip_jax.plan.roofline import CHIPS, devices_of
+from xclip_jax.train.cost import hlo
+from xclip_jax.train.cost import roofline as topology
+from xclip_jax.train.cost.roofline import CHIPS, devices_of
 
 V5E = CHIPS["v5e"]
 

@@ -19,8 +19,8 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.models.tower import ImageTower
-from xclip_jax.plan import roofline as topology
 from xclip_jax.train import build, cost, state, trainer, weights
+from xclip_jax.train.cost import roofline as topology
 
 pytestmark = pytest.mark.long
 

@@ -6,7 +6,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from examples import superclip as tokens
 from tests.helpers.util import assert_close, central_differences
-from xclip_jax.plan.hlo import collectives
+from xclip_jax.train.cost.hlo import collectives
 
 START, END, VOCAB = 1, 2, 19
 

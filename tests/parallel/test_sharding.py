@@ -9,8 +9,8 @@ from tests.train.test_step import catching
 from xclip_jax.data import loader
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, make_mesh, replicated
-from xclip_jax.plan.roofline import devices_of
 from xclip_jax.train import build, state
+from xclip_jax.train.cost.roofline import devices_of
 
 pytestmark = pytest.mark.long
 

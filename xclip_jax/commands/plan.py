@@ -19,9 +19,9 @@ from absl import app, flags, logging
 from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, check_file, exit_with_message
-from xclip_jax.plan.hlo import collectives, summary
-from xclip_jax.plan.roofline import devices_of, roofline
 from xclip_jax.train import cost
+from xclip_jax.train.cost.hlo import collectives, summary
+from xclip_jax.train.cost.roofline import devices_of, roofline
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, for example v5e:4x8 or v4:2x4x4.")
 _HLO = flags.DEFINE_string("hlo", "", "Output file for the optimised program.")

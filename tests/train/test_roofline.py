@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import pytest
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.plan.roofline import CHIPS as KINDS
-from xclip_jax.plan.roofline import devices_of, grid_of, roofline
+from xclip_jax.train.cost.roofline import CHIPS as KINDS
+from xclip_jax.train.cost.roofline import devices_of, grid_of, roofline
 
 pytestmark = pytest.mark.long
 

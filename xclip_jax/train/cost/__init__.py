@@ -22,8 +22,8 @@ from xclip_jax.models.tower import TextTower
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import make_objective
 from xclip_jax.parallel.mesh import batch_sharding, batch_shards
-from xclip_jax.plan.roofline import CHIPS
 from xclip_jax.train.build import Experiment, build
+from xclip_jax.train.cost.roofline import CHIPS
 
 # Dense bf16 FLOP/s of one device, by JAX's name of its kind. Sources: cloud.google.com/tpu/docs, and NVIDIA's data
 # sheets, which from H100 on state twice as much, with sparsity.

@@ -10,9 +10,9 @@ from tests.helpers import tiny
 from xclip_jax.losses import contrastive, noncontrastive
 from xclip_jax.parallel.mesh import AXES, make_mesh
 from xclip_jax.parallel.sharding import FactoredLogits, MeshLayout, layout_scope
-from xclip_jax.plan import hlo
-from xclip_jax.plan.hlo import Collective, collectives, summary
 from xclip_jax.train import build
+from xclip_jax.train.cost import hlo
+from xclip_jax.train.cost.hlo import Collective, collectives, summary
 
 MESH = make_mesh({"data": 4, "fsdp": 2, "model": 1})
 P = PartitionSpec

@@ -18,8 +18,8 @@ from jax.experimental import topologies
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.core.imports import import_extra
 from xclip_jax.core.storage import unreadable_as
-from xclip_jax.plan import hlo
-from xclip_jax.plan.hlo import Execution, Program
+from xclip_jax.train.cost import hlo
+from xclip_jax.train.cost.hlo import Execution, Program
 
 GIB = 2**30
 
