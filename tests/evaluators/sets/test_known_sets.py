@@ -178,7 +178,7 @@ def objectnet(tmp_path):
     """Two folders of ImageNet's classes and one of none, with red borders; a class may have no images."""
     root = tmp_path / "objectnet-1.0"
     names = {
-        "winter_glove": "Winter glove",
+        "air_freshener": "Air freshener",
         "full_sized_towel": "Bath towel",
         "bench": "Bench",
         "alarm_clock": "Alarm clock",
@@ -197,7 +197,7 @@ def objectnet(tmp_path):
     rng = np.random.default_rng(0)
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # rotated, for who looks
-    for i, place in enumerate(("winter_glove", "full_sized_towel", "full_sized_towel", "alarm_clock")):
+    for i, place in enumerate(("air_freshener", "full_sized_towel", "full_sized_towel", "alarm_clock")):
         pixels = np.full((24, 34, 3), (255, 0, 0), np.uint8)
         pixels[2:-2, 2:-2] = rng.integers(0, 250, (20, 30, 3), np.uint8)
         (root / "images" / place).mkdir(parents=True, exist_ok=True)

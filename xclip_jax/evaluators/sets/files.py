@@ -206,10 +206,12 @@ def multi30k(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]
 
 def _photographs(folder: pathlib.Path, names: Sequence[str]) -> Paths:
     """Return the images in `images`; COCO's are in `train2014` and `val2014` if these folders exist."""
-    parts = [name.split("_")[1] if name.startswith("COCO_") else "images" for name in names]
-    existing = {part for part in set(parts) if (folder / part).is_dir()}
-    places = [part if part in existing else "images" for part in parts]
-    return Paths([folder / place / name for place, name in zip(places, names, strict=True)])
+
+    def place(name: str) -> pathlib.Path:
+        part = name.split("_")[1] if name.startswith("COCO_") else "images"
+        return folder / (part if (folder / part).is_dir() else "images") / name
+
+    return Paths([place(name) for name in names])
 
 
 def xtd10(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]:

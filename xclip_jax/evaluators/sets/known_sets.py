@@ -79,7 +79,7 @@ ENTRIES: Mapping[str, Entry] = {
     "imagenet_r": _imagenet("imagenet_r", classes=prompts.IMAGENET_R, train="", role=SHIFTED),
     "imagenet_sketch": _imagenet("imagenet_sketch", train="", role=SHIFTED),
     "imagenet_o": _imagenet("", classes=prompts.IMAGENET_O, train="", role=SHIFTED,
-                            note="labels are wrong answers of ResNet-50; the paper's AUPR is not measured"),
+                            note="no image shows its label, one of ImageNet's; the paper's AUPR is not measured"),
     "objectnet": Entry(templates="imagenet", train="", role=SHIFTED, note="113 of 313 classes; borders cropped"),
     "food101": Entry("food101", "validation", "food101"),  # its name for the test split
     "cifar10": Entry("cifar10:3.0.2", templates="cifar10"),
@@ -144,10 +144,8 @@ def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
     name, _, path = spec.partition("@")
     entry = ENTRIES[name]
     if not path and not entry.tfds:
-        kind = (
-            "its folder objectnet-1.0" if name == "objectnet" else "a CSV file or a folder with sub-folders per class"
-        )
-        raise UserError(f"{name} is not in TFDS; write {name}@PATH, {kind}.")
+        how = "its folder objectnet-1.0" if name == "objectnet" else "a CSV file or a folder with sub-folders per class"
+        raise UserError(f"{name} is not in TFDS; write {name}@PATH, {how}.")
     if name == "objectnet":
         return name, entry, read_objectnet(path)
     if path:
