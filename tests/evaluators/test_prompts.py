@@ -62,7 +62,7 @@ def test_masks_equal_clip_benchmarks():
     builder = pytest.importorskip("clip_benchmark.datasets.builder", exc_type=ImportError)
     order = builder.all_imagenet_wordnet_ids
     source = pathlib.Path(builder.__file__).read_text()
-    for letter, mine in (("a", prompts.IMAGENET_A), ("r", prompts.IMAGENET_R)):
+    for letter, mine in zip("aro", (prompts.IMAGENET_A, prompts.IMAGENET_R, prompts.IMAGENET_O), strict=True):
         wnids = set(re.findall(r"n\d{8}", re.search(rf"imagenet_{letter}_wnids = (.*?)[\]}}]\n", source, re.S)[1]))
         assert [i for i, wnid in enumerate(order) if wnid in wnids] == list(mine)
 

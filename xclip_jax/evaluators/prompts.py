@@ -90,10 +90,10 @@ def with_own(profile: Profile, templates: Sequence[str], class_names: str) -> Pr
 
 # Indices of seven templates chosen by forward selection (notebook of the CLIP repository), also in SLIP.
 _SEVEN = (73, 7, 44, 69, 35, 67, 64)
-# Classes of ImageNet-A and ImageNet-R among ImageNet's 1000, equal to clip_benchmark's lists of wnids
-# (datasets/builder.py) and big_vision's indices (IMAGENET_A_LABELSET, IMAGENET_R_LABELSET).
+# Classes of ImageNet-A, ImageNet-R and ImageNet-O among ImageNet's 1000, equal to clip_benchmark's lists of wnids
+# (datasets/builder.py) and, for A and R, big_vision's indices (IMAGENET_A_LABELSET, IMAGENET_R_LABELSET).
 _SUBSETS = json.loads(pathlib.Path(__file__).with_name("imagenet_subsets.json").read_text())
-IMAGENET_A, IMAGENET_R = (tuple(_SUBSETS[name]) for name in ("imagenet_a", "imagenet_r"))
+IMAGENET_A, IMAGENET_R, IMAGENET_O = (tuple(_SUBSETS[f"imagenet_{letter}"]) for letter in "aro")
 
 # CLIP's own templates (prompts.md of its repository, templates.json of SLIP's), generated from their pattern, for sets
 # without templates in clip-benchmark, or with other ones ("clip_...").

@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import os
+import pathlib
+import shutil
 
 import numpy as np
 import open_clip
@@ -293,3 +295,49 @@ def test_what_is_not_babel_imagenets_file(babel, language, change, named):
         babel.write_text(change)
     with pytest.raises(UserError, match=named):
         registry.load(f"babel/{language}@{babel}", SIZE)
+
+
+# ImageNet with clip_benchmark's files of other languages.
+
+
+@pytest.fixture
+def languages(babel):
+    """The files that clip_benchmark is installed with beside ImageNet's folder."""
+    builder = pytest.importorskip("clip_benchmark.datasets.builder", exc_type=ImportError)
+    for path in pathlib.Path(builder.__file__).parent.glob("*_*.json"):
+        if path.name.endswith(("_classnames.json", "_templates.json")):
+            shutil.copy(path, babel.parent)
+    return builder, babel.parent
+
+
+@pytest.mark.parametrize("language", ["ar", "cn", "it", "jp", "en"])
+def test_imagenet_in_other_languages_equals_clip_benchmarks(language, languages):
+    builder, folder = languages
+    theirs = builder.build_dataset("imagenet1k-unverified", root=str(folder), language=language)
+    data = registry.load(f"imagenet/{language}@{folder}", SIZE)
+    assert data.names == theirs.classes
+    assert data.prompts == [[text.format(c=name) for text in theirs.templates] for name in theirs.classes]
+    assert data.labels.tolist() == [label for _, label in theirs.samples]  # the first classes of all
+    authors = "OpenAI's" if language == "en" else "translated"
+    assert data.card.templates.startswith(f"{authors} ({len(theirs.templates)}) ")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        (
+            "it_classnames.json",
+            {"imagenet1k": ["tinca"]},
+            "published layout .*: 1 names for 1000 classes",
+        ),
+        ("it_classnames.json", {"cifar10": ["aereo"]}, "imagenet1k"),
+        ("it_zeroshot_classification_templates.json", {"imagenet1k": ["una foto"]}, r"_templates.json, line 1: .*{c}"),
+        ("it_zeroshot_classification_templates.json", None, "No such file .*it_zeroshot_classification_templates.json"),
+    ],
+)
+def test_faults_of_a_language(file, content, named, languages):
+    (languages[1] / file).unlink()
+    if content:
+        (languages[1] / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=named):
+        registry.load(f"imagenet/it@{languages[1]}", SIZE)

@@ -154,6 +154,24 @@ def test_karpathys_split(karpathy):
     assert "first 5 captions" in five.card.protocol and "lower case" in five.card.protocol
 
 
+def test_flickr8k_equals_clip_benchmarks(karpathy, tmp_path):
+    """Its table has the same captions of the same images."""
+    flickr = pytest.importorskip("clip_benchmark.datasets.flickr", exc_type=ImportError)
+    content = json.loads(karpathy.read_text())
+    for record in content["images"]:
+        (tmp_path / record.pop("filepath") / record["filename"]).rename(tmp_path / f"{record['filename'][0]}.jpg")
+        record["filename"] = f"{record['filename'][0]}.jpg"
+    path = tmp_path / "dataset_flickr8k.json"
+    path.write_text(json.dumps(content))
+    tests = [record for record in content["images"] if record["split"] == "test"]
+    rows = [f"{record['filename']},{sentence['raw']}\n" for record in tests for sentence in record["sentences"]]
+    (tmp_path / "flickr8k_test_karpathy.txt").write_text("image,caption\n" + "".join(rows))
+    theirs = flickr.Flickr(str(tmp_path), str(tmp_path / "flickr8k_test_karpathy.txt"))
+    data = load(f"flickr8k_retrieval@{path}")
+    assert [theirs[i][1] for i in range(len(theirs))] == data.captions
+    assert [np.asarray(theirs[i][0])[0, 0, 0] for i in range(3)] == [image[0, 0, 0] for image in data.images]
+
+
 def test_coco_of_tfds(monkeypatch):
     picture = np.zeros((9, 9, 3), np.uint8)
     source = [{"image": picture, "image/id": i, "captions": {"text": [b"one", b"two"]}} for i in range(3)]
@@ -230,3 +248,54 @@ def test_multi30k(tmp_path):
     (tmp_path / "task1/raw/test_2016_flickr.fr.gz").write_bytes(gzip.compress(b"Un homme.\nDeux hommes.\n")[:-12])
     with pytest.raises(UserError, match=r"multi30k/fr: .* is not in the published layout"):
         load(f"multi30k/fr@{tmp_path}")
+
+
+def test_xtd10_equals_clip_benchmarks(tmp_path, monkeypatch):
+    module = pytest.importorskip("clip_benchmark.datasets.xtd10", exc_type=ImportError)
+    names = ["COCO_train2014_000000061844.jpg", "COCO_val2014_000000061849.jpg"]
+    (tmp_path / "XTD10").mkdir()
+    (tmp_path / "XTD10/test_image_names.txt").write_text("".join(f"{name}\n" for name in names))
+    languages = {"it": "XTD10", "de": "MIC", "fr": "MIC", "jp": "STAIR"}
+    for language, place in languages.items():
+        (tmp_path / place).mkdir(exist_ok=True)
+        ending = "\r\n" if place == "XTD10" else "\n"
+        lines = ending.join(f"{language} è 猫 {i} " for i in range(2))  # no newline at the end, like most files
+        (tmp_path / place / f"test_1kcaptions_{language}.txt").write_bytes(lines.encode())
+    for i, name in enumerate(names):
+        write(tmp_path / "xtd10/images" / name, 10 * i)  # the place of its code
+    (tmp_path / "images").symlink_to(tmp_path / "xtd10/images")
+    addresses = "https://raw.githubusercontent.com/adobe-research/Cross-lingual-Test-Dataset-XTD10/main/"
+    read = lambda url: (tmp_path / url.removeprefix(addresses)).read_bytes().decode().splitlines()  # noqa: E731
+    monkeypatch.setattr(module, "_get_lines", read)
+    for language in languages:
+        module.create_annotation_file(str(tmp_path), language)
+        theirs = module.XTD10(str(tmp_path), str(tmp_path / f"xtd10-{language}.json"))
+        data = load(f"xtd10/{language}@{tmp_path}")
+        assert [theirs[i][1] for i in range(2)] == data.captions and len(data.images) == 2
+        assert [np.asarray(theirs[i][0])[0, 0, 0] for i in range(2)] == [image[0, 0, 0] for image in data.images]
+    assert evaluate(data)[f"retrieval/xtd10/jp@{tmp_path}/captions"] == 2 and data.card.data == "xtd10/jp"
+    with (tmp_path / "MIC/test_1kcaptions_fr.txt").open("a") as file:
+        file.write("\nune ligne de trop")
+    with pytest.raises(UserError, match=r"^xtd10/fr: .* is not in the published layout"):
+        load(f"xtd10/fr@{tmp_path}")
+
+
+def test_xflickrco_has_images_of_two_sets(tmp_path):
+    name_of_coco = "COCO_val2014_000000413120.jpg"
+    places = {"1007129816.jpg": "images", name_of_coco: "val2014"}
+    records = []
+    for i, (name, place) in enumerate(places.items()):
+        write(tmp_path / place / name, 10 * i)
+        records.append({"sentences": [f"Ein Bild\u2028 {i}."], "id": i, "img_path": name})
+    (tmp_path / "annotations/de").mkdir(parents=True)
+    lines = (json.dumps(record, ensure_ascii=False) for record in records)
+    (tmp_path / "annotations/de/test.jsonl").write_text("\n".join(lines))
+    for _ in range(2):  # all images may be in one folder
+        data = load(f"xflickrco/de@{tmp_path}", Profile(published_prefix="a photo of "))
+        assert data.captions == [["Ein Bild\u2028 0."], ["Ein Bild\u2028 1."]]
+        assert [image[0, 0, 0] for image in data.images] == [0, 10]
+        if (tmp_path / "val2014").exists():
+            (tmp_path / "val2014" / name_of_coco).rename(tmp_path / "images" / name_of_coco)
+            (tmp_path / "val2014").rmdir()
+    with pytest.raises(UserError, match=r"^xflickrco/fr: .* is not in the published layout .*fr/test\.jsonl"):
+        load(f"xflickrco/fr@{tmp_path}")

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import shutil
 
@@ -158,6 +159,86 @@ def test_labels_of_tfds_are_those_of_files(tmp_path):
     assert named(data) == {i: whole[prompts.IMAGENET_R[i]] for i in range(3)} and len(data.prompts) == 200
     data = load(f"eurosat@{folder(tmp_path / 'land', ['SeaLake', 'AnnualCrop'])}")
     assert named(data) == {0: "lake or sea", 1: "annual crop land"}
+
+
+def test_imagenet_o_equals_clip_benchmarks(tmp_path):
+    builder = pytest.importorskip("clip_benchmark.datasets.builder", exc_type=ImportError)
+    wnids = builder.all_imagenet_wordnet_ids
+    path = folder(tmp_path / "imagenet-o", [wnids[i] for i in prompts.IMAGENET_O])
+    theirs = builder.build_dataset("imagenet-o", root=str(path))
+    data = load(f"imagenet_o@{path}", PROFILES["open_clip"])
+    assert data.names == theirs.classes and data.labels.tolist() == [label for _, label in theirs.samples]
+    assert data.prompts == [[text.format(c=name) for text in theirs.templates] for name in theirs.classes]
+    with pytest.raises(UserError, match=r"^imagenet_o is not in TFDS; write imagenet_o@PATH, a CSV file"):
+        load("imagenet_o")
+
+
+@pytest.fixture
+def objectnet(tmp_path):
+    """Two folders of ImageNet's classes and one of none, with red borders; a class may have no images."""
+    root = tmp_path / "objectnet-1.0"
+    names = {
+        "air_freshener": "Air freshener",
+        "full_sized_towel": "Bath towel",
+        "bench": "Bench",
+        "alarm_clock": "Alarm clock",
+    }
+    in_imagenet = {"Alarm clock": "analog clock; digital clock", "Bath towel": "bath towel", "Bench": "park bench"}
+    imagenet = ["bath towel", "analog clock", "digital clock", "park bench"]
+    files = {
+        "folder_to_objectnet_label.json": json.dumps(names),
+        "objectnet_to_imagenet_1k.json": json.dumps(in_imagenet),
+        "pytorch_to_imagenet_2012_id.json": json.dumps({i: i for i in range(len(imagenet))}),
+        "imagenet_to_label_2012_v2": "".join(f"{name}\n" for name in imagenet),
+    }
+    (root / "mappings").mkdir(parents=True)
+    for name, text in files.items():
+        (root / "mappings" / name).write_text(text)
+    rng = np.random.default_rng(0)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # rotated, for who looks
+    for i, place in enumerate(("air_freshener", "full_sized_towel", "full_sized_towel", "alarm_clock")):
+        pixels = np.full((24, 34, 3), (255, 0, 0), np.uint8)
+        pixels[2:-2, 2:-2] = rng.integers(0, 250, (20, 30, 3), np.uint8)
+        (root / "images" / place).mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(pixels).convert("RGBA").save(root / "images" / place / f"{i}.png", exif=exif)
+    return root
+
+
+def test_objectnet_equals_clip_benchmarks_without_borders(objectnet, tmp_path):
+    module = pytest.importorskip("clip_benchmark.datasets.objectnet", exc_type=ImportError)
+    their_root = tmp_path / "theirs"  # where its code copies the mappings
+    shutil.copytree(objectnet / "mappings", their_root)
+    (their_root / "objectnet-1.0").symlink_to(objectnet)
+    (objectnet / "images" / "bench").mkdir()
+    write(objectnet / "images" / "bench" / "9.png", 9)
+    theirs = module.ObjectNetDataset(str(their_root), transform=None)
+    spec = f"objectnet@{objectnet}"
+    data = load(spec)
+    pairs = [theirs[i] for i in range(len(theirs))]
+    assert data.names == theirs.classes == ["alarm clock", "bench", "bath towel"]
+    assert data.labels.tolist() == [label for _, label in pairs] == [0, 1, 2, 2]
+    for ours, (image, _) in zip(known_sets.read_objectnet(str(objectnet)).images, pairs, strict=True):
+        np.testing.assert_array_equal(ours, np.asarray(image)[2:-2, 2:-2])  # like the loader of ObjectNet's authors
+    assert data.prompts[2][0] == "a bad photo of a bath towel." and data.card.role == "shifted"
+    assert evaluate(data)[f"zeroshot/{spec}/ways"] == 3
+    shutil.rmtree(objectnet / "images" / "bench")
+    fewer = load(spec)
+    assert fewer.names == data.names and fewer.labels.tolist() == [0, 2, 2]
+    (objectnet / "images/alarm_clock/3.png").rename(objectnet / "images/alarm_clock/4.png")
+    assert load(spec).card.split_hash != fewer.card.split_hash
+
+
+def test_faults_of_objectnet(objectnet):
+    for place in ("full_sized_towel", "alarm_clock"):
+        shutil.rmtree(objectnet / "images" / place)
+    with pytest.raises(UserError, match=r"^objectnet: '.*' is not in the published layout .*none of 1 folders"):
+        load(f"objectnet@{objectnet}")
+    (objectnet / "mappings/objectnet_to_imagenet_1k.json").unlink()
+    with pytest.raises(UserError, match=r"^objectnet: .*mappings/objectnet_to_imagenet_1k\.json"):
+        load(f"objectnet@{objectnet}")
+    with pytest.raises(UserError, match=r"its folder objectnet-1\.0"):
+        load("objectnet")
 
 
 def test_labels_that_tfds_knows_once_it_has_prepared_the_set(tmp_path):

@@ -5,7 +5,6 @@ choice/SOURCE?image=COLUMN&text=RIGHT&text=WRONG    rows of a table; a second im
 
 import collections
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from xclip_jax.evaluators.base import SetKind, joined, pictures
 from xclip_jax.evaluators.choice import ChoiceSet
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
-from xclip_jax.evaluators.sets.custom import published_layout, query_columns
+from xclip_jax.evaluators.sets.custom import published_layout, query_columns, read_json
 
 PREFIX = "choice/"
 _FORM = f"{PREFIX}SOURCE?image=COLUMN&text=RIGHT&text=WRONG"
@@ -56,7 +55,7 @@ class Choices(NamedTuple):
 
 def sugarcrepe(folder: pathlib.Path) -> Choices:
     """Read SugarCrepe's seven types of wrong captions."""
-    records = [(part, record) for part in _PARTS for record in _read_json(folder / f"{part}.json").values()]
+    records = [(part, record) for part in _PARTS for record in read_json(folder / f"{part}.json").values()]
     number = {file: i for i, file in enumerate(dict.fromkeys(record["filename"] for _, record in records))}
     paths = Paths([folder / "val2017" / file for file in number])
     pictures = np.array([number[record["filename"]] for _, record in records], int)[:, None]
@@ -69,10 +68,10 @@ def aro(name: str, folder: pathlib.Path) -> Choices:
 
     The authors' code averages over asymmetric relations, or over pairs of attributes with 25 items.
     """
-    records = _read_json(folder / _ARO[name])
+    records = read_json(folder / _ARO[name])
     if name == "aro/vg_relation":
         parts = [record["relation_name"] for record in records]
-        left_out = set(_read_json(pathlib.Path(__file__).with_name("aro_symmetric.json")))
+        left_out = set(read_json(pathlib.Path(__file__).with_name("aro_symmetric.json")))
     else:
         parts = ["_".join(record["attributes"][:2]) for record in records]
         left_out = {pair for pair, count in collections.Counter(parts).items() if count < _FEWEST}
@@ -90,10 +89,6 @@ def aro(name: str, folder: pathlib.Path) -> Choices:
     files = np.array([number[path] for path in paths.paths])
     crops = LazySequence(len(paths), crop, paths.name)
     return Choices(crops, np.arange(len(texts))[:, None], texts, parts, [*contents(paths), *boxes], files)
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_rows(spec: str, data: DataConfig) -> Choices:

@@ -1,11 +1,11 @@
 """Sets of labelled images and texts: zero-shot classification, probes, and tests of fine-tuned classifiers.
 
-NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN], babel/LANGUAGE@FILE, probe/NAME, probe/SOURCE,
-finetuned/SOURCE; NAME is in `known_sets`, and SOURCE a source of labelled items, of probes without its split.
+NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN], babel/LANGUAGE@FILE, imagenet/LANGUAGE@FOLDER,
+probe/NAME, probe/SOURCE, finetuned/SOURCE; NAME is in `known_sets`, and SOURCE a source of labelled items, of probes
+without its split.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet, renumber
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.sets.custom import captioned, held_out_data, is_holdout, published_layout
+from xclip_jax.evaluators.sets.custom import captioned, held_out_data, is_holdout, published_layout, read_json
 from xclip_jax.evaluators.sets.known_sets import ENTRIES, PAPER, Content, Entry, read, read_tfds
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
@@ -34,6 +34,7 @@ PREFIX = "zeroshot/"
 FINETUNED = "finetuned/"
 WDS = "wds:"
 BABEL = "babel/"
+TRANSLATED = (BABEL, "imagenet/")
 _IMAGES = [name for name in sources.SOURCES if sources.has_labels(f"{name}:x", "image")]
 
 
@@ -76,29 +77,45 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
     )
 
 
-def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
-    """Read `babel/LANGUAGE@FILE`: ImageNet's classes in a language, by Babel-ImageNet (arXiv 2306.08658).
+def _babel(path: pathlib.Path, language: str) -> tuple[Sequence[int], list[str], list[str]]:
+    """Read Babel-ImageNet's files (arXiv 2306.08658): numbers, names and templates of the classes with a name.
 
-    FILE is babel_imagenet.json, {language: [numbers of classes, names]}. Its folder may contain the prompts,
-    nllb_dist13b_prompts.json (default: only the name), and ImageNet's folder `val` (default: TFDS). English has
-    OpenAI's names and prompts, like the authors' code, not BabelNet's. The second result describes the prompts.
+    English has OpenAI's names and templates, like the authors' code, not BabelNet's.
     """
-    language, _, location = spec.removeprefix(BABEL).partition("@")
     language = language.upper()
-    path = pathlib.Path(location).expanduser()
-    prompts_path = path.with_name("nllb_dist13b_prompts.json")
-    images = path.with_name("val")
-    with published_layout(spec, location):
-        numbers, classes = json.loads(path.read_text(encoding="utf-8"))[language]
-        translated = json.loads(prompts_path.read_text(encoding="utf-8")) if prompts_path.is_file() else {}
-    _, _, content = read(f"imagenet@{images}" if images.is_dir() else "imagenet", data_dir)
-    authors = "translated"
-    templates = [text.replace("{}", "{c}") for text in translated.get(language, ["{}"])]
+    numbers, names = read_json(path)[language]
     if language == "EN":
-        authors = "OpenAI's"
-        templates = prompts.templates("openai80")
-        numbers = list(range(len(content.classes)))
-        classes = content.classes
+        names = prompts.published("imagenet1k")
+        return range(len(names)), names, prompts.templates("openai80")
+    translated = path.with_name("nllb_dist13b_prompts.json")
+    texts = read_json(translated).get(language) if translated.is_file() else None
+    return numbers, names, [text.replace("{}", "{c}") for text in texts or ["{}"]]
+
+
+def _clip_benchmark(folder: pathlib.Path, language: str) -> tuple[Sequence[int], list[str], list[str]]:
+    """Read numbers, names and templates of all classes from clip_benchmark's two files of a language."""
+    kinds = ("classnames", "zeroshot_classification_templates")
+    names, texts = (read_json(folder / f"{language}_{kind}.json")["imagenet1k"] for kind in kinds)
+    prompts.check_templates(texts, f"{language}_{kinds[1]}.json")
+    return range(1000), names, texts
+
+
+def read_translated(spec: str, data_dir: str | None) -> tuple[Content, str]:
+    """Read ImageNet with classes in another language, `babel/LANGUAGE@FILE` or `imagenet/LANGUAGE@FOLDER`.
+
+    FILE is babel_imagenet.json, {language: [numbers of classes, names]}; the prompts, nllb_dist13b_prompts.json, may be
+    next to it (default: only the name). FOLDER contains LANGUAGE_classnames.json and
+    LANGUAGE_zeroshot_classification_templates.json, {"imagenet1k": [...]}. ImageNet's images are in the folder `val`
+    next to these files (default: TFDS). The second result describes the prompts.
+    """
+    name, _, location = spec.partition("@")
+    path = pathlib.Path(location).expanduser()
+    reader, folder = (_babel, path.parent) if name.startswith(BABEL) else (_clip_benchmark, path)
+    with published_layout(spec, location):
+        numbers, classes, templates = reader(path, name.partition("/")[2])
+        if len(numbers) != len(classes):
+            raise ValueError(f"{len(classes)} names for {len(numbers)} classes")
+    _, _, content = read(f"imagenet@{folder / 'val'}" if (folder / "val").is_dir() else "imagenet", data_dir)
     position = np.full(len(content.classes), -1)
     with published_layout(spec, location):
         position[numbers] = np.arange(len(numbers))
@@ -111,7 +128,7 @@ def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
         identity=[content.identity, *contents(content.images)],
         templates=templates,
     )
-    return content, _described(authors, templates)
+    return content, _described("OpenAI's" if templates == prompts.templates("openai80") else "translated", templates)
 
 
 def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ZeroShotSet | RetrievalSet:
@@ -127,8 +144,8 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
             return own_set(name, read_held_out(spec, held_out_data(spec, data)), prepare, profile)
     if sources.has_labels(name, "image"):
         return own_set(name, read_source(name, data.dir or None), prepare, profile)
-    if name.startswith(BABEL):
-        content, description = read_babel(name, data.dir or None)
+    if name.startswith(TRANSLATED):
+        content, description = read_translated(name, data.dir or None)
         texts = prompts.prompts(content.classes, content.templates)
         return _make(name, content, Entry(), texts, description, profile.preprocessing(prepare))
     key, entry, content = read(name, data.dir or None)
@@ -279,7 +296,8 @@ class ClassSets(SetKind):
     @classmethod
     def knows(cls, spec: str) -> bool:
         name, at, path = spec.removeprefix(PREFIX).partition("@")
-        if is_holdout(spec, PREFIX) or (name in ENTRIES and bool(path or not at)) or (name.startswith(BABEL) and path):
+        named = (name in ENTRIES and bool(path or not at)) or (name.startswith(TRANSLATED) and bool(path))
+        if is_holdout(spec, PREFIX) or named:
             return True
         return sources.has_labels(spec.removeprefix(PREFIX), "image")
 

@@ -8,6 +8,8 @@ Pairs with the same image bytes are one item with all of their captions, includi
 
 import contextlib
 import dataclasses
+import json
+import pathlib
 import urllib.parse
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +38,11 @@ _COLUMNS = "?image=COLUMN&text=COLUMN"
 def published_layout(name: str, location: str) -> contextlib.AbstractContextManager[None]:
     """Turn errors from missing and damaged files, or files in another layout, into one sentence."""
     return unreadable_as(f"{name}: {location!r} is not in the published layout")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Return the content of a JSON file in UTF-8."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def is_holdout(spec: str, prefix: str = PREFIX) -> bool:

@@ -22,7 +22,7 @@ from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import Pair, RetrievalSet, SimilaritySet
-from xclip_jax.evaluators.sets.custom import captioned, published_layout
+from xclip_jax.evaluators.sets.custom import captioned, published_layout, read_json
 
 # SentEval's tasks without splits: files of class 0 and class 1, one sentence per line.
 _TWO_FILES = {
@@ -174,12 +174,12 @@ def glue(name: str, folder: str) -> ProbeSet | SimilaritySet:
 
 
 def karpathy(name: str, path: pathlib.Path, prepare: Preprocessing, profile: Profile) -> RetrievalSet:
-    """Read the test split of COCO or Flickr30k from {"images": [{"filename", "filepath"?, "split", "sentences"}]}.
+    """Read the test split of COCO or Flickr, {"images": [{"filename", "filepath"?, "split", "sentences"}]}.
 
     Images are in the JSON's folder, or in its sub-folder "filepath". All captions count unless the profile keeps fewer;
     some images of COCO have six or seven (25,010 in all).
     """
-    records = [r for r in json.loads(path.read_text(encoding="utf-8"))["images"] if r["split"] == "test"]
+    records = [r for r in read_json(path)["images"] if r["split"] == "test"]
     captions = [[join_surrogates(s["raw"]) for s in r["sentences"]] for r in records]
     names = [r["filename"] for r in records]
     images = Paths([path.parent / r.get("filepath", "") / r["filename"] for r in records])
@@ -204,6 +204,31 @@ def multi30k(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]
     return images, [list(texts) for _, *texts in zip(images.paths, *columns, strict=True)]
 
 
+def _photographs(folder: pathlib.Path, names: Sequence[str]) -> Paths:
+    """Return the images in `images`; COCO's are in `train2014` and `val2014` if these folders exist."""
+
+    def place(name: str) -> pathlib.Path:
+        part = name.split("_")[1] if name.startswith("COCO_") else "images"
+        return folder / (part if (folder / part).is_dir() else "images") / name
+
+    return Paths([place(name) for name in names])
+
+
+def xtd10(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]:
+    """Read XTD-10 (arXiv 2012.05107): a caption of 1,000 COCO images; three languages are other authors'."""
+    place = {"de": "MIC", "fr": "MIC", "jp": "STAIR"}.get(language, "XTD10")
+    names = _lines(path / "XTD10" / "test_image_names.txt")
+    texts = _lines(path / place / f"test_1kcaptions_{language}.txt")
+    return _photographs(path, names), [[text] for _, text in zip(names, texts, strict=True)]
+
+
+def xflickrco(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]:
+    """Read xFlickr&CO (arXiv 2201.11732): a caption of 1,000 Flickr30k and 1,000 COCO images."""
+    records = [json.loads(line) for line in _lines(path / "annotations" / language / "test.jsonl")]
+    captions = [[join_surrogates(text) for text in record["sentences"]] for record in records]
+    return _photographs(path, [record["img_path"] for record in records]), captions
+
+
 def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing, profile: Profile) -> RetrievalSet:
     """Read Karpathy's test split of COCO from TFDS."""
     source, info = open_tfds("coco_captions", "test", data_dir)
@@ -221,8 +246,8 @@ READERS: Mapping[str, Callable[[str, pathlib.Path], SimilaritySet | ProbeSet]] =
 }
 GLUE = tuple(f"glue/{task}" for task in tasks.TASKS)
 IN_TFDS = ("coco_retrieval",)
-RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval")
-LANGUAGES = {"xm3600": xm3600, "multi30k": multi30k}
+RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval", "flickr8k_retrieval")
+LANGUAGES = {"xm3600": xm3600, "multi30k": multi30k, "xtd10": xtd10, "xflickrco": xflickrco}
 _AT_PATH = (*READERS, *RETRIEVAL, *GLUE)
 
 

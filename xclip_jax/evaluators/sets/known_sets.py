@@ -19,15 +19,19 @@ import tensorflow_datasets as tfds
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.base import LazySequence, field
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.labelled import read_files
+from xclip_jax.data.images import decode
+from xclip_jax.data.labelled import Paths, read_files
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds import open_tfds
 from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.base import SetKind, pictures
 from xclip_jax.evaluators.dense import NO_CLASS, PROTOCOL, DenseSet, MaskedImages
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
+from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, contents, digest
+from xclip_jax.evaluators.sets.custom import published_layout, read_json
 
+_IMAGENET = "imagenet2012:5.1.0"  # its labels are WordNet ids
+_BORDER = 2  # red pixels around ObjectNet's images, which the authors' loader crops
 _APPROXIMATE = "the published split is not public or not one: compare only numbers with the same split_hash"
 
 
@@ -68,12 +72,15 @@ def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
 
 
 ENTRIES: Mapping[str, Entry] = {
-    "imagenet": _imagenet("imagenet2012:5.1.0", "validation"),
-    "imagenet_minival": _imagenet("imagenet2012:5.1.0", "train[99%:]", train="", role=VALIDATION),  # big_vision's
+    "imagenet": _imagenet(_IMAGENET, "validation"),
+    "imagenet_minival": _imagenet(_IMAGENET, "train[99%:]", train="", role=VALIDATION),  # big_vision's
     "imagenet_v2": _imagenet("imagenet_v2/matched-frequency", train="", role=SHIFTED),
     "imagenet_a": _imagenet("imagenet_a", classes=prompts.IMAGENET_A, train="", role=SHIFTED),
     "imagenet_r": _imagenet("imagenet_r", classes=prompts.IMAGENET_R, train="", role=SHIFTED),
     "imagenet_sketch": _imagenet("imagenet_sketch", train="", role=SHIFTED),
+    "imagenet_o": _imagenet("", classes=prompts.IMAGENET_O, train="", role=SHIFTED,
+                            note="no image shows its label, one of ImageNet's; the paper's AUPR is not measured"),
+    "objectnet": Entry(templates="imagenet", train="", role=SHIFTED, note="113 of 313 classes; borders cropped"),
     "food101": Entry("food101", "validation", "food101"),  # its name for the test split
     "cifar10": Entry("cifar10:3.0.2", templates="cifar10"),
     "cifar100": Entry("cifar100:3.0.2", templates="cifar100"),
@@ -137,7 +144,10 @@ def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
     name, _, path = spec.partition("@")
     entry = ENTRIES[name]
     if not path and not entry.tfds:
-        raise UserError(f"{name} is not in TFDS; write {name}@PATH, a CSV file or a folder with sub-folders per class.")
+        how = "its folder objectnet-1.0" if name == "objectnet" else "a CSV file or a folder with sub-folders per class"
+        raise UserError(f"{name} is not in TFDS; write {name}@PATH, {how}.")
+    if name == "objectnet":
+        return name, entry, read_objectnet(path)
     if path:
         images, labels, classes = read_files(name, pathlib.Path(path))
         labels, classes = _published(spec, labels, classes, data_dir)
@@ -150,6 +160,31 @@ def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
         labels = np.array([number[label] for label in labels.tolist()], int)
         classes = [classes[i] for i in entry.classes]
     return name, entry, dataclasses.replace(content, labels=labels, classes=classes)
+
+
+def read_objectnet(location: str) -> Content:
+    """Read ObjectNet's images of the classes in ImageNet, without borders, from its folder `objectnet-1.0`.
+
+    Like in wise-ft and clip_benchmark, classes are in the order of their folders and have names in lower case.
+    """
+    folder = pathlib.Path(location).expanduser()
+    with published_layout("objectnet", location):
+        labels_of = read_json(folder / "mappings" / "folder_to_objectnet_label.json")
+        in_imagenet = read_json(folder / "mappings" / "objectnet_to_imagenet_1k.json")
+        classes = {place: label.lower() for place, label in sorted(labels_of.items()) if label in in_imagenet}
+        files, numbers, places = read_files("objectnet", folder / "images")
+        position = {place: i for i, place in enumerate(classes)}
+        labels = np.array([position.get(places[number], -1) for number in numbers])
+        kept = np.flatnonzero(labels >= 0)
+        if not len(kept):
+            raise ValueError(f"none of {len(places)} folders in 'images' is a class of ImageNet")
+    paths = Paths([files.paths[i] for i in kept], files.root)
+
+    def crop(index: int) -> np.ndarray:
+        return decode(paths[index], rotate=False)[_BORDER:-_BORDER, _BORDER:-_BORDER]
+
+    pixels = LazySequence(len(paths), crop, paths.name)
+    return Content(pixels, labels[kept], list(classes.values()), location, identity=contents(paths))
 
 
 def read_tfds(name: str, entry: Entry, split: str, data_dir: str | None) -> Content:
@@ -175,7 +210,8 @@ def _published(
     """Return labels and names of the published classes, from labels of NAME@PATH with the names `classes`."""
     name, _, path = spec.partition("@")
     entry = ENTRIES[name]
-    tfds_labels = _tfds_labels(entry.tfds, entry.label, data_dir) if entry.tfds else []
+    labelled = entry.tfds or (_IMAGENET if entry.names == "imagenet1k" else "")
+    tfds_labels = _tfds_labels(labelled, entry.label, data_dir) if labelled else []
     if entry.names:
         whole = prompts.published(entry.names)
     elif all(map(_is_number, tfds_labels)):  # in TFDS, names come with the images
