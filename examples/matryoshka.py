@@ -45,12 +45,12 @@ class Nested(Term):
         """Compute the loss, see `Term.__call__`."""
         loss_of = getattr(losses, self.form)
         scalars = [out[name] for name in SCALARS[self.form]]
-        total, metrics = 0.0, {}
+        metrics: dict[str, Any] = {}
         for size in self.dims:
             z_img, z_txt = (l2_normalize(out[name][:, :size]) for name in ("z_img", "z_txt"))
             loss, of_size = loss_of(z_img, z_txt, *scalars, chunk=chunk)
-            total += loss
             metrics |= {f"loss_{size}": loss, f"acc_img_{size}": of_size["acc_img"]}
+        total: Any = sum(metrics[f"loss_{size}"] for size in self.dims)
         return total, metrics | {"loss": total}, {}
 
     def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
