@@ -246,7 +246,7 @@ def test_shares_of_several_machines_are_one_table(root, tmp_path, monkeypatch, c
     for i, missing in ((3, "1/3, 2/3"), (1, "2/3")):
         embed.main(flags(root, out, share=f"{i}/3", **texts))
         assert set(pyarrow.parquet.read_table(out)["kind"].to_pylist()) == {"image", "text"}
-        with pytest.raises(UserError, match=rf"x\.parquet lacks --share {missing} for the job of .*of-00003\.parquet"):
+        with pytest.raises(UserError, match=rf"x\.parquet lacks --share {missing} for .*of-00003\.parquet,"):
             embeddings.read(out)
     capsys.readouterr()
     embed.main(flags(root, out, share="2/3", **texts))
@@ -276,7 +276,7 @@ def test_shares_of_other_jobs_are_refused(root, tmp_path):
     for file, missing in ((damaged, "none"), (next(cut.iterdir()), "2/2")):
         mixed = shutil.copytree(out, tmp_path / file.stem / "x.parquet")
         shutil.copy(file, mixed)
-        with pytest.raises(UserError, match=rf"lacks --share {missing} for the job of .*00001-of-00002\.parquet"):
+        with pytest.raises(UserError, match=rf"lacks --share {missing} for .*00001-of-00002\.parquet"):
             embeddings.read(mixed)
 
 

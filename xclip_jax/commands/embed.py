@@ -18,8 +18,8 @@ The work is done in parts, stored in OUT.parts until all are complete: after an 
 without repeating a part. It stops with an error if the weights, the text file, or names or sizes of images changed.
 It does not notice images with new content but the same size, nor any change of image files in a bucket.
 
-With --share I/N, OUT is a folder of one file per share, which machines write without knowing of each other. Readers of
-Parquet take the folder as one table; `xclip_jax.data.embeddings.read` makes sure that no share is missing.
+With --share I/N, OUT is a folder with one file per share; the N commands may run at once, on different machines.
+pyarrow and pandas read it as one table, and `xclip_jax.data.embeddings.read` refuses a folder that lacks a share.
 """
 
 import json

@@ -50,7 +50,7 @@ def files(path: str | os.PathLike) -> list[str]:
     expected = [plans[0] | {"share": i + 1} for i in range(plans[0].get("shares", 0))]
     if plans != expected:
         missing = ", ".join(f"{plan['share']}/{len(expected)}" for plan in expected if plan not in plans)
-        raise UserError(f"{path} lacks --share {missing or 'none'} for the job of {found[0]}; delete files of others.")
+        raise UserError(f"{path} lacks --share {missing or 'none'} for {found[0]}, or has files of other jobs.")
     return found
 
 
