@@ -99,15 +99,18 @@ setup(
             "axe-playwright-python>=0.1.4",  # axe-core, for the pages
             "clip-benchmark>=1.6.2",
             "datasets>=4.5",
+            "faiss-cpu>=1.9",
             "httpx2",  # of starlette's test client
             "huggingface_hub>=0.34",
             "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",  # libtpu, for plans
+            "lancedb>=0.25",
             "mteb>=2.10,<3",
             "open_clip_torch>=3.1",
             "playwright>=1.45",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "pyyaml>=6",
+            "qdrant-client>=1.12",
             "ruff==0.17.6",
             "scikit-learn>=1.5",
             "sentencepiece>=0.2",

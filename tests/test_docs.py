@@ -3,13 +3,17 @@
 import pathlib
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import xclip_jax
 from docs import pictures
 from tests.helpers import tiny
 from xclip_jax import main as cli
+from xclip_jax.commands import embed
 from xclip_jax.config import load
+from xclip_jax.data import embeddings
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if not path.stem.startswith("study")]
@@ -84,3 +88,25 @@ def test_the_own_loop(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     losses = [float(x) for x in re.findall(r"step \d+: loss (\S+)", printed)]
     assert losses[-1] < losses[0] and "['red', 'green', 'blue', 'white']" in printed
+
+
+@pytest.mark.long
+def test_the_vector_stores(run, tmp_path, monkeypatch, capsys):
+    """Each program of the page, by itself, finds the images of the largest products, here in a folder of two shares."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "shapes").symlink_to(run)
+    tiny.folder(tmp_path / "photos", 20)
+    for i in (1, 2):
+        flags = ["--checkpoint=runs/shapes", "--images=photos", "--out=photos.parquet", f"--share={i}/2", "--batch=8"]
+        embed.main(flags)
+    photos, model = embeddings.read("photos.parquet"), xclip_jax.load("runs/shapes", batch=8)
+    scores = photos["embedding"] @ model.encode_text(["a big red star"])[0]
+    best = np.argsort(-scores)[:3]
+    page = (ROOT / "docs/vectors.md").read_text()
+    assert re.findall(r"## (FAISS|LanceDB|Qdrant)\n\n```python\n# pip", page) == ["FAISS", "LanceDB", "Qdrant"]
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        capsys.readouterr()
+        exec(block, {})
+        expected = [f"{scores[i]:.3f}  {photos['id'][i]}  {photos['text'][i]}" for i in best]
+        assert capsys.readouterr().out.splitlines() == expected, block

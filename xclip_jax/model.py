@@ -26,7 +26,7 @@ from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
 from xclip_jax.interop import hub
 from xclip_jax.models.two_towers import TwoTowers, Variables
-from xclip_jax.objectives.similarity import cluster_similarity, features, softmax
+from xclip_jax.objectives.similarity import cluster_similarity, features, softmax, unit
 from xclip_jax.parallel.mesh import make_mesh, replicated
 from xclip_jax.train import weights
 from xclip_jax.train.build import Experiment
@@ -77,7 +77,9 @@ class Model:
       similarities: the model's similarities, its default first; empty for a pure classifier.
     """
 
-    def __init__(self, experiment: Experiment, variables: Variables, card: Mapping[str, Any], *, batch: int) -> None:
+    def __init__(
+        self, experiment: Experiment, variables: Variables, card: Mapping[str, Any], *, batch: int, dims: int = 0
+    ) -> None:
         self.config = experiment.config
         self.preprocessing = experiment.preprocessing
         self.tokenizer = experiment.tokenizer
@@ -86,7 +88,7 @@ class Model:
         self.card = dict(card) | {
             "objective": self.config.objective.name, "size": self.size,
             "preprocessing": self.preprocessing.describe(), "tokenizer": self.config.data.tokenizer,
-        }  # fmt: skip
+        } | ({"dims": dims} if dims else {})  # fmt: skip
         self._experiment = experiment
         self.similarities = experiment.objective.similarities
         mesh = make_mesh(_MESH)
@@ -95,6 +97,9 @@ class Model:
         sizes = [batch, *(size for size in _SMALLER if size < batch)]
         self._encoder = Encoder(self._model, self.tokenizer, self.preprocessing, mesh, self.similarities, batches=sizes)
         self.batch = self._encoder.batch
+        self._dims = dims
+        if dims and dims != self.encode_text([]).shape[1]:
+            raise UserError(f"dims is {dims}; expected a number from 1 to the size of this model's embeddings.")
 
     def encode_image(self, images: Sequence[ImageLike] | np.ndarray) -> np.ndarray:
         """Return embeddings of images, fp32 (b, e).
@@ -294,7 +299,8 @@ class Model:
 
     def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
         (output,) = encode(items, features(self.similarities[:1])).values()
-        return self.similarities[0].embedding(output)
+        rows = self.similarities[0].embedding(output)
+        return unit(rows[:, : self._dims]) if self._dims else rows
 
     def nnx(self) -> Any:
         """Return towers and heads as a Flax NNX module, through Flax's bridge, for your own training code.
@@ -332,7 +338,9 @@ class Model:
         return weights.fingerprint(self._experiment, self._variables)
 
 
-def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, trust: bool = False) -> Model:
+def load(
+    path: str | os.PathLike, *, step: int | None = None, batch: int = 32, dims: int = 0, trust: bool = False
+) -> Model:
     """Load a model on all devices of this machine; on a CPU it computes in float32.
 
     Args:
@@ -340,11 +348,12 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, t
       step: step of a run's checkpoint; the newest by default.
       batch: number of items encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU,
         accelerators work better with more.
+      dims: number of dimensions of embeddings to keep, the first ones, normalised again; 0 for all.
       trust: whether to import, and so to run, modules of other packages named in the config.
 
     Raises:
-      UserError: `path` is neither a run nor weights; `batch` below 1; without `trust`, a config with a class from a
-        package that the caller has not imported.
+      UserError: `path` is neither a run nor weights; `batch` below 1; more `dims` than there are; without `trust`, a
+        config with a class from a package that the caller has not imported.
 
     Example:
       >>> import xclip_jax
@@ -359,7 +368,7 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, t
     with imports.trusting(trust):
         loaded = weights.load(place, step)
     card = {"checkpoint": place.name, "step": loaded.step} | ({"commit": place.commit} if place.commit else {})
-    return Model(loaded.experiment, loaded.variables, card, batch=batch)
+    return Model(loaded.experiment, loaded.variables, card, batch=batch, dims=dims)
 
 
 def _unrolled(model: TwoTowers, variables: Variables) -> tuple[TwoTowers, Variables]:

@@ -212,7 +212,16 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"batch": 0}, "--batch is 0"),
+        ({"batch": 0}, "batch is 0"),
+        ({"share": "4/3"}, "--share is '4/3'"),
+        ({"share": "0/3"}, "--share is '0/3'"),
+        ({"share": "3"}, "--share is '3'"),
+        ({"share": "1/3/3"}, "--share is '1/3/3'"),
+        ({"share": "-1/3"}, "--share is '-1/3'"),
+        ({"share": "1/99"}, "fewer shares than items"),
+        ({"share": "1/3", "out": "{}/straight.parquet"}, "straight.parquet' is not a folder"),
+        ({"dims": 17}, "dims is 17"),
+        ({"dims": -1}, "dims is -1"),
         ({"images": "{}/run"}, "run' has 0 images"),
         ({"texts": "{}/none.txt"}, "none.txt'"),
         ({"out": "{}/x.csv"}, "--out is '.csv'"),
@@ -221,10 +230,68 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
         ({"images": "{}/texts.txt", "out": "{}/bad.parquet"}, "bad.parquet.bad.jsonl"),
     ],
 )
-def test_bad_input(root, changes, named):
+def test_bad_input(root, straight, changes, named):
     changes = {key: str(value).format(root) for key, value in changes.items()}
     with pytest.raises(SystemExit, match=f"^error: .*{re.escape(named)}"):
         embed.main(flags(root, root / "y.parquet", **changes))
+
+
+def test_shares_of_several_machines_are_one_table(root, tmp_path, monkeypatch, capsys):
+    """The folder never has other files; the second share is interrupted after its parts, and repeats none."""
+    out, whole, texts = tmp_path / "x.parquet", tmp_path / "whole.parquet", {"texts": root / "texts.txt"}
+    embed.main(flags(root, whole, **texts))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(embed, "_join", lambda *_: 1 / 0)
+        embed.main(flags(root, out, share="2/3", **texts))
+    assert list(out.iterdir()) == []
+    for i, missing in ((3, "1/3, 2/3"), (1, "2/3")):
+        embed.main(flags(root, out, share=f"{i}/3", **texts))
+        with pytest.raises(UserError, match=rf"x\.parquet lacks --share {missing} for .*of-00003\.parquet,"):
+            embeddings.read(out)
+    capsys.readouterr()
+    embed.main(flags(root, out, share="2/3", **texts))
+    assert "resuming after part 2 of 2 of images" in capsys.readouterr().out
+    assert [path.name for path in sorted(out.iterdir())] == [f"0000{i}-of-00003.parquet" for i in (1, 2, 3)]
+    columns, wanted = embeddings.read(out), embeddings.read(whole)
+    assert pyarrow.parquet.read_table(out)["id"].to_pylist() == columns["id"]
+    by_modality = np.argsort(columns["kind"], kind="stable")
+    for key, values in wanted.items():
+        np.testing.assert_array_equal(np.asarray(columns[key])[by_modality], values)
+    listed = [line for path in sorted(tmp_path.glob("x.*.bad.jsonl")) for line in path.read_text().splitlines()]
+    assert sorted(listed) == sorted(pathlib.Path(f"{whole}.bad.jsonl").read_text().splitlines())
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_shares_of_other_jobs_are_refused(root, tmp_path):
+    """The 42 images make 42 shares, the fourth of which is damaged: its file has no row."""
+    out, other, cut = (tmp_path / f"{name}.parquet" for name in ("x", "other", "cut"))
+    embed.main(flags(root, other, share="4/42"))
+    (damaged,) = other.iterdir()
+    assert embeddings.about(damaged)["rows"] == 0 and embeddings.read(damaged)["embedding"].shape == (0, 16)
+    for i in (1, 2):
+        embed.main(flags(root, out, share=f"{i}/2"))
+    assert len(embeddings.files(out)) == 2
+    with pytest.raises(SystemExit, match=r"x\.parquet is damaged or another program's"):
+        embed.main(flags(root, out))
+    embed.main(flags(root, cut, share="2/2", dims=3))
+    for file, missing in ((damaged, "none"), (next(cut.iterdir()), "2/2")):
+        mixed = shutil.copytree(out, tmp_path / file.stem / "x.parquet")
+        shutil.copy(file, mixed)
+        with pytest.raises(UserError, match=rf"lacks --share {missing} for .*00001-of-00002\.parquet"):
+            embeddings.read(mixed)
+
+
+def test_first_dimensions_have_unit_length(root, straight, tmp_path):
+    out = tmp_path / "x.parquet"
+    embed.main(flags(root, out, texts=root / "texts.txt", dims=5))
+    columns, about = read(out)
+    cut = embeddings.read(straight)["embedding"][:, :5]
+    np.testing.assert_allclose(columns["embedding"][:40], cut / np.linalg.norm(cut, axis=1)[:, None], atol=1e-6)
+    model = xclip_jax.load(root / "run", batch=8, dims=5)
+    np.testing.assert_allclose(columns["embedding"][40:42], model.encode_text(columns["text"][40:42]), atol=1e-6)
+    assert not columns["embedding"][42].any() and about["dims"] == 5
+    with pytest.raises(SystemExit, match=r"x\.parquet has other embeddings: dims differ"):
+        embed.main(flags(root, out, texts=root / "texts.txt"))
 
 
 def test_images_in_a_table(root, tmp_path):

@@ -4,6 +4,7 @@
     xclip-jax embed --checkpoint RUN --images '/data/cc12m/{00000..01242}.tar' --out cc12m.parquet
     xclip-jax embed --checkpoint RUN --images 'parquet:/data/shop/test?image=photo&text=title' --out shop.parquet
     xclip-jax embed --checkpoint RUN --texts captions.txt --out captions.parquet
+    xclip-jax embed --checkpoint RUN --images '/data/cc12m/*.tar' --out cc12m.parquet --share 3/16
 
 Rows are images and texts: "kind" (image or text), "id" (path, TAR#KEY, TABLE#ROW or FILE#LINE), "text" (the text, or
 an image's first caption: from its tar, from a .txt file of the same name, or from the table's column ?text=) and
@@ -16,6 +17,9 @@ zeros. Both are counted, and listed in OUT.bad.jsonl.
 The work is done in parts, stored in OUT.parts until all are complete: after an interruption, the same command resumes
 without repeating a part. It stops with an error if the weights, the text file, or names or sizes of images changed.
 It does not notice images with new content but the same size, nor any change of image files in a bucket.
+
+With --share I/N, OUT is a folder with one file per share; the N commands may run at once, on different machines.
+pyarrow and pandas read it as one table, and `xclip_jax.data.embeddings.read` refuses a folder that lacks a share.
 """
 
 import json
@@ -34,15 +38,7 @@ from xclip_jax import model as inference
 from xclip_jax.commands.inputs import IMAGES, Images, Inputs, Lines, open_images
 from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
-from xclip_jax.core.errors import (
-    BadSample,
-    Parser,
-    UserError,
-    check_choice,
-    check_count,
-    check_writable,
-    exit_with_message,
-)
+from xclip_jax.core.errors import BadSample, Parser, UserError, check_choice, check_writable, exit_with_message
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import strict_json, write_json
@@ -112,52 +108,56 @@ def ledger_of(out: pathlib.Path) -> pathlib.Path:
     return out.with_name(f"{out.name}.bad.jsonl")
 
 
-def embed(model: inference.Model, sources: Mapping[str, Inputs], out: str, *, threads: int = 0) -> dict[str, Any]:
+def embed(
+    model: inference.Model, sources: Mapping[str, Inputs], out: str, *, threads: int = 0, share: Sequence[int] = (1, 1)
+) -> dict[str, Any]:
     """Embed all items into one file, resuming after an interruption; return the file's metadata.
 
     Args:
       model: embeds the items.
       sources: inputs by modality, "image" or "text".
-      out: Parquet file to write.
+      out: Parquet file to write, or the folder of several shares.
       threads: number of threads that read and decode; 0 for one per core.
+      share: number of the share that the sources' `numbers` are, from 1, and number of shares.
 
     Raises:
       UserError: existing parts belong to other items or weights, or too many items are refused or bad.
     """
     path = pathlib.Path(out)
     folder = pathlib.Path(f"{out}.parts")
+    if share[1] > 1:  # parts and ledger are outside the folder, since its readers would read them too
+        path = path / "{:05d}-of-{:05d}.parquet".format(*share)
+        folder = pathlib.Path(f"{out}.{path.stem}.parts")
     plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit")}
     plan |= {"part": PART, "weights": model.fingerprint()}
-    plan |= {name: {"n": len(source), "digest": source.digest()} for name, source in sources.items()}
+    plan |= {name: source.digest() for name, source in sources.items()}
+    plan |= {"share": share[0], "shares": share[1]} if share[1] > 1 else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, blocking=False):
         begun = (folder / "plan.json").exists()
-        saved = plan
-        if begun:
-            saved = json.loads((folder / "plan.json").read_text())
-        elif path.exists():
-            saved = embeddings.about(path).get("plan", {})
+        complete = path.exists() and not begun
+        saved = json.loads((folder / "plan.json").read_text()) if begun else plan
+        saved = embeddings.about(path).get("plan", {}) if complete else saved
         differing = sorted(key for key in plan.keys() | saved.keys() if plan.get(key) != saved.get(key))
         if differing:
             place = folder if begun else path
             raise UserError(f"{place} has other embeddings: {', '.join(differing)} differ; delete it, or set --out.")
-        if path.exists() and not begun:
+        if complete:
             shutil.rmtree(folder, ignore_errors=True)  # left by an interruption of `_join`
             log0(f"{path} is complete; delete it to embed again.")
             return embeddings.about(path)
         folder.mkdir(exist_ok=True)
         write_json(epath.Path(folder / "plan.json"), plan)
-        files = [file for name, source in sources.items() for file in _embed(model, name, source, path, threads)]
-        return _join(files, path, model.card | {"plan": plan})
+        files = [file for name, source in sources.items() for file in _embed(model, name, source, folder, threads)]
+        return _join(files, sum(map(len, sources.values())), path, model.card | {"plan": plan})
 
 
 def _embed(
-    model: inference.Model, modality: str, source: Inputs, out: pathlib.Path, threads: int
+    model: inference.Model, modality: str, source: Inputs, folder: pathlib.Path, threads: int
 ) -> list[pathlib.Path]:
     """Write the missing parts of a source; return the files of all parts."""
-    folder = pathlib.Path(f"{out}.parts")
     starts = range(0, len(source), PART)
-    files = [folder / f"{modality}-{start:09d}{out.suffix}" for start in starts]
+    files = [folder / f"{modality}-{start:09d}.parquet" for start in starts]
     complete = next((i for i, file in enumerate(files) if not file.exists()), len(files))
     if complete:
         log0(f"resuming after part {complete:,} of {len(files):,} of {modality}s")
@@ -168,11 +168,10 @@ def _embed(
     for file, start, part in zip(files[complete:], starts[complete:], parts, strict=True):
         names = [source.name(start + row) for row in range(len(part.texts))]
         _check_refused(names, part.bad, start)
-        lines = []
-        for row, error in sorted(part.bad.items()):
-            place = {"kind": modality, "id": names[row], "index": start + row}
-            lines.append(place | {"reason": error.reason, "detail": error.detail})
-        file.with_suffix(".bad.jsonl").write_text("".join(f"{strict_json(line)}\n" for line in lines))
+        with file.with_suffix(".bad.jsonl").open("w") as ledger:
+            for row, error in sorted(part.bad.items()):
+                place = {"kind": modality, "id": names[row], "index": source.numbers[start + row]}
+                ledger.write(f"{strict_json(place | {'reason': error.reason, 'detail': error.detail})}\n")
         kept = [row for row in range(len(names)) if modality == "text" or row not in part.bad]
         columns = {"kind": [modality] * len(kept), "embedding": part.rows[kept]}
         columns |= {"id": [names[row] for row in kept], "text": [part.texts[row] for row in kept]}
@@ -181,41 +180,36 @@ def _embed(
         done = start + len(names)
         speed = (done - first) / (time.perf_counter() - began)
         left = format_duration((len(source) - done) / speed)
-        log0(f"{modality}s {done:,}/{len(source):,}  {speed:,.0f}/s, {left} left, {len(lines):,} bad")
+        log0(f"{modality}s {done:,}/{len(source):,}  {speed:,.0f}/s, {left} left, {len(part.bad):,} bad")
     return files
 
 
 def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int) -> None:
-    refused = {
-        row: error
-        for row, error in bad.items()
-        # A listed local file does not vanish from a working disk.
-        if error.reason in _REFUSED or (error.reason == "no image file" and not storage.is_remote(names[row]))
-    }
+    # A listed local file does not vanish from a working disk.
+    gone = {row for row, error in bad.items() if error.reason == "no image file" and not storage.is_remote(names[row])}
+    refused = sorted(gone | {row for row, error in bad.items() if error.reason in _REFUSED})
     if len(refused) > max(MAX_UNREADABLE * len(names), _FEW):
-        row, error = next(iter(refused.items()))
         raise UserError(
             f"{len(refused)} of {len(names)} items cannot be read, more than {MAX_UNREADABLE:.0%}; the first is "
-            f"{names[row]!r} ({error}). The same command resumes after {start:,} items."
+            f"{names[refused[0]]!r} ({bad[refused[0]]}). The same command resumes after {start:,} items."
         )
 
 
-def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any]) -> dict[str, Any]:
+def _join(files: Sequence[pathlib.Path], total: int, out: pathlib.Path, about: dict[str, Any]) -> dict[str, Any]:
     bad = [line for file in files for line in file.with_suffix(".bad.jsonl").read_text().splitlines()]
-    total = sum(about["plan"].get(modality, {"n": 0})["n"] for modality in ("image", "text"))
-    ledger = ledger_of(out)
+    ledger = ledger_of(files[0].parent.with_suffix(""))
     ledger.unlink(missing_ok=True)
     if bad:
         ledger.write_text("\n".join(bad) + "\n")
         log0(f"{len(bad):,} of {total:,} could not be used; they are listed in {ledger}")
     rows = total - sum(json.loads(line)["kind"] == "image" for line in bad)
     about |= {"rows": rows, "bad": len(bad), "environment": environment.capture()}
-    if len(bad) < total:
+    if len(bad) < total or "share" in about["plan"]:  # else the folder would lack a share for ever
         with storage.whole_file(out) as temporary:
             embeddings.join(files, temporary, about)
     (files[0].parent / "plan.json").unlink()  # first, since it marks the folder as resumable
     shutil.rmtree(files[0].parent, ignore_errors=True)
-    if len(bad) == total:
+    if not out.exists():
         raise UserError(f"nothing could be embedded, first: {json.loads(bad[0])['reason']}; see {ledger}.")
     log0(f"{rows:,} embeddings: {out}")
     return about
@@ -230,24 +224,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     home = os.path.expanduser  # a shell leaves the ~ in --out=~/x.parquet
     parser.add_argument("--texts", type=home, metavar="FILE", help="file with one text per line")
     parser.add_argument("--out", type=home, required=True, help="local .parquet file to write")
+    parser.add_argument("--share", default="1/1", metavar="I/N", help="embed share I, from 1, of N; OUT is a folder")
+    parser.add_argument("--dims", type=int, default=0, help="dimensions to keep, the first ones; 0 for all")
     parser.add_argument("--batch", type=int, default=32, help="number of items to encode at once")
     add_trust(parser)
-    options = parser.parse_args(argv)
+    flags = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
-        check_count("--batch", options.batch, 1)
-        if storage.is_remote(options.out):
-            raise UserError(f"--out {options.out!r} is in a bucket; name a local file, and copy it there afterwards.")
-        check_choice("the ending of --out", pathlib.Path(options.out).suffix, (".parquet",))
-        check_writable(f"--out {options.out!r}", pathlib.Path(options.out).parent)
-        sources: dict[str, Inputs] = {"image": open_images(options.images)} if options.images else {}
-        if options.texts:
-            sources["text"] = Lines(options.texts)
+        share = [int(x) if x.isdecimal() else 0 for x in flags.share.split("/")]
+        if len(share) != 2 or not 1 <= share[0] <= share[1]:
+            raise UserError(f"--share is {flags.share!r}; expected I/N, such as 3/16, with I from 1 to N.")
+        if storage.is_remote(flags.out):
+            raise UserError(f"--out {flags.out!r} is in a bucket; name a local file, and copy it there afterwards.")
+        check_choice("the ending of --out", pathlib.Path(flags.out).suffix, (".parquet",))
+        check_writable(f"--out {flags.out!r}", flags.out if share[1] > 1 else os.path.dirname(flags.out))
+        sources: dict[str, Inputs] = {"image": open_images(flags.images)} if flags.images else {}
+        if flags.texts:
+            sources["text"] = Lines(flags.texts)
+        for source in sources.values():
+            source.numbers = range(*[len(source) * i // share[1] for i in (share[0] - 1, share[0])])
         if not sum(map(len, sources.values())):
-            raise UserError("there is nothing to embed; give --images, --texts or both.")
+            raise UserError("there is nothing to embed; give --images, --texts or both, and fewer shares than items.")
         compiler.enable_cache()
-        model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
-        embed(model, sources, options.out)
+        model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch, dims=flags.dims, trust=flags.trust)
+        embed(model, sources, flags.out, share=share)
 
 
 if __name__ == "__main__":

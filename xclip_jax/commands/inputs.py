@@ -19,49 +19,51 @@ def _readable(path: str) -> str:
 
 
 class Images:
-    """Images of a source, each with its first caption or ""."""
+    """The images `numbers`, by default all, of a source, each with its first caption or ""."""
 
     def __init__(self, source: Source, spec: str) -> None:
         self.source = source
         self._spec = spec
+        self.numbers = range(len(source))
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.numbers)
 
     def name(self, index: int) -> str:
         """Return a file's path, TAR#KEY, or SPEC#ROW."""
-        place = self.source.describe(index)
+        place = self.source.describe(self.numbers[index])
         if "tar" in place:
             return f"{_readable(place['tar'])}#{place['key']}"
-        return _readable(place.get("file") or f"{self._spec}#{index}")
+        return _readable(place.get("file") or f"{self._spec}#{self.numbers[index]}")
 
     def read(self, index: int) -> tuple[bytes, str]:
         """Return image and caption, or raise `BadSample`."""
-        record = self.source[index]
+        record = self.source[self.numbers[index]]
         return record["image"], next(iter(record["text"]), "")
 
     def digest(self) -> str:
-        """Return a hash of names and sizes of images and captions, but not of times, which change in copies."""
+        """Return a hash of names and sizes of all images and captions, but not of times, which change in copies."""
         return str(self.source.fingerprint()["hash"])
 
 
 class Lines:
-    """The lines of a local text file in UTF-8."""
+    """The lines `numbers`, by default all, of a local text file in UTF-8."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         content = pathlib.Path(path).read_bytes()
         self._lines = content.removesuffix(b"\n").split(b"\n") if content else []
+        self.numbers = range(len(self._lines))
         self._digest = hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self.numbers)
 
     def name(self, index: int) -> str:
-        return f"{_readable(self.path)}#{index + 1}"
+        return f"{_readable(self.path)}#{self.numbers[index] + 1}"
 
     def read(self, index: int) -> tuple[str, str]:
-        text = decode_text(self._lines[index]).strip()
+        text = decode_text(self._lines[self.numbers[index]]).strip()
         if not text:
             raise BadSample("line is empty")
         return text, text

@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from xclip_jax.core.errors import UserError, first_line
 
-__all__ = ["about", "read"]
+__all__ = ["about", "files", "read"]
 
 COLUMNS = ("kind", "id", "text", "embedding")
 _ABOUT = "xclip_jax"
@@ -41,10 +41,24 @@ def join(parts: Sequence[pathlib.Path], path: pathlib.Path, metadata: Mapping[st
             writer.write_table(pyarrow.parquet.read_table(part).cast(schema))
 
 
+def files(path: str | os.PathLike) -> list[str]:
+    """Return [path], or the files of a folder of shares in order; `UserError` unless it has all shares of one job."""
+    found = sorted(map(str, pathlib.Path(path).glob("*.parquet")))
+    if not found:
+        return [os.fspath(path)]
+    plans = [about(file).get("plan", {}) for file in found]
+    expected = [plans[0] | {"share": i + 1} for i in range(plans[0].get("shares", 0))]
+    if plans != expected:
+        missing = ", ".join(f"{plan['share']}/{len(expected)}" for plan in expected if plan not in plans)
+        raise UserError(f"{path} lacks --share {missing or 'none'} for {found[0]}, or has files of other jobs.")
+    return found
+
+
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the columns of a file of embeddings: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
+    """Return the columns of a file, or folder of `files`: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
+    parts = files(path)
     with _naming(path):
-        table = pyarrow.parquet.read_table(path)
+        table = pyarrow.parquet.read_table(parts)
         vectors = [np.asarray(chunk.flatten()) for chunk in table["embedding"].chunks]
         size = table.schema.field("embedding").type.list_size
         rows = np.concatenate([np.empty(0, np.float32), *vectors]).reshape(-1, size)
