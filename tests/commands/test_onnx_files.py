@@ -7,6 +7,7 @@ import sys
 import types
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import tokenizers
@@ -37,14 +38,21 @@ def exported(weights, out):
     """The folder's config, its tokenizer, and functions from images and from tokens to embeddings."""
     export.main(["--checkpoint", str(weights), "--to", "onnx", str(out)])
     towers = [onnxruntime.InferenceSession(out / name) for name in ("image.onnx", "text.onnx")]
+    ends = [x for tower in towers for x in (*tower.get_inputs(), *tower.get_outputs())]
+    assert {x.name: (x.type, x.shape[0]) for x in ends} == {
+        "images": ("tensor(uint8)", "batch"), "tokens": ("tensor(int32)", "batch"),
+        "embedding": ("tensor(float)", "batch"),
+    }  # fmt: skip
+    assert onnx.load(out / "text.onnx").opset_import[0].version == 18
     functions = [lambda x, tower=tower: tower.run(None, {tower.get_inputs()[0].name: x})[0] for tower in towers]
     library = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
     return json.loads((out / "onnx_config.json").read_text()), library, *functions
 
 
-def test_a_run(run, tmp_path, capsys):
+def test_a_run(run, tmp_path, capsys, caplog):
     config, library, images, texts = exported(run, tmp_path / "onnx")
     assert "not exported: clusters_img\nnot exported: clusters_txt\n" in capsys.readouterr().out
+    assert not [record for record in caplog.records if record.name.startswith(("jax2onnx", "onnx_ir"))]
     card = (tmp_path / "onnx" / "README.md").read_text()
     assert "not exported: clusters_img" in card and "uint8 RGB (b, 16, 16, 3)" in card and "int32 (b, 12)" in card
     model = xclip_jax.load(run, batch=8)
@@ -100,9 +108,10 @@ def test_the_code_of_the_page(run, tmp_path, monkeypatch):
 
 
 def test_faults(run, tmp_path, monkeypatch):
-    nclip = tiny.untrained(tmp_path / "nclip", "nclip")
-    with pytest.raises(UserError, match="objective 'nclip' trains no shared embedding space; use 'safetensors'"):
-        export.export(str(nclip), str(tmp_path / "out"), to="onnx")
+    for objective, changes in (("nclip", {}), ("classify", {"objective__classify__classes": 2})):
+        other = tiny.untrained(tmp_path / objective, objective, **changes)
+        with pytest.raises(UserError, match=f"'{objective}' trains no shared embedding space; use 'safetensors'"):
+            export.export(str(other), str(tmp_path / "out"), to="onnx")
 
     def to_onnx(*_, **__):
         raise NotImplementedError("no plug-in for 'fft'")
