@@ -21,6 +21,9 @@ DEMO = [
 
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-jupyter>=0.25,<1", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]
 
+# jax2onnx 0.13.1 to 0.17.1 refuse orbax-checkpoint from 0.11.37 on, which they do not import; this skips them.
+ONNX = ["jax2onnx>=0.13", "orbax-checkpoint>=0.12"]
+
 SERVE = ["starlette>=1.7,<2", "uvicorn>=0.30,<1"]
 
 setup(
@@ -105,6 +108,7 @@ setup(
             "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",  # libtpu, for plans
             "lancedb>=0.25",
             "mteb>=2.10,<3",
+            *ONNX,
             "open_clip_torch>=3.1",
             "playwright>=1.45",
             "pytest>=8",
@@ -133,6 +137,7 @@ setup(
         "datasets": ["datasets>=4.5"],
         "hub": ["huggingface_hub>=0.34"],
         "mteb": ["mteb>=2.10,<3"],
+        "onnx": ONNX,
         "wandb": ["wandb>=0.27"],
         "trackio": ["trackio>=0.40"],
         "serve": SERVE,

@@ -8,13 +8,13 @@ Results are NumPy arrays. Items are encoded on all devices in batches of a few f
 are resized, cropped and normalised by the model's config.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -29,7 +29,7 @@ from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import cluster_similarity, features, softmax, unit
 from xclip_jax.parallel.mesh import make_mesh, replicated
 from xclip_jax.train import weights
-from xclip_jax.train.build import Experiment
+from xclip_jax.train.build import Experiment, make_model
 from xclip_jax.train.learner import ImageLike
 
 __all__ = ["Clusters", "Model", "ZeroShotResult", "load"]
@@ -92,7 +92,9 @@ class Model:
         self._experiment = experiment
         self.similarities = experiment.objective.similarities
         mesh = make_mesh(_MESH)
-        self._model, variables = _unrolled(experiment.model, variables)
+        self._model = experiment.model
+        if jax.default_backend() == "cpu":
+            self._model, variables = unrolled(experiment, variables)
         self._variables = jax.device_put(variables, replicated(mesh))
         sizes = [batch, *(size for size in _SMALLER if size < batch)]
         self._encoder = Encoder(self._model, self.tokenizer, self.preprocessing, mesh, self.similarities, batches=sizes)
@@ -371,11 +373,10 @@ def load(
     return Model(loaded.experiment, loaded.variables, card, batch=batch, dims=dims)
 
 
-def _unrolled(model: TwoTowers, variables: Variables) -> tuple[TwoTowers, Variables]:
-    """Return the model for this platform: on a CPU in float32, without scans over blocks, which cost a quarter more."""
-    if jax.default_backend() != "cpu":
-        return model, variables
+def unrolled(experiment: Experiment, variables: Variables) -> tuple[TwoTowers, Variables]:
+    """Return the model in float32 without scans over blocks, which on a CPU cost a quarter more."""
+    config = dataclasses.replace(experiment.config.model, dtype="float32")
+    model = make_model(config, experiment.objective, experiment.tokenizer)
     towers = {name: getattr(model, name).unrolled() for name in model.towers}
     params = {name: tower.convert(variables["params"][name])[0] for name, tower in towers.items()}
-    variables = {**variables, "params": {**variables["params"], **params}}
-    return model.clone(dtype=jnp.float32, **towers), variables
+    return model.clone(**towers), {**variables, "params": {**variables["params"], **params}}

@@ -167,7 +167,7 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint", "{}", "--to", "onnx", "{}/../x"], "--to is 'onnx'"),
+        (["--checkpoint", "{}", "--to", "gguf", "{}/../x"], "--to is 'gguf'"),
         (["--checkpoint", "{}"], "OUT"),
         (["--checkpoint", "{}", "{}/config.json"], "config.json' is not an empty folder"),
         (["--checkpoint", "{}", "{}"], "is not an empty folder"),

@@ -88,7 +88,7 @@ def picky(error):
             raise error
         return [7] * len(text)
 
-    return tokenizer.Tokenizer("x", encode, vocab_size=10, sot_id=1, eot_id=2, pad_id=0)
+    return tokenizer.Tokenizer("x", encode, tokenizer.load("bytes").model, vocab_size=10, sot_id=1, eot_id=2, pad_id=0)
 
 
 def test_a_text_that_the_tokenizer_cannot_encode_is_a_bad_sample(tmp_path):

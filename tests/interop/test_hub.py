@@ -212,7 +212,7 @@ def test_an_export_is_uploaded_and_read_again(folders, server, tmp_path, monkeyp
         (["--push", "them/mine"], hub_server.TOKEN, "--push them/mine: expected ORG/NAME .* access: me, lab"),
         (["--push", "mine"], hub_server.TOKEN, "--push mine: expected ORG/NAME"),
         (["--push", "lab/mine", "--step", "9"], hub_server.TOKEN, "no checkpoint of step 9"),
-        (["--push", "lab/mine", "--to", "onnx"], hub_server.TOKEN, "--to is 'onnx'"),
+        (["--push", "lab/mine", "--to", "gguf"], hub_server.TOKEN, "--to is 'gguf'"),
     ],
 )
 def test_nothing_is_uploaded_before_all_is_checked(flags, token, message, run, server, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_heads_of_another_package_are_left_out_by_name(tmp_path):
         ("siglip", {"model__txt__style": "siglip"}, "hf", r"model\.txt\.style is 'siglip'"),
         ("clip", {"model__img__style": "openai"}, "open_clip", "one kind of GELU for both towers"),
         ("clip", {"eval__resize_size": 20}, "open_clip", r"eval\.resize_size is 20"),
-        ("clip", {}, "onnx", "to is 'onnx'; it must be one of 'hf'"),
+        ("clip", {}, "gguf", "to is 'gguf'; it must be one of 'hf'"),
     ],
 )
 def test_models_that_a_format_does_not_have(objective, changes, to, message, tmp_path):

@@ -77,6 +77,8 @@ def test_transformers_tokenizer_gives_the_same_ids(hf_folder):
     mine = tokenizer.load(name)
     expected = tokens(TEXTS, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np")
     np.testing.assert_array_equal(mine(TEXTS, LENGTH), expected["input_ids"])
+    whole = tokenizers.Tokenizer.from_str(vocabulary.complete(mine, LENGTH))
+    np.testing.assert_array_equal([row.ids for row in whole.encode_batch(TEXTS)], expected["input_ids"])
     assert (mine.sot_id, mine.eot_id, mine.pad_id) == (None, 1, 1)
     # The same file once more, and an end that a caption spells out.
     assert vocabulary.siglip(epath.Path(path), tokens.vocab_size) == name
@@ -165,6 +167,7 @@ def test_the_second_siglip_has_texts_in_lower_case(tmp_path):
     (row,) = mine(["Two dogs, on"], 20)
     expected = library.encode("two dogs, on").ids
     assert row.tolist() == expected + [0] * (20 - len(expected))
+    assert tokenizers.Tokenizer.from_str(vocabulary.complete(mine, 20)).encode("Two dogs, on").ids == row.tolist()
 
 
 def test_a_recipe_may_have_its_parts():

@@ -86,6 +86,17 @@ def test_clips_own_files_are_clip(tmp_path):
         interop.read(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["clip", "bytes", "words.json"])
+def test_a_whole_tokenizer_needs_no_other_code(name, tmp_path):
+    """Cleaning, start, end, truncation and padding are in the file; CLIP's ids are open_clip's."""
+    words(tmp_path / "words.json", 300, 299)
+    texts = ["", "A  photo of  a CAT", "the dog\u2019s \u201cbone\u201d", "cafe\u0301 d\u02bcor", "w7 w9", "123 " * 30]
+    known = tokenizer.load(str(tmp_path / name) if name.endswith("json") else name)
+    found = [row.ids for row in tokenizers.Tokenizer.from_str(vocabulary.complete(known, 12)).encode_batch(texts)]
+    expected = open_clip.SimpleTokenizer(context_length=12)(texts) if name == "clip" else known(texts, 12)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_open_clip_with_clips_tokenizer_of_transformers_is_clip(tmp_path):
     content = {"embed_dim": 48, "vision_cfg": B32, "text_cfg": TEXT | {"hf_tokenizer_name": "openai/clip"}}
     weights = shaken(open_clip.model.CLIP(48, B32, TEXT)).state_dict()

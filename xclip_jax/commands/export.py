@@ -2,12 +2,12 @@
 
     xclip-jax export --checkpoint RUN --to hf OUT [--push ORG/NAME]
 
-writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `open_clip` for open_clip, `safetensors`
-for xclip_jax itself, without losses. Preprocessing and tokenizer are exported too; if the format cannot store them, the
-export fails (data.decoding='xclip' is only reported). README.md is a model card with the
-run's data, recipe and results. RUN may also be weights for `xclip_jax.interop`, such as hf:ORG/NAME. If the run
-evaluates the moving average of its parameters (eval.ema), the average is exported. --push finally uploads the files to
-a repository of the Hugging Face Hub.
+writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `open_clip` for open_clip, `onnx` for
+onnxruntime (one file per tower), `safetensors` for xclip_jax itself, without losses. Preprocessing and tokenizer are
+exported too; if the format cannot store them, the export fails (data.decoding='xclip' is only reported). README.md is a
+model card with the run's data, recipe and results. RUN may also be weights for `xclip_jax.interop`, such as
+hf:ORG/NAME. If the run evaluates the moving average of its parameters (eval.ema), the average is exported. --push
+finally uploads the files to a repository of the Hugging Face Hub.
 """
 
 import os
@@ -18,6 +18,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import interop
+from xclip_jax.commands import onnx_files
 from xclip_jax.config import schema
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_choice, exit_with_message
@@ -28,6 +29,7 @@ from xclip_jax.report import card as model_card
 from xclip_jax.train import weights
 
 CARD = "README.md"
+FORMATS = (*interop.FORMATS, "onnx")
 
 
 def export(path: str, out: str, *, to: str = "hf", step: int | None = None, push: str = "") -> None:
@@ -36,13 +38,13 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, push
     Args:
       path, step: see `weights.load`.
       out: an empty or new folder.
-      to: one of `interop.FORMATS`.
+      to: one of `FORMATS`.
       push: repository "ORG/NAME" of the Hub to upload to, where an earlier export is replaced; "" for none.
 
     Raises:
       UserError: bad input, or a model that the format does not support.
     """
-    check_choice("--to", to, interop.FORMATS)
+    check_choice("--to", to, FORMATS)
     out = os.path.expanduser(out)
     folder = epath.Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -51,11 +53,12 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, push
         hub.check_push(push)
     place = hub.locate(path)
     loaded = weights.load(place, step)
-    variables = jax.device_get(loaded.variables)
-    if not variables["batch_stats"]:
-        del variables["batch_stats"]
     if jax.process_index() == 0:
-        notes = interop.write(variables, schema.to_dict(loaded.config), out, to, classes=loaded.classes)
+        if to == "onnx":
+            notes = onnx_files.write(loaded, folder)
+        else:
+            variables = jax.device_get(loaded.variables)
+            notes = interop.write(variables, schema.to_dict(loaded.config), out, to, classes=loaded.classes)
         about = {"run": place.run is not None, "repository": push}
         card = model_card.render(str(place), out, to, loaded.experiment, loaded.step, notes, **about)
         write_whole(folder / CARD, card)
@@ -63,15 +66,15 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, push
             log0(note)
     log0(f"{path}, step {loaded.step}, as {to}: {out}")
     if push and jax.process_index() == 0:
-        names = [name for name in (*interop.WRITTEN, CARD) if (folder / name).exists()]
-        log0(f"uploaded: {hub.push(out, names, push, obsolete=interop.WRITTEN)}")
+        names = [file.name for file in folder.iterdir()]
+        log0(f"uploaded: {hub.push(out, names, push, obsolete=(*interop.WRITTEN, *onnx_files.WRITTEN))}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = Parser(prog="xclip-jax export", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory, or weights")
-    parser.add_argument("--to", default="hf", help=", ".join(interop.FORMATS))
+    parser.add_argument("--to", default="hf", help=", ".join(FORMATS))
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
     parser.add_argument("--push", default="", metavar="ORG/NAME", help="repository of the Hub to upload the files to")
     add_trust(parser)

@@ -41,11 +41,12 @@ class Tokenizer:
     """Callable (texts, length) -> int32 (b, length), from `load`; immutable and thread-safe.
 
     All ids are below `vocab_size`. A row consists of `sot_id`, if the vocabulary has one, the text, cleaned by
-    `CLEANINGS[cleaning]` and truncated, `eot_id`, and `pad_id`.
+    `CLEANINGS[cleaning]` and truncated, `eot_id`, and `pad_id`. `model` encodes a cleaned text without these ids.
     """
 
     name: str
     _encode: Callable[[str], list[int]]
+    model: tokenizers.Tokenizer
     vocab_size: int
     sot_id: int | None
     eot_id: int
@@ -188,7 +189,7 @@ def _clip() -> Tokenizer:
         return ids
 
     start, end = special.values()
-    return Tokenizer("clip", encode, vocab_size=len(vocab), sot_id=start, eot_id=end, pad_id=0)
+    return Tokenizer("clip", encode, bpe, vocab_size=len(vocab), sot_id=start, eot_id=end, pad_id=0)
 
 
 @functools.cache
@@ -196,7 +197,9 @@ def _bytes() -> Tokenizer:
     def encode(text: str) -> list[int]:
         return [byte + 3 for byte in text.encode("utf-8", "replace")]
 
-    return Tokenizer("bytes", encode, vocab_size=259, sot_id=1, eot_id=2, pad_id=0)
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
+    return Tokenizer("bytes", encode, model, vocab_size=len(vocab), sot_id=1, eot_id=2, pad_id=0)
 
 
 @functools.lru_cache
@@ -235,6 +238,7 @@ def _from_file(path: str, _modified: float) -> Tokenizer:
     return Tokenizer(
         path,
         encode,
+        model,
         vocab_size=size or max(vocabulary.values()) + 1,
         sot_id=next((vocabulary[token] for token in start_tokens if token in vocabulary), None),
         eot_id=end,

@@ -8,7 +8,8 @@ from typing import Any
 import tokenizers
 from etils import epath
 from google.protobuf import empty_pb2, unknown_fields
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+from tokenizers.normalizers import NFC, Lowercase, Replace, Strip
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
@@ -29,6 +30,11 @@ _TEXT, _SCORE, _TYPE = 1, 2, 3  # of a piece
 _UNKNOWN = 2  # type of the piece for unknown text
 _MODEL_TYPE, _UNIGRAM, _BYTE_FALLBACK = 3, 1, 35  # of the trainer's options
 _CHARACTER_MAP = 2  # of the normalizer's options
+_CLEANINGS: dict[str, list[Any]] = {
+    "clip": [NFC(), Replace(Regex("[\u02bc\u2018-\u201b]"), "'"), Replace(Regex("[\u201c-\u201f]"), '"'), Lowercase()],
+    "lower": [Lowercase()],
+    "canonical": [Lowercase(), Replace(Regex(r"[!-/:-@\[-`{-~]"), ""), Replace(Regex(r"\s+"), " "), Strip()],
+}
 
 
 def identify(folder: epath.Path, size: int, eot: int | None) -> str:
@@ -125,6 +131,19 @@ def clip_files(length: int) -> dict[str, str]:
     }
 
 
+def complete(tokens: tokenizer.Tokenizer, length: int) -> str:
+    """Return a tokenizer.json for rows of `length`; of CLIP's cleaning it lacks HTML entities and most repairs."""
+    model = tokenizers.Tokenizer.from_str(tokens.model.to_str())
+    steps = [*_CLEANINGS.get(tokens.cleaning or tokens.name, []), model.normalizer]
+    model.normalizer = normalizers.Sequence(list(filter(None, steps)))
+    special = [(str(model.id_to_token(i)), i) for i in (tokens.sot_id, tokens.eot_id) if i is not None]
+    *start, end = (token for token, _ in special)
+    model.post_processor = processors.TemplateProcessing([*start, "$A", end], special_tokens=special)
+    model.enable_truncation(length)
+    model.enable_padding(length=length, pad_id=tokens.pad_id, pad_token=str(model.id_to_token(tokens.pad_id)))
+    return model.to_str()
+
+
 def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
     """Return the tokenizer of a SentencePiece file (spiece.model) with a unigram model.
 
@@ -146,7 +165,7 @@ def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
         kind = {_UNIGRAM: models.Unigram}[trainer.get(_MODEL_TYPE, _UNIGRAM)]
         model = tokenizers.Tokenizer(kind(vocabulary, unknown, bool(trainer.get(_BYTE_FALLBACK))))
         steps = [normalizers.Precompiled(normalizer[_CHARACTER_MAP])] if normalizer.get(_CHARACTER_MAP) else []
-    model.normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+    model.normalizer = normalizers.Sequence([*steps, Replace(Regex(" {2,}"), " ")])
     model.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     return model
 

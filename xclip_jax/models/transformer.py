@@ -276,7 +276,7 @@ class TextTransformer(nn.Module):
         positions = self.param("positions", named(nn.initializers.normal(0.01), None, "table"), (length, width))
         x = (tokens[text] + positions[: text.shape[1]]).astype(self.dtype)  # (b, n, d)
         if self.config.pool == "last":
-            at = jnp.full(len(text), text.shape[1] - 1)
+            at = jnp.broadcast_to(text.shape[1] - 1, text.shape[:1])
         else:
             at = jnp.argmax(text == self.eot_id, axis=1)  # (b,)
         x = Transformer(self.config, causal=self.config.causal, dtype=self.dtype, name="transformer")(x, at=at)

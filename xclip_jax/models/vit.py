@@ -150,7 +150,7 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(cls + positions[0], (x.shape[0], 1, config.width)), x], axis=1)
         if style.pre_norm:
             x = LayerNorm(style.eps, self.dtype, name="norm_pre")(x)
-        at = jnp.zeros(len(x), jnp.int32) if first and self.pooled else None
+        at = jnp.zeros(x.shape[0], jnp.int32) if first and self.pooled else None
         x = Transformer(config, False, config.drop_path, self.dtype, name="transformer")(x, paths, at)  # (b, n, d)
         if not self.pooled:
             x = LayerNorm(style.eps, self.dtype, name="norm_post")(x[:, first:])

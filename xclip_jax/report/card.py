@@ -20,9 +20,9 @@ from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import make_objective
 from xclip_jax.train.build import Experiment
 
-_LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "safetensors": "xclip_jax"}
+_LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "onnx": "onnxruntime", "safetensors": "xclip_jax"}
 # A library's prefixes for folders and for Hub repositories.
-_PREFIXES = {"hf": ("", ""), "open_clip": ("local-dir:", "hf-hub:"), "safetensors": ("", "hf:")}
+_PREFIXES = {"hf": ("", ""), "open_clip": ("local-dir:", "hf-hub:"), "onnx": ("", ""), "safetensors": ("", "hf:")}
 _TASKS = {
     "zeroshot": "zero-shot-image-classification",
     "retrieval": "zero-shot-retrieval",

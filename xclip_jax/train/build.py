@@ -19,7 +19,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import PROFILES, Profile
-from xclip_jax.models.two_towers import TOWERS, TwoTowers
+from xclip_jax.models.two_towers import TOWERS, ModelConfig, TwoTowers
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, batch_shards, check_batch, make_mesh
@@ -108,9 +108,8 @@ class Experiment:
         return self.model.txt.context_length
 
 
-def make_model(config: Config, objective: Objective, tokens: tokenizer.Tokenizer) -> TwoTowers:
+def make_model(model: ModelConfig, objective: Objective, tokens: tokenizer.Tokenizer) -> TwoTowers:
     """The towers with the heads that `objective` needs and the vocabulary of `tokens`."""
-    model = config.model
     return TwoTowers(
         img=model.tower("img"),
         txt=model.tower("txt"),
@@ -140,7 +139,7 @@ def build(
     objective = make_objective(config.objective, config.loss)
     preprocessing = Preprocessing.from_config(config)
     tokens = tokenizer.load(config.data.tokenizer)
-    model = make_model(config, objective, tokens)
+    model = make_model(config.model, objective, tokens)
     towers = {name: getattr(model, name) for name in TOWERS}
     fixed = objective.towers if config.finetune.lora.rank else tuple(config.init.freeze)
     if optimizer is None:
