@@ -1,31 +1,26 @@
-"""The cost of a training step: two configs, each in its own process, take steps in turn and wait for each other.
+"""The cost of a training step: two configs take steps in turn, in a process of their own (python -m studies.cost)."""
 
-python -m studies.cost CONFIG.json      # the process of one config: reads numbers of steps, prints seconds
-"""
-
-import contextlib
 import json
-import os
 import pathlib
 import statistics
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
+from studies.worker import stop_with_parent
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.storage import strict_json
 from xclip_jax.parallel.mesh import batch_sharding
 from xclip_jax.train import build, state
 
-_ROOT = pathlib.Path(__file__).parents[1]
 _WORDS = 8  # tokens of a made text, with start and end: names have one to five words
 
 
@@ -43,41 +38,25 @@ def batch(experiment: build.Experiment) -> dict[str, np.ndarray]:
     return {name: made[name] for name in experiment.objective.fields}
 
 
-def child(path: str) -> None:
-    """For each line N of stdin take N steps, and print their seconds."""
-    experiment = build.build(schema.complete(json.loads(pathlib.Path(path).read_text())))
+def stepper(config: ml_collections.ConfigDict) -> Callable[[], float]:
+    """Return a function that takes a training step on a made batch and returns its seconds; the step is compiled."""
+    experiment = build.build(config)
     current = state.create(experiment.init, experiment.abstract)
     inputs = {name: jax.device_put(x, batch_sharding(experiment.mesh)) for name, x in batch(experiment).items()}
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
-            began = time.perf_counter()
-            current, metrics = experiment.compiled(current, inputs)
-            float(metrics["loss"])
-            seconds.append(time.perf_counter() - began)
-        print(json.dumps(seconds), flush=True)
+
+    def step() -> float:
+        nonlocal current
+        began = time.perf_counter()
+        current, metrics = experiment.compiled(current, inputs)
+        float(metrics["loss"])
+        return time.perf_counter() - began
+
+    for _ in range(3):
+        step()
+    return step
 
 
-def _start(config: ml_collections.ConfigDict, path: pathlib.Path) -> subprocess.Popen[str]:
-    path.write_text(json.dumps(config.to_dict()))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "studies.cost", str(path)]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def _take(process: subprocess.Popen[str], steps: int) -> float:
-    """Return the median seconds of `steps` steps."""
-    assert process.stdin and process.stdout
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(f"{steps}\n")
-        process.stdin.flush()
-    line = process.stdout.readline()
-    if not line:
-        raise UserError("a process that takes timed steps ended; its error stands above.")
-    return statistics.median(json.loads(line))
-
-
-def measure(
+def compare(
     config: ml_collections.ConfigDict, clock: ml_collections.ConfigDict, *, turns: int = 48, steps: int = 3
 ) -> dict[str, Any]:
     """Return "ratio", the median over turns of the ratio of the median steps, and its quartiles "low" and "high".
@@ -88,20 +67,28 @@ def measure(
       config, clock: the timed config, and the config for comparison.
       turns: number of turns; in each, both configs take `steps` steps.
       steps: steps per turn.
-
-    Raises:
-      UserError: a process ended.
     """
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        pair = []
-        for name, content in (("config", config), ("clock", clock)):
-            pair.append(_start(content, pathlib.Path(folder, f"{name}.json")))
-            stack.enter_context(pair[-1])
-            _take(pair[-1], 3)  # the first compiles
-        medians = np.array([[_take(process, steps) for process in pair] for _ in range(turns)])
+    pair = [stepper(config), stepper(clock)]
+    medians = np.array([[statistics.median(step() for _ in range(steps)) for step in pair] for _ in range(turns)])
     low, ratio, high = (round(float(x), 4) for x in np.quantile(medians[:, 0] / medians[:, 1], (0.25, 0.5, 0.75)))
     step, of_clock = (round(float(x), 4) for x in np.median(medians, axis=0))
     return {"ratio": ratio, "low": low, "high": high, "turns": turns, "seconds": {"step": step, "clock": of_clock}}
+
+
+def measure(config: ml_collections.ConfigDict, clock: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Return `compare` of another process, which leaves the accelerator to later runs.
+
+    Raises:
+      UserError: the process ended.
+    """
+    command = [sys.executable, "-m", "studies.cost"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        print(json.dumps([config.to_dict(), clock.to_dict()]), file=process.stdin, flush=True)
+        line = process.stdout.readline()
+    if not line:
+        raise UserError("the process that takes timed steps ended; its error stands above.")
+    return json.loads(line)
 
 
 def write(path: pathlib.Path, arm: str, against: str, commit: str, measured: Mapping[str, Any]) -> None:
@@ -118,4 +105,6 @@ def read(path: pathlib.Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    child(sys.argv[1])
+    configs = [schema.complete(values) for values in json.loads(sys.stdin.readline())]
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    print(json.dumps(compare(*configs)), flush=True)

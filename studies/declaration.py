@@ -18,7 +18,6 @@ class Measure:
     metrics: Sequence[str] = ("",)  # keys within the set, see `Result.key`, "" for its headline; their mean is measured
     higher: bool = True  # whether more is better
     ratio: bool = False
-    digits: int = 1  # after the decimal point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +26,9 @@ class Arm:
 
     name: str  # unique, used in file names: letters, digits, "_" and "."
     title: str  # name in tables
-    recipe: str  # as for --config: "studies/icons/recipe.py:objective=clip"
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {config key: value}, after the study's
-    seeds: Sequence[int] = (0, 1, 2, 3, 4)  # one run for each
+    recipe: str  # as for --config: "studies/photographs/recipe.py:objective=clip"
+    changes: Mapping[str, Any]  # {config key: value}, after the study's
+    seeds: Sequence[int]  # one run for each
     tested: bool = True  # whether runs are evaluated on test sets at their end; if False, choices may depend on them
 
 
@@ -65,16 +64,11 @@ class Study:
     """A declared study."""
 
     title: str  # of its page
-    arms: Sequence[Arm]
+    arms: list[Arm]  # to which the records of others may add
     changes: Mapping[str, Any]  # {config key: value} for all arms
-    validation: Sequence[str]  # evaluation sets for choices
-    tests: Sequence[str]  # evaluation sets for the end of runs
+    validation: Sequence[str]  # evaluation sets for choices; no others are evaluated before the end of a run
     measures: Sequence[Measure]  # columns of the tables
     claims: Sequence[Claim] = ()  # whose arms may be declared later
-
-    def sets_of(self, arm: Arm) -> tuple[str, ...]:
-        """Return the validation sets of an arm."""
-        return tuple(self.validation)
 
     def arm(self, name: str) -> Arm | None:
         """Return the arm with this name, or None if it is not declared."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ml_collections
@@ -12,10 +12,8 @@ import ml_collections
 from studies.declaration import Arm, Measure, Study
 from studies.records import RunRecord, config_key, full, short
 from xclip_jax.config import schema
-from xclip_jax.config.load import check_keys
+from xclip_jax.config.load import check_keys, load_config
 from xclip_jax.core.errors import UserError
-
-LoadConfig = Callable[[str], ml_collections.ConfigDict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +27,11 @@ class Run:
 
 
 class Matrix:
-    """The runs of a study."""
+    """The runs of a study, and the records of finished ones, {key: record}."""
 
-    def __init__(self, study: Study, load_config: LoadConfig) -> None:
-        """Make no run yet; `load_config` maps "RECIPE:ARGUMENT" to a config."""
+    def __init__(self, study: Study, records: Mapping[str, RunRecord]) -> None:
         self.study = study
-        self._load = load_config
+        self.records = records
         self._recipes: dict[str, ml_collections.ConfigDict] = {}
         self._runs: dict[tuple[str, int], Run] = {}
 
@@ -68,30 +65,42 @@ class Matrix:
           UserError: an unknown key, a forbidden value, or forbidden sets.
         """
         if arm.recipe not in self._recipes:
-            self._recipes[arm.recipe] = self._load(arm.recipe)
+            self._recipes[arm.recipe] = load_config(arm.recipe)
         config = self._recipes[arm.recipe].copy_and_resolve_references()
-        validation = self.study.sets_of(arm)
-        tests = tuple(self.study.tests) if arm.tested else ()
-        sets = {"eval.sets": tuple(map(full, validation)), "eval.sets_at_end": tuple(map(full, tests)), "eval.every": 0}
-        changes = {"eval.report": False, "seed": seed, **sets, **self.study.changes, **arm.changes}
+        changes = {"eval.report": False, "eval.every": 0, "seed": seed, **self.study.changes, **arm.changes}
         try:
             for name, value in changes.items():
-                _set(config, name, value)
+                _set(config, name, full(value))
             config.checkpoint.every = max(config.steps // 4, 1)
             config.checkpoint.keep = 1
             schema.resolve(config)
         except UserError as error:
             raise UserError(f"arm {arm.name!r}: {error}") from error
-        choosing = set(short(config.eval.sets))
-        if not arm.tested:
-            choosing |= set(short(config.eval.sets_at_end))
-        others = choosing - set(validation)
+        choosing = [*config.eval.sets, *(() if arm.tested else config.eval.sets_at_end)]
+        others = set(short(choosing)) - set(self.study.validation)
         if others:
             raise UserError(
                 f"arm {arm.name!r} would be evaluated on {min(others)!r} before its end or to choose by it; only the "
-                f"sets of `validation` are for that: {', '.join(validation)}."
+                f"sets of `validation` are for that: {', '.join(self.study.validation)}."
             )
         return config
+
+    def finished(self, name: str) -> dict[int, RunRecord]:
+        """Return {seed: record} of an arm; none of an undeclared arm."""
+        arm = self.study.arm(name)
+        keys = {seed: self.run(arm, seed).key for seed in arm.seeds} if arm else {}
+        return {seed: self.records[key] for seed, key in keys.items() if key in self.records}
+
+    def values(self, name: str, measure: Measure) -> dict[int, float]:
+        """Return {seed: value} of an arm's finished runs, logarithms for a ratio; runs that diverged have no value."""
+        means = {seed: record.mean(measure.set, measure.metrics) for seed, record in self.finished(name).items()}
+        known = {seed: mean for seed, mean in means.items() if mean is not None}
+        return {seed: math.log(mean) for seed, mean in known.items()} if measure.ratio else known
+
+    def missing(self) -> dict[str, int]:
+        """Return {arm: number of its missing runs}, without complete arms."""
+        left = {arm.name: len(arm.seeds) - len(self.finished(arm.name)) for arm in self.study.arms}
+        return {name: number for name, number in left.items() if number}
 
 
 def _set(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
@@ -103,34 +112,3 @@ def _set(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
         group[last] = ml_collections.ConfigDict(value) if isinstance(value, Mapping) else value
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} cannot be {value!r}: {error}") from error
-
-
-class Snapshot:
-    """A matrix and the records of its finished runs, {key: record}."""
-
-    def __init__(self, matrix: Matrix, records: Mapping[str, RunRecord]) -> None:
-        self.study = matrix.study
-        self.records = records
-        self._matrix = matrix
-
-    def finished(self, name: str) -> dict[int, RunRecord]:
-        """Return {seed: record} of an arm; none of an undeclared arm."""
-        arm = self.study.arm(name)
-        keys = {seed: self._matrix.run(arm, seed).key for seed in arm.seeds} if arm else {}
-        return {seed: self.records[key] for seed, key in keys.items() if key in self.records}
-
-    def values(self, name: str, measure: Measure) -> dict[int, float]:
-        """Return {seed: value} of an arm's finished runs, logarithms for a ratio; runs that diverged have no value."""
-        values = {}
-        for seed, record in self.finished(name).items():
-            measured = [record.value(measure.set, metric) for metric in measure.metrics]
-            known = [value for value in measured if value is not None]
-            if len(known) == len(measured):
-                mean = sum(known) / len(known)
-                values[seed] = math.log(mean) if measure.ratio else mean
-        return values
-
-    def missing(self) -> dict[str, int]:
-        """Return {arm: number of its missing runs}, without complete arms."""
-        left = {arm.name: len(arm.seeds) - len(self.finished(arm.name)) for arm in self.study.arms}
-        return {name: number for name, number in left.items() if number}

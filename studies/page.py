@@ -9,7 +9,7 @@ from etils import epath
 
 from studies import verdicts
 from studies.declaration import ClaimPart, Measure
-from studies.matrix import Snapshot
+from studies.matrix import Matrix
 from studies.statistics import MIN_SEEDS, Estimate, estimate
 from xclip_jax.core.storage import write_whole
 from xclip_jax.report.charts import tick_labels, ticks
@@ -39,76 +39,69 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines), ""]
 
 
-def estimate_text(value: Estimate | None, measure: Measure) -> str:
-    """Return "12.3 [11.0, 13.6]"; with fewer than three runs "12.3 (n = 2)"."""
+def estimate_text(value: Estimate | None, measure: Measure, *, difference: bool = False) -> str:
+    """Return "12.3 [11.0, 13.6]", for a difference "+1.2 [+0.4, +2.0]", or of a ratio "x 1.10 [1.02, 1.19]".
+
+    Fewer than `MIN_SEEDS` runs have no interval: "12.3 (n = 2)".
+    """
     if value is None:
         return "-"
-    shown = value.mapped(math.exp) if measure.ratio else value
-    return _with_interval(shown, f".{measure.digits}f")
-
-
-def difference_text(value: Estimate | None, measure: Measure) -> str:
-    """Return "+1.2 [+0.4, +2.0]"; of a ratio "x 1.10 [1.02, 1.19]"."""
-    if value is None:
-        return "-"
+    form = "+.1f" if difference else ".1f"
+    factor = ""
     if measure.ratio:
-        return f"x {_with_interval(value.mapped(math.exp), '.2f')}"
-    return _with_interval(value, f"+.{measure.digits}f")
+        value = value.mapped(math.exp)
+        if difference:
+            form = ".2f"
+            factor = "x "
+    interval = f"(n = {value.n})" if value.n < MIN_SEEDS else f"[{value.low:{form}}, {value.high:{form}}]"
+    return f"{factor}{value.mean:{form}} {interval}"
 
 
-def _with_interval(value: Estimate, form: str) -> str:
-    if value.n < MIN_SEEDS:
-        return f"{value.mean:{form}} (n = {value.n})"
-    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
-
-
-def runs_text(snapshot: Snapshot, name: str) -> str:
+def runs_text(matrix: Matrix, name: str) -> str:
     """Return "5", "3 of 5" or "5, 1 diverged"."""
-    arm = snapshot.study.arm(name)
-    records = snapshot.finished(name)
+    arm = matrix.study.arm(name)
+    records = matrix.finished(name)
     planned = len(arm.seeds) if arm else 0
     count = str(planned) if len(records) == planned else f"{len(records)} of {planned}"
     diverged = sum(bool(record.error) for record in records.values())
     return f"{count}, {diverged} diverged" if diverged else count
 
 
-def title_of(snapshot: Snapshot, name: str) -> str:
+def title_of(matrix: Matrix, name: str) -> str:
     """Return an arm's title, or its name if it is not declared yet."""
-    arm = snapshot.study.arm(name)
+    arm = matrix.study.arm(name)
     return arm.title if arm else name
 
 
-def arms(snapshot: Snapshot, names: Sequence[str], measures: Sequence[Measure] = ()) -> list[str]:
-    """Return a table of arms by measures, means over seeds with 95 % t-intervals; all measures by default."""
-    shown = measures or snapshot.study.measures
+def arms(matrix: Matrix, names: Sequence[str], measures: Sequence[Measure]) -> list[str]:
+    """Return a table of arms by measures, means over seeds with 95 % t-intervals."""
     rows = []
     for name in names:
-        row = [title_of(snapshot, name), runs_text(snapshot, name)]
-        for measure in shown:
-            values = list(snapshot.values(name, measure).values())
+        row = [title_of(matrix, name), runs_text(matrix, name)]
+        for measure in measures:
+            values = list(matrix.values(name, measure).values())
             row.append(estimate_text(estimate(values) if values else None, measure))
         rows.append(row)
-    return table(["arm", "runs", *(measure.label for measure in shown)], rows)
+    return table(["arm", "runs", *(measure.label for measure in measures)], rows)
 
 
-def differences(snapshot: Snapshot, baseline: str, names: Sequence[str], measures: Sequence[Measure] = ()) -> list[str]:
-    """Return a table of the differences of arms from a baseline, paired by seed; of all measures by default."""
-    shown = measures or snapshot.study.measures
+def differences(matrix: Matrix, baseline: str, names: Sequence[str]) -> list[str]:
+    """Return a table of the differences of arms from a baseline, paired by seed, of all measures."""
     rows = []
     for name in names:
-        row = [title_of(snapshot, name)]
-        for measure in shown:
-            d = verdicts.difference(snapshot, ClaimPart("", measure.name, [name], [baseline]))
-            row.append(difference_text(d, measure))
+        row = [title_of(matrix, name)]
+        for measure in matrix.study.measures:
+            d = verdicts.difference(matrix, ClaimPart("", measure.name, [name], [baseline]))
+            row.append(estimate_text(d, measure, difference=True))
         rows.append(row)
-    return table([f"minus {title_of(snapshot, baseline)}", *(measure.label for measure in shown)], rows)
+    return table([f"minus {title_of(matrix, baseline)}", *(measure.label for measure in matrix.study.measures)], rows)
 
 
-def claims(snapshot: Snapshot) -> list[str]:
+def claims(matrix: Matrix) -> list[str]:
     """Return the rule, and for each claim its verdict and a table of its parts."""
     lines = [verdicts.RULE, ""]
-    for number, claim in enumerate(snapshot.study.claims, 1):
-        judged = verdicts.judge(snapshot, claim)
+    for number, claim in enumerate(matrix.study.claims, 1):
+        judged = verdicts.judge(matrix, claim)
         lines += [f"### {number}. {claim.text}", "", f"**{judged.verdict.capitalize()}.**", ""]
         rows = []
         for part in judged.parts:
@@ -117,19 +110,19 @@ def claims(snapshot: Snapshot) -> list[str]:
             if d is not None:
                 p = (f"{value:.4f}" for value in (part.p, part.p_holm, d.p_flip))
                 numbers = [f"{part.agreeing} of {d.n}", *p]
-            text = difference_text(d, snapshot.study.measure(part.part.measure))
+            text = estimate_text(d, matrix.study.measure(part.part.measure), difference=True)
             rows.append([part.part.text, text, *numbers, part.verdict])
         head = ["part", "difference", "seeds that agree", "p", "p, Holm", "p, sign flip", "verdict"]
         lines += table(head, rows)
     return lines
 
 
-def missing(snapshot: Snapshot) -> list[str]:
+def missing(matrix: Matrix) -> list[str]:
     """Return a sentence, and a table of arms with missing runs."""
-    left = snapshot.missing()
+    left = matrix.missing()
     if not left:
         return ["All runs of the declared arms are finished.", ""]
-    rows = [[title_of(snapshot, name), f"`{name}`", str(number)] for name, number in left.items()]
+    rows = [[title_of(matrix, name), f"`{name}`", str(number)] for name, number in left.items()]
     return [f"**{sum(left.values())} runs are missing.**", "", *table(["arm", "name", "missing runs"], rows)]
 
 

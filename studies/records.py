@@ -83,24 +83,31 @@ class RunRecord:
         of_set = [result for result in self.results if result.set == set_name]
         return next((r.value for r in of_set if (r.key == metric if metric else r.headline)), None)
 
+    def mean(self, set_name: str, metrics: Sequence[str]) -> float | None:
+        """Return the mean of several results of a set, or None if one is missing."""
+        values = [self.value(set_name, metric) for metric in metrics]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
+
 
 def short(value: Any) -> Any:
     """Return a name, or a list of names, shortened by `SHORT_NAMES`; other values of a config unchanged."""
+    return _renamed(value, SHORT_NAMES)
+
+
+def full(value: Any) -> Any:
+    """Return the full names of sets and sources, the reverse of `short`."""
+    return _renamed(value, {name: prefix for prefix, name in SHORT_NAMES.items()})
+
+
+def _renamed(value: Any, prefixes: Mapping[str, str]) -> Any:
     if isinstance(value, (list, tuple)):
-        return [short(item) for item in value]
+        return type(value)(_renamed(item, prefixes) for item in value)
     if isinstance(value, str):
-        for prefix, replacement in SHORT_NAMES.items():
+        for prefix, replacement in prefixes.items():
             if value.startswith(prefix):
                 return replacement + value.removeprefix(prefix)
     return value
-
-
-def full(name: str) -> str:
-    """Return the full name of a set or source for a config, the reverse of `short`."""
-    for prefix, replacement in SHORT_NAMES.items():
-        if name.startswith(replacement):
-            return prefix + name.removeprefix(replacement)
-    return name
 
 
 def config_key(config: Mapping[str, Any]) -> str:

@@ -151,14 +151,13 @@ class Runner:
             defaults["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
             if hasattr(os, "sched_getaffinity"):  # Linux
                 cores = sorted(os.sched_getaffinity(0))[slot :: self.workers]
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with open(folder / "output.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "studies.worker", str(folder), *map(str, cores)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=defaults | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+                env=defaults | os.environ | {"PYTHONUNBUFFERED": "1"},
                 pass_fds=(self._lock.fileno(),),  # the folder stays locked as long as one of its runs lives
                 start_new_session=True,  # Ctrl-C reaches only this process, which asks once
             )

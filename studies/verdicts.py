@@ -3,7 +3,7 @@
 import dataclasses
 
 from studies.declaration import Claim, ClaimPart
-from studies.matrix import Snapshot
+from studies.matrix import Matrix
 from studies.statistics import MIN_SEEDS, Difference, holm, p_above, paired
 
 ALPHA = 0.05
@@ -44,22 +44,22 @@ class ClaimVerdict:
     verdict: str
 
 
-def difference(snapshot: Snapshot, part: ClaimPart) -> Difference | None:
+def difference(matrix: Matrix, part: ClaimPart) -> Difference | None:
     """Return the sum over `plus` minus the sum over `minus`, paired by seed."""
     sides = []
     for side in (part.plus, part.minus):
-        terms = [snapshot.values(arm, snapshot.study.measure(name)) for arm, name in part.terms(side)]
+        terms = [matrix.values(arm, matrix.study.measure(name)) for arm, name in part.terms(side)]
         seeds = set.intersection(*(set(values) for values in terms))
         sides.append({seed: sum(values[seed] for values in terms) for seed in sorted(seeds)})
     return paired(*sides)
 
 
-def compare(snapshot: Snapshot, part: ClaimPart) -> PartVerdict:
+def compare(matrix: Matrix, part: ClaimPart) -> PartVerdict:
     """Return the verdict on a single part, without correction."""
-    d = difference(snapshot, part)
+    d = difference(matrix, part)
     if d is None:
         return PartVerdict(part)
-    side = 1 if snapshot.study.measure(part.measure).higher else -1
+    side = 1 if matrix.study.measure(part.measure).higher else -1
     agreeing = sum(side * x > 0 for x in d.values)
     p = min(1.0, 2 * p_above(side * d.mean, d.standard_error, d.n))
     against = min(1.0, 2 * p_above(-side * d.mean, d.standard_error, d.n))
@@ -67,9 +67,9 @@ def compare(snapshot: Snapshot, part: ClaimPart) -> PartVerdict:
     return PartVerdict(part, d, agreeing, p, against, p, HOLDS if holds else UNDECIDED)
 
 
-def judge(snapshot: Snapshot, claim: Claim) -> ClaimVerdict:
+def judge(matrix: Matrix, claim: Claim) -> ClaimVerdict:
     """Return the verdict on a claim, by `RULE`."""
-    parts = [compare(snapshot, part) for part in claim.parts]
+    parts = [compare(matrix, part) for part in claim.parts]
     corrected = holm([part.p for part in parts])
     corrected_against = holm([part.p_against for part in parts])
     for i, part in enumerate(parts):

@@ -17,7 +17,7 @@ from xclip_jax.train import trainer
 REQUEST, DIVERGED = "study.json", "diverged.json"
 
 
-def _stop_with_parent() -> None:
+def stop_with_parent() -> None:
     """Ask for a stop, as a signal would, when the study's command ends, however it ends: its pipe closes."""
     os.read(0, 1)  # a lock of sys.stdin would be held while the interpreter shuts down
     os.kill(os.getpid(), signal.SIGTERM)
@@ -30,7 +30,7 @@ def main(folder: str, *cores: str) -> None:
     logging.set_verbosity(logging.ERROR)
     path = pathlib.Path(folder)
     config = schema.complete(json.loads((path / REQUEST).read_text())["config"])
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    threading.Thread(target=stop_with_parent, daemon=True).start()
     with exit_with_message():
         try:
             trainer.run(config)

@@ -147,11 +147,11 @@ def test_study(tmp_path, pairs, capsys):
         f"    keys = {{'optim__warmup': 0, 'data__sources': ('folder:{pairs}',)}}\n"
         "    return tiny.config('clip', steps=1, optim__lr=float(arg), **keys)\n"
     )
-    flags = ["--a", f"{recipe}:0.01", "--b", f"{recipe}:0.1", "--sets", "tests.studies.greys:Greys/test"]
+    flags = ["--a", f"{recipe}:0.01", "--b", f"{recipe}:0.1", "--sets", "tests.extension.greys:Greys/20"]
     flags += ["--seeds", "0,1", "--runs", str(tmp_path / "runs")]
     study.main(flags)
     first = capsys.readouterr().out.rpartition("\nA: ")[2]
-    assert "Greys/test top1 |" in first and " of 2 |" in first
+    assert "Greys/20 nearer |" in first and " of 2 |" in first
     assert len(list((tmp_path / "runs").glob("[ab]-s[01]/results.json"))) == 4
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.jsonl")}
     study.main(flags)

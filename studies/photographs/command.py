@@ -17,11 +17,9 @@ import time
 from collections.abc import Sequence
 
 from studies import cost, page, records
-from studies.matrix import Snapshot
 from studies.photographs import page as pages
 from studies.photographs import spaces, stages
 from studies.runner import ROOT, Runner, code_version
-from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import Parser, UserError
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 
@@ -48,20 +46,20 @@ def declared(home: pathlib.Path) -> stages.Photographs:
     return stages.Photographs(records.read_all(home / "runs.jsonl"), cost.read(home / "costs.jsonl"))
 
 
-def overview(study: stages.Photographs) -> str:
+def overview(matrix: stages.Photographs) -> str:
     """Return the text of --list: one line for each arm, and the decisions."""
-    width = max(len(arm.name) for arm in study.arms)
-    lines = [f"{arm.name:<{width}}  {study.done(arm)} of {len(arm.seeds)}  {arm.title}" for arm in study.arms]
-    lines += [f"{arm.name}: the cost of its step is not measured" for arm, _ in study.to_measure]
-    lines.append(f"length of finals: {study.length or 'open'}")
-    lines += [f"{team}: {study.chosen.get(team, 'open')}" for team in spaces.TEAMS]
+    arms = matrix.study.arms
+    width = max(len(arm.name) for arm in arms)
+    lines = [f"{a.name:<{width}}  {len(matrix.finished(a.name))} of {len(a.seeds)}  {a.title}" for a in arms]
+    lines += [f"{arm.name}: the cost of its step is not measured" for arm, _ in matrix.to_measure]
+    lines.append(f"length of finals: {matrix.length or 'open'}")
+    lines += [f"{team}: {matrix.chosen.get(team, 'open')}" for team in spaces.TEAMS]
     return "\n".join(lines)
 
 
-def _measure(study: stages.Photographs, home: pathlib.Path) -> None:
+def _measure(matrix: stages.Photographs, home: pathlib.Path) -> None:
     """Measure missing costs, while no run is in progress."""
-    for arm, clock in study.to_measure:
-        matrix = stages.PhotographsMatrix(stages.study_of([arm, clock]), load_config)
+    for arm, clock in matrix.to_measure:
         measured = cost.measure(matrix.config(arm, 0), matrix.config(clock, 0))
         cost.write(home / "costs.jsonl", arm.name, clock.name, code_version(), measured)
         print(
@@ -73,32 +71,30 @@ def _run(home: pathlib.Path, flags: argparse.Namespace) -> bool:
     """Run stage after stage; return whether no runnable run is left."""
     began = time.monotonic()
     while True:
-        study = declared(home)
-        names = [arm.name for arm in study.arms if arm.name.startswith(flags.only) and study.done(arm) < len(arm.seeds)]
-        left = None if flags.max_hours is None else max(flags.max_hours - (time.monotonic() - began) / 3600, 0)
-        # The records of one stage decide the next one.
-        stage = names[0].partition("_")[0] if names else ""
-        runner = Runner(
-            stages.PhotographsMatrix(stages.study_of(study.arms), load_config), home / "runs.jsonl",
-            pathlib.Path(flags.scratch), only=[name for name in names if name.partition("_")[0] == stage],
-            max_hours=left, workers=flags.workers,
-        )  # fmt: skip
+        matrix = declared(home)
+        names = [name for name in matrix.missing() if name.startswith(flags.only)]
         if names:
+            # The records of one stage decide the next one.
+            stage = names[0].partition("_")[0]
+            left = None if flags.max_hours is None else max(flags.max_hours - (time.monotonic() - began) / 3600, 0)
+            runner = Runner(
+                matrix, home / "runs.jsonl", pathlib.Path(flags.scratch),
+                only=[name for name in names if name.partition("_")[0] == stage],
+                max_hours=left, workers=flags.workers,
+            )  # fmt: skip
             if not runner.run():
                 return False
-        elif study.to_measure and not flags.only:
-            _measure(study, home)
+        elif matrix.to_measure and not flags.only:
+            _measure(matrix, home)
         else:
             return True
 
 
 def _write_page(home: pathlib.Path, docs: pathlib.Path) -> None:
-    study = declared(home)
-    matrix = stages.PhotographsMatrix(stages.study_of(study.arms), load_config)
-    snapshot = Snapshot(matrix, study.records)
-    charts = pages.charts_of(snapshot)
-    page.write(docs / "tables.md", pages.lines(study, snapshot, charts), charts)
-    print(f"{docs / 'tables.md'}: {sum(snapshot.missing().values())} runs of the declared arms are missing")
+    matrix = declared(home)
+    charts = pages.charts_of(matrix)
+    page.write(docs / "tables.md", pages.lines(matrix, charts), charts)
+    print(f"{docs / 'tables.md'}: {sum(matrix.missing().values())} runs of the declared arms are missing")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -44,7 +44,6 @@ SPLITS = (*FILES, "choice", "validation_unseen")
 ROWS = {"train": 34_296, "validation": 1_918, "test": 3_061, "test_unseen": 4_386}
 TITLE, KIND_COLUMN = "productDisplayName", "articleType"
 HELD_KINDS, HELD_SIZES = 20, (40, 800)  # number of kinds held out for choices; fewest and most photographs of each
-CAPTIONS = ("loose", "tight", "half")
 _AUDIENCES = {"Men": "men's", "Women": "women's", "Boys": "boys'", "Girls": "girls'", "Unisex": "unisex"}
 
 Row = dict[str, Any]
@@ -70,19 +69,10 @@ def folder(data_dir: str | None) -> str:
     return str(pathlib.Path(name).resolve())
 
 
-@functools.lru_cache(maxsize=len(FILES))
-def _file(root: str, split: str) -> Any:
-    pattern = os.path.join(root, FILES[split])
-    table = pyarrow.concat_tables(pyarrow.parquet.read_table(path) for path in sorted(glob.glob(pattern)))
-    if len(table) != ROWS[split]:
-        raise UserError(f"{pattern} has {len(table)} rows; expected {ROWS[split]}, those of the study.")
-    return table
-
-
 @functools.lru_cache(maxsize=1)
 def held_kinds(root: str) -> tuple[str, ...]:
     """Return the kinds held out of training for choices: the first by hash among the kinds of middle size."""
-    counts = Counter(_file(root, "train")[KIND_COLUMN].to_pylist())
+    counts = Counter(table(root, "train")[KIND_COLUMN].to_pylist())
     least, most = HELD_SIZES
     middle = [kind for kind, n in counts.items() if least <= n <= most]
     return tuple(sorted(sorted(middle, key=lambda kind: hash_rank("held kind", kind))[:HELD_KINDS]))
@@ -90,14 +80,15 @@ def held_kinds(root: str) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=len(SPLITS))
 def table(root: str, split: str) -> Any:
-    """Return the rows of a split, a `pyarrow.Table`."""
-    if split in FILES:
-        return _file(root, split)
-    whole = _file(root, "train")
-    held = pyarrow.compute.call_function(
-        "is_in", [whole[KIND_COLUMN]], pyarrow.compute.SetLookupOptions(pyarrow.array(held_kinds(root)))
-    )
-    return whole.filter(held if split == "validation_unseen" else pyarrow.compute.call_function("invert", [held]))
+    """Return the rows of a split, a `pyarrow.Table`; `UserError` for files with another number of rows."""
+    if split not in FILES:
+        held = pyarrow.compute.field(KIND_COLUMN).isin(held_kinds(root))
+        return table(root, "train").filter(held if split == "validation_unseen" else ~held)
+    pattern = os.path.join(root, FILES[split])
+    whole = pyarrow.concat_tables(pyarrow.parquet.read_table(path) for path in sorted(glob.glob(pattern)))
+    if len(whole) != ROWS[split]:
+        raise UserError(f"{pattern} has {len(whole)} rows; expected {ROWS[split]}, those of the study.")
+    return whole
 
 
 @functools.lru_cache(maxsize=len(SPLITS))
@@ -112,16 +103,16 @@ def tight(row: Row) -> str:
     return " ".join(filter(None, (_AUDIENCES[row["gender"]], colour, row[KIND_COLUMN].lower())))
 
 
-_MAKERS: dict[str, Callable[[Row], str]] = {
+CAPTIONS: dict[str, Callable[[Row], str]] = {
     "loose": lambda row: row[TITLE],
     "tight": tight,
     "half": lambda row: row[TITLE] if int(hash_rank("half", str(row["id"]))[-1], 16) % 2 else tight(row),
 }
 
 
-def captions(root: str, split: str, kind: str = "loose") -> list[str]:
+def captions(root: str, split: str, kind: str) -> list[str]:
     """Return the caption of each row of a split; `kind` is one of `CAPTIONS`."""
-    return [_MAKERS[kind](row) for row in rows(root, split)]
+    return [CAPTIONS[kind](row) for row in rows(root, split)]
 
 
 class Photographs(ColumnSource):
@@ -147,6 +138,6 @@ class PhotographSplits(SourceKind):
         """Open the split and captions `rest`."""
         split, _, kind = rest.partition("/")
         if split not in SPLITS or kind not in CAPTIONS:
-            raise UserError(f"{KIND}:{rest} is not SPLIT/CAPTIONS; splits are {', '.join(SPLITS)}, captions "
-                            f"{', '.join(CAPTIONS)}.")  # fmt: skip
+            valid = f"splits are {', '.join(SPLITS)}, captions {', '.join(CAPTIONS)}"
+            raise UserError(f"{KIND}:{rest} is not SPLIT/CAPTIONS; {valid}.")
         return Photographs(folder(options.dir), split, kind)

@@ -1,97 +1,118 @@
 """The page of the study, docs/photographs/tables.md with its charts, from records."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from studies import page, verdicts
 from studies.declaration import ClaimPart, Measure
-from studies.matrix import Snapshot
+from studies.matrix import Matrix
 from studies.photographs import spaces, stages
 from studies.photographs.claims import BOTH_WAYS
 
+# On validation, for choices.
 MEASURES = (
     Measure("unseen", "rank among unseen kinds", stages.VALIDATION[0], ("rank_gmean",), higher=False, ratio=True),
     Measure("known", "rank among known kinds", stages.VALIDATION[1], ("rank_gmean",), higher=False, ratio=True),
     Measure("retrieval", "retrieval, R@1", stages.VALIDATION[2], BOTH_WAYS),
-    Measure("kind", "probe of kind", stages.VALIDATION[3], ("kind/linear/top1",)),
+    Measure("kind", "probe of kind", stages.VALIDATION[3], stages.PROBE),
 )
+DEFAULTS = {  # measures of the recommended recipe
+    "photographs": (
+        Measure("unseen", "unseen kinds", stages.VALIDATION[0], ("top1",)),
+        Measure("known", "known kinds", stages.VALIDATION[1], ("top1",)),
+        Measure("retrieval", "retrieval", stages.VALIDATION[2], BOTH_WAYS),
+        Measure("kind", "probe of kind", stages.VALIDATION[3], stages.PROBE),
+    ),
+    "icons": (
+        Measure("unseen", "unseen concepts", stages.ICON_VALIDATION[0], ("top1",)),
+        Measure("retrieval", "retrieval", stages.ICON_VALIDATION[1], BOTH_WAYS),
+        Measure("probe", "probe", stages.ICON_VALIDATION[2]),
+    ),
+}
 DRAWN = ("unseen", "kind", "retrieval")  # measures of the chart
 BASELINE = "final_clip"
 
 
-def lines(study: stages.Photographs, snapshot: Snapshot, charts: Mapping[str, str]) -> list[str]:
+def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
     """Return the lines of the page; `charts` has names and SVGs."""
     made = "Made by `python -m studies photographs --page` from `studies/photographs/runs.jsonl`."
-    text = [f"# {snapshot.study.title}: tables", "", made, "", *page.missing(snapshot)]
-    if study.to_measure:
-        names = ", ".join(f"`{arm.name}`" for arm, _ in study.to_measure)
+    text = [f"# {matrix.study.title}: tables", "", made, "", *page.missing(matrix)]
+    if matrix.to_measure:
+        names = ", ".join(f"`{arm.name}`" for arm, _ in matrix.to_measure)
         text += [f"Costs of a step to be measured: {names}.", ""]
-    if len(study.chosen) < len(spaces.TEAMS) or study.to_measure:
+    if len(matrix.chosen) < len(spaces.TEAMS) or matrix.to_measure:
         text += ["Later arms follow from these.", ""]
-    text += ["## The recommended recipe", "", "Points behind the best setting, on validation.", "", *_regrets(study)]
-    text += ["## Length and search", "", f"Steps of CLIP in finals: {study.length or 'open'}.", ""]
+    text += ["## The recommended recipe", "", "Points behind the best setting, on validation.", "", *regrets(matrix)]
+    text += ["## Length and search", "", f"Steps of CLIP in finals: {matrix.length or 'open'}.", ""]
     for team in spaces.TEAMS:
-        settings = study.chosen.get(team, {})
+        settings = matrix.chosen.get(team, {})
         winner = ", ".join(f"{name} {value:g}" for name, value in settings.items())
         text += [f"Winner of {team}: {winner or 'open'}.", ""]
-    searched = [arm.name for arm in study.arms if arm.name.startswith(("pilot_", "search"))]
-    text += page.arms(snapshot, searched, MEASURES)
-    tested = [arm.name for arm in study.arms if arm.tested]
+    searched = [arm.name for arm in matrix.study.arms if arm.name.startswith(("pilot_", "search"))]
+    text += page.arms(matrix, searched, MEASURES)
+    tested = [arm.name for arm in matrix.study.arms if arm.tested]
     if tested:
-        text += ["## Tests", "", *page.arms(snapshot, tested)]
-        others = [name for name in tested if name.startswith(("final_", "control_")) and name != BASELINE]
-        text += page.differences(snapshot, BASELINE, others)
+        text += ["## Tests", "", *page.arms(matrix, tested, stages.MEASURES)]
+        text += page.differences(matrix, BASELINE, _compared(matrix))
         for name in tested:
             rival = name.removesuffix("xclip") + "clip"
             if name.endswith("_xclip") and rival in tested and rival != BASELINE:
-                text += page.differences(snapshot, rival, [name])
+                text += page.differences(matrix, rival, [name])
     text += [line for name in charts for line in (f"![{name}]({name}.svg)", "")]
-    return [*text, "## Claims", "", *page.claims(snapshot)]
+    return [*text, "## Claims", "", *page.claims(matrix)]
 
 
-def _regrets(study: stages.Photographs) -> list[str]:
-    """Return the table of `stages.regrets`, or a sentence while runs are missing."""
-    arms = [arm for arm in study.arms if arm.name.startswith("defaults_")]
-    finished = {arm.name: study.finished(arm) for arm in arms}
-    records = {name: runs for name, runs in finished.items() if runs is not None}
-    if len(records) < len(arms):
-        return [f"{len(arms) - len(records)} of {len(arms)} settings have missing runs.", ""]
-    behind = stages.regrets(records)
-    measures = list(dict.fromkeys(name for points in behind.values() for name in points))
+def _compared(matrix: Matrix) -> list[str]:
+    """Return the arms that are compared with `BASELINE`."""
+    names = [arm.name for arm in matrix.study.arms if arm.name.startswith(("final_", "control_"))]
+    return [name for name in names if name != BASELINE]
+
+
+def regrets(matrix: Matrix) -> list[str]:
+    """Return a table of the points by which each default setting is behind the best, or a sentence with missing runs.
+
+    A setting with a diverged run is infinitely behind.
+    """
+    arms = [arm.name for arm in matrix.study.arms if arm.name.startswith("defaults_")]
+    missing = len(matrix.missing().keys() & set(arms))
+    if missing:
+        return [f"{missing} of {len(arms)} settings have missing runs.", ""]
+    settings = list(dict.fromkeys(name.split("_", 2)[2] for name in arms))
+    behind = {}
+    for corpus, measures in DEFAULTS.items():
+        for measure in measures:
+            of_arms = [matrix.values(f"defaults_{corpus}_{setting}", measure) for setting in settings]
+            means = np.mean([[x.get(seed, -math.inf) for seed in stages.TUNING_SEEDS] for x in of_arms], axis=1)
+            behind[f"{corpus}, {measure.label}"] = means.max() - means
+    points = np.stack(list(behind.values()), axis=1)
     rows = [
-        [setting, *(f"{points[name]:.1f}" for name in measures), f"{max(points.values()):.1f}"]
-        for setting, points in behind.items()
+        [setting, *(f"{x:.1f}" for x in row), f"{row.max():.1f}"] for setting, row in zip(settings, points, strict=True)
     ]
-    return page.table(["rate_smoothing", *measures, "largest"], rows)
+    return page.table(["rate_smoothing", *behind, "largest"], rows)
 
 
-def charts_of(snapshot: Snapshot) -> dict[str, str]:
+def charts_of(matrix: Matrix) -> dict[str, str]:
     """Return {name: SVG} of the charts with something to show."""
     groups = {}
-    for arm in snapshot.study.arms:
-        if not arm.name.startswith(("final_", "control_")) or arm.name == BASELINE:
-            continue
-        rows = {}
-        for name in DRAWN:
-            d = verdicts.difference(snapshot, ClaimPart("", name, (arm.name,), (BASELINE,)))
-            if d is not None:
-                rows[snapshot.study.measure(name).label] = d
-        if rows:
-            groups[arm.title] = rows
+    for arm in _compared(matrix):
+        parts = {matrix.study.measure(name).label: ClaimPart("", name, (arm,), (BASELINE,)) for name in DRAWN}
+        rows = {label: verdicts.difference(matrix, part) for label, part in parts.items()}
+        groups[page.title_of(matrix, arm)] = {label: d for label, d in rows.items() if d is not None}
     made = {"differences": page.chart_of_differences("Differences from CLIP", groups, "points, 95 %")}
-    curves = {arm: _evaluations(snapshot, arm) for arm in (BASELINE, "final_xclip")}
+    curves = {arm: _evaluations(matrix, arm) for arm in (BASELINE, "final_xclip")}
     for name in curves[BASELINE]:
-        drawn = {page.title_of(snapshot, arm): lines[name] for arm, lines in curves.items() if name in lines}
+        drawn = {page.title_of(matrix, arm): lines[name] for arm, lines in curves.items() if name in lines}
         file_name = name.rpartition("photographs/")[2].replace(" ", "_").replace("/", "_")
         made[file_name] = page.chart_of_curves(name, drawn, "%")
     return {name: svg for name, svg in made.items() if svg}
 
 
-def _evaluations(snapshot: Snapshot, arm: str) -> dict[str, Sequence[tuple[float, float]]]:
+def _evaluations(matrix: Matrix, arm: str) -> dict[str, Sequence[tuple[float, float]]]:
     """Return {headline: (step, mean over seeds) points} of the evaluations during an arm's runs."""
     values: dict[str, dict[float, list[float]]] = {}
-    for record in snapshot.finished(arm).values():
+    for record in matrix.finished(arm).values():
         for line in record.evaluations:
             for name, value in line.items():
                 if name != "step":

@@ -16,6 +16,7 @@ Models whose results are for choices train on the split "choice"; `corpus` has t
 dependent and are resampled together.
 """
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from studies.clustered import ClusteredZeroShotSet
 from studies.photographs import corpus
 from studies.photographs.corpus import KIND_COLUMN, TITLE, Row, hash_rank
-from studies.photographs.geometry import GeometrySet
+from studies.photographs.evaluators import GeometrySet, RankedSet
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import SetKind, pictures
@@ -45,9 +45,17 @@ PROBED, PROBE_VALIDATION = 8000, 2000
 _TRAINED = {"test": "train", "validation": "choice"}
 
 
-def _card(part: str, *items: Sequence[Any], **fields: str) -> Provenance:
+def _card(part: str, prepare: Preprocessing, *items: Sequence[Any], **fields: str) -> Provenance:
     role = VALIDATION if part == "validation" else ""
-    return Provenance("photographs", "1", part, digest(x for side in items for x in side), role=role, **fields)
+    split_hash = digest(x for side in items for x in side)
+    return Provenance("photographs", "1", part, split_hash, preprocessing=prepare.resizing, role=role, **fields)
+
+
+def _take(root: str, split: str, chosen: Sequence[int], prepare: Preprocessing) -> tuple[list[Row], Sequence[Any]]:
+    """Return chosen rows of a split, and their images."""
+    rows = corpus.rows(root, split)
+    column = corpus.table(root, split)["image"].combine_chunks().field("bytes")
+    return [rows[i] for i in chosen], pictures([column[i].as_py() for i in chosen], prepare)
 
 
 def known(root: str, part: str, column: str = KIND_COLUMN) -> list[str]:
@@ -63,53 +71,43 @@ def _titles(rows: Sequence[Row], classes: Sequence[str]) -> dict[str, list[str]]
     for row in rows:
         if row[KIND_COLUMN] in of_class:
             of_class[row[KIND_COLUMN]].add(row[TITLE])
-    return {
-        name: sorted(titles, key=lambda title: hash_rank("prompt", title))[:TITLES] for name, titles in of_class.items()
-    }
+    first = functools.partial(hash_rank, "prompt")
+    return {name: sorted(titles, key=first)[:TITLES] for name, titles in of_class.items()}
 
 
-def _naming(name: str, prepare: Preprocessing, root: str, part: str, kinds: str, prompts: str) -> ClusteredZeroShotSet:
+def _naming(name: str, prepare: Preprocessing, root: str, part: str, kinds: str, prompts: str) -> RankedSet:
     """Kinds or colours as classes, and their names, templates or titles as prompts."""
     column = "baseColour" if kinds == "colours" else KIND_COLUMN
     split = f"{part}_unseen" if kinds == "unseen" else part
     rows = corpus.rows(root, split)
     classes = sorted({row[column] for row in rows}) if kinds == "unseen" else known(root, part, column)
-    texts = {c: [t.format(c=c.lower()) for t in (TEMPLATES if prompts == "templates" else ("{c}",))] for c in classes}
     taken: set[str] = set()
     if prompts == "titles":
         texts = _titles(rows if kinds == "unseen" else corpus.rows(root, _TRAINED[part]), classes)
-        taken = {title for of_class in texts.values() for title in of_class} if kinds == "unseen" else set()
+        if kinds == "unseen":
+            taken = {title for titles in texts.values() for title in titles}
+    else:
+        templates = TEMPLATES if prompts == "templates" else TEMPLATES[:1]
+        texts = {name: [template.format(c=name.lower()) for template in templates] for name in classes}
     chosen = [i for i, row in enumerate(rows) if row[column] in texts and row[TITLE] not in taken]
-    labels = np.array([classes.index(rows[i][column]) for i in chosen])
-    titles = [rows[i][TITLE] for i in chosen]
-    card = _card(
-        part, [rows[i]["id"] for i in chosen], list(texts.items()),
-        protocol="nearest class text by cosine; intervals by resampling titles", preprocessing=prepare.resizing,
-        templates=prompts,
-    )  # fmt: skip
-    images = pictures(_images(root, split, chosen), prepare)
-    together = np.unique(titles, return_inverse=True)[1]
-    return ClusteredZeroShotSet(name, images, labels, list(texts.values()), {}, classes, card, together=together)
-
-
-def _images(root: str, split: str, chosen: Sequence[int]) -> list[bytes]:
-    column = corpus.table(root, split)["image"].combine_chunks().field("bytes")
-    return [column[i].as_py() for i in chosen]
+    rows, images = _take(root, split, chosen, prepare)
+    labels = np.array([classes.index(row[column]) for row in rows])
+    together = np.unique([row[TITLE] for row in rows], return_inverse=True)[1]
+    protocol = "nearest class text by cosine; intervals by resampling titles"
+    ids = [row["id"] for row in rows]
+    card = _card(part, prepare, ids, list(texts.items()), protocol=protocol, templates=prompts)
+    return RankedSet(name, images, labels, list(texts.values()), {}, classes, card, together=together)
 
 
 def _retrieval(name: str, prepare: Preprocessing, root: str, part: str, captions: str) -> RetrievalSet:
-    rows = corpus.rows(root, part)
     texts = corpus.captions(root, part, captions)
-    card = _card(
-        part, [row["id"] for row in rows], texts, protocol="recall, any match", preprocessing=prepare.resizing,
-        metric="image_to_text/r1",
-    )  # fmt: skip
-    images = pictures(_images(root, part, range(len(rows))), prepare)
+    rows, images = _take(root, part, range(len(texts)), prepare)
+    ids = [row["id"] for row in rows]
+    card = _card(part, prepare, ids, texts, protocol="recall, any match", metric="image_to_text/r1")
     return RetrievalSet(name, images, [[text] for text in texts], card)
 
 
-def _sides(root: str, part: str) -> list[tuple[str, list[int]]]:
-    """Return (split, rows) of a probe to fit it, to choose C, and to test it."""
+def _probe(name: str, prepare: Preprocessing, root: str, part: str) -> ProbeSet:
     classes = set(known(root, part))
     trained = _TRAINED[part]
 
@@ -117,50 +115,34 @@ def _sides(root: str, part: str) -> list[tuple[str, list[int]]]:
         rows = corpus.rows(root, split)
         return [i for i, row in enumerate(rows) if row[KIND_COLUMN] in classes and row["season"]]
 
-    rows = corpus.rows(root, trained)
-    order = sorted(usable(trained), key=lambda i: hash_rank("probe", str(rows[i]["id"])))
+    ids = [str(row["id"]) for row in corpus.rows(root, trained)]
+    order = sorted(usable(trained), key=lambda i: hash_rank("probe", ids[i]))
     choose = ("validation", usable("validation")) if part == "test" else (trained, order[PROBED:][:PROBE_VALIDATION])
-    return [(trained, order[:PROBED]), choose, (part, usable(part))]
-
-
-def _probe(name: str, prepare: Preprocessing, root: str, part: str) -> ProbeSet:
-    sides = _sides(root, part)
-    rows = [[corpus.rows(root, split)[i] for i in chosen] for split, chosen in sides]
+    sides = ((trained, order[:PROBED]), choose, (part, usable(part)))
+    rows, images = zip(*(_take(root, split, chosen, prepare) for split, chosen in sides), strict=True)
     tasks = {}
     for task, column in (("kind", KIND_COLUMN), ("season", "season"), ("audience", "gender")):
-        classes = sorted({row[column] for row in rows[0]})
-        tasks[task] = tuple(np.array([classes.index(row[column]) for row in side]) for side in rows)
-    card = _card(
-        part, [row["id"] for side in rows for row in side],
-        protocol="features before projection; L-BFGS, C on other photographs; 20 neighbours",
-        preprocessing=prepare.resizing, metric="kind/linear/top1",
-    )  # fmt: skip
-    train, validation, test = (pictures(_images(root, split, chosen), prepare) for split, chosen in sides)
-    return ProbeSet(name, train, validation, test, tasks, sweep=Sweep(halvings=2, tolerance=1e-4), card=card)
+        names = sorted({row[column] for row in rows[0]})
+        tasks[task] = tuple(np.array([names.index(row[column]) for row in side]) for side in rows)
+    protocol = "features before projection; L-BFGS, C on other photographs; 20 neighbours"
+    of_sides = [[row["id"] for row in side] for side in rows]
+    card = _card(part, prepare, *of_sides, protocol=protocol, metric="kind/linear/top1")
+    return ProbeSet(name, *images, tasks, sweep=Sweep(halvings=2, tolerance=1e-4), card=card)
 
 
 def _geometry(name: str, prepare: Preprocessing, root: str, part: str) -> GeometrySet:
-    fitted, _, tested = _sides(root, part)
-    classes = known(root, part)
-    labels = [
-        np.array([classes.index(corpus.rows(root, split)[i][KIND_COLUMN]) for i in chosen])
-        for split, chosen in (fitted, tested)
-    ]
-    card = _card(
-        part, *(side.tolist() for side in labels), protocol="see studies.photographs.geometry",
-        preprocessing=prepare.resizing, metric="rank",
-    )  # fmt: skip
-    images = [pictures(_images(root, split, chosen), prepare) for split, chosen in (fitted, tested)]
-    return GeometrySet(name, images[0], images[1], labels[0], labels[1], card)
+    probe = _probe(name, prepare, root, part)
+    card = dataclasses.replace(probe.card, protocol="see `evaluators.Geometry`", metric="rank")
+    fields: dict[str, Any] = vars(probe) | {"card": card}
+    return GeometrySet(**fields)
 
 
-_NAMING = {
-    f"{kinds}{suffix}": functools.partial(_naming, kinds=kinds, prompts=suffix.removeprefix("_") or "names")
-    for kinds in ("unseen", "known")
-    for suffix in ("", "_templates", "_titles")
-}
 _MAKERS: Mapping[str, Callable[..., Any]] = {
-    **_NAMING,
+    **{
+        f"{kinds}{suffix}": functools.partial(_naming, kinds=kinds, prompts=suffix.removeprefix("_") or "names")
+        for kinds in ("unseen", "known")
+        for suffix in ("", "_templates", "_titles")
+    },
     "colours": functools.partial(_naming, kinds="colours", prompts="names"),
     "retrieval": functools.partial(_retrieval, captions="loose"),
     "retrieval_tight": functools.partial(_retrieval, captions="tight"),

@@ -28,40 +28,26 @@ TEAMS: dict[str, list[Settings]] = {
 }
 
 
-def training(settings: Settings, steps: int) -> Settings:
-    """Return the changes of any arm: steps, rate, warm-up and CLIP's smoothing."""
-    return {
+def changes_of(objective: str, settings: Settings, steps: int) -> Settings:
+    """Return the changes of an arm by its team's settings, as far as its recipe's objective has them."""
+    changes = {
         "steps": steps,
         "optim.lr": settings["lr"],
         "optim.warmup": round(settings["warmup"] * steps),
         "objective.clip.label_smoothing": settings.get("smoothing", 0.0),
     }
-
-
-def clusters(settings: Settings, shuffled: bool = False) -> Settings:
-    """Return the changes of nCLIP's term: its temperature, and targets without a teacher."""
-    return {
-        "objective.nclip.tau": settings["tau"],
-        "objective.nclip.target": "detach",
-        "objective.nclip.shuffle_targets": shuffled,
-    }
-
-
-def xclip(settings: Settings, steps: int, **more: Any) -> Settings:
-    """Return the changes of xCLIP; `more` are arguments of `clusters`."""
-    weights = {"clip": round(1 - settings["weight"], 6), "nclip": settings["weight"]}
-    return {**training(settings, steps), **clusters(settings, **more), "objective.terms": weights}
-
-
-def changes_of(team: str, settings: Settings, steps: int) -> Settings:
-    """Return the changes of a team's candidate."""
-    return training(settings, steps) if team == "clip" else xclip(settings, steps)
+    if objective in ("nclip", "xclip") and "tau" in settings:
+        changes |= {"objective.nclip.tau": settings["tau"], "objective.nclip.target": "detach"}
+        if objective == "xclip":
+            weight = settings["weight"]
+            changes["objective.terms"] = {"clip": round(1 - weight, 6), "nclip": weight}
+    return changes
 
 
 _SECOND = {
     "objective.name": "second",
     "objective.terms": {"clip": 0.5, "second": 0.5},
-    "objective.plugins": {"second": {"type": "studies.photographs.terms:SecondHead"}},
+    "objective.plugins": {"second": {"type": "studies.photographs.terms:SecondHead", "label_smoothing": 0.0}},
 }
 _TOKENS = {
     "objective.name": "common",
@@ -74,8 +60,8 @@ CONTROLS: dict[str, tuple[str, str, str, Settings]] = {
     "untrained_head": (
         "CLIP, untrained cluster head", "xclip", "clip", {"objective.terms": {"clip": 1.0, "nclip": 0.0}},
     ),
-    "shuffled": ("xCLIP, shuffled pseudo-labels", "xclip", "xclip", {}),
-    "second_head": ("CLIP, second contrastive head", "clip", "clip", _SECOND),
+    "shuffled": ("xCLIP, shuffled pseudo-labels", "xclip", "xclip", {"objective.nclip.shuffle_targets": True}),
+    "second_head": ("CLIP, second contrastive head", "clip", "clip", _SECOND),  # with the smoothing of `clip`
     "positives": ("CLIP, equal captions match", "clip", "clip", {"objective.clip.positives": "caption"}),
     "smoothing_0.1": ("CLIP, smoothing 0.1", "clip", "clip", {"objective.clip.label_smoothing": 0.1}),
     "smoothing_0.2": ("CLIP, smoothing 0.2", "clip", "clip", {"objective.clip.label_smoothing": 0.2}),

@@ -5,7 +5,6 @@ Each head costs about as much as a cluster head.
 
 import dataclasses
 import functools
-import itertools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -15,14 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples.superclip import Tokens, classify, initial_state
-from xclip_jax.core.fields import fraction_below_one, key
-from xclip_jax.losses import contrastive
-from xclip_jax.models.heads import Classifier, ClusterHead, Head, Heads, Scalar, l2_normalize
+from examples.superclip import Tokens
+from xclip_jax.models.heads import ClusterHead, Head, Heads, Scalar, l2_normalize
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives import Term
 from xclip_jax.objectives.clip import Clip
-from xclip_jax.objectives.similarity import CosineSimilarity, unit
+from xclip_jax.objectives.nclip import Nclip
+from xclip_jax.objectives.similarity import CosineSimilarity
 from xclip_jax.objectives.term import Arrays, Result
 
 FILE = pathlib.Path(__file__).with_name("tokens.txt")
@@ -41,71 +38,64 @@ class CommonTokens(Tokens):
     title: ClassVar[str] = "common tokens"
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        width = model.widths["img"]
-        classes = len(common_tokens())
-        return {"tokens": Head(Classifier(classes, width**-0.5), "img", "tokens", flops=2 * classes * width)}
+        return super().heads(model, len(common_tokens()))
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, jax.Array]:
-        return initial_state(len(common_tokens()))
+        return super().initial_state(model, len(common_tokens()))
 
     def __call__(
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
     ) -> Result:
         """Compute the loss, see `Term.__call__`."""
         known = common_tokens()
-        classes = np.zeros(int(known.max()) + 1, np.int32)
+        classes = np.zeros(known.max() + 1, np.int32)
         classes[known] = np.arange(len(known))
-        text = jnp.asarray(classes)[jnp.minimum(batch["text"], len(classes) - 1)]
-        text = jnp.where(batch["text"] < len(classes), text, 0)
-        return classify(out["tokens"], text, batch["text_end"], state)
+        text = jnp.asarray(classes).at[batch["text"]].get(mode="fill", fill_value=0)
+        return super().__call__(out, teacher, state, {**batch, "text": text}, chunk=chunk)
+
+
+class UnitHead(ClusterHead):
+    """`ClusterHead` with outputs of unit length."""
+
+    def __call__(self, h: jax.Array, **options: Any) -> Any:
+        logits: Any = super().__call__(h, **options)
+        return l2_normalize(logits)
 
 
 class SecondSimilarity(CosineSimilarity):
-    """The cosine of outputs of the second head, which are normalised first."""
+    """The cosine of outputs of the second head."""
 
     name: ClassVar[str] = "second"
     output: ClassVar[str] = "second"
     scale: ClassVar[str | None] = "second_scale"
 
-    def rows(self, output: Any) -> Any:
-        return unit(output)
-
-    def scores(self, img: Any, txt: Any) -> dict[str, Any]:
-        return super().scores(unit(img), txt)
-
 
 @dataclasses.dataclass(frozen=True)
-class SecondHead(Term):
+class SecondHead(Clip):
     """A second contrastive loss (arXiv 2103.00020) on MLP heads of the size of cluster heads: a control [ours]."""
 
     title: ClassVar[str] = "second contrastive head"
-
-    label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
 
     @property
     def similarity(self) -> SecondSimilarity:
         return SecondSimilarity()
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        options = model.cluster_head
-        module = ClusterHead(**dataclasses.asdict(options), dtype=jnp.dtype(model.dtype))
+        module = UnitHead(**dataclasses.asdict(model.cluster_head), dtype=jnp.dtype(model.dtype))
         heads: dict[str, Head | Scalar] = {
-            "second_log_scale": Scalar("second_scale", math.log(Clip.initial_scale), jnp.exp)
+            "second_log_scale": Scalar("second_scale", math.log(self.initial_scale), jnp.exp)
         }
-        for tower, width in model.widths.items():
-            layers = [width] + [options.hidden] * options.layers + [options.clusters]
-            flops = 2 * sum(a * b for a, b in itertools.pairwise(layers))
-            heads[f"second_{tower}"] = Head(module, tower, f"second_{tower}", ("train",), flops)
+        for tower, head in zip(self.towers, Nclip().heads(model, vocab).values(), strict=True):
+            name = f"second_{tower}"
+            heads[name] = dataclasses.replace(head, module=module, output=name, options=("train",))
         return heads
 
     def constrain(self, params: Any) -> Any:
-        return params | {"second_log_scale": jnp.minimum(params["second_log_scale"], math.log(100.0))}
+        return params | {"second_log_scale": jnp.minimum(params["second_log_scale"], math.log(self.max_scale))}
 
     def __call__(
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
     ) -> Result:
         """Compute the loss, see `Term.__call__`."""
-        z_img, z_txt = (l2_normalize(out[f"second_{tower}"]) for tower in self.towers)
-        smoothing = self.label_smoothing
-        loss, metrics = contrastive.clip(z_img, z_txt, out["second_scale"], label_smoothing=smoothing, chunk=chunk)
-        return loss, metrics, {}
+        second = {"z_img": out["second_img"], "z_txt": out["second_txt"], "scale": out["second_scale"]}
+        return super().__call__(second, teacher, state, batch, chunk=chunk)

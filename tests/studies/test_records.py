@@ -1,62 +1,38 @@
 import dataclasses
-import pathlib
 
 import pytest
 from flax.traverse_util import unflatten_dict
 
 from studies import records
-from studies.declaration import Arm
-from studies.matrix import Snapshot
-from studies.photographs import stages
 from tests.helpers import tiny
 from tests.studies import made
-from tests.studies.greys import TEST_SET, VALIDATION_SET
+from tests.studies.made import TEST_SET, VALIDATION_SET
 from xclip_jax.config import schema
-from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import UserError
 
 
-@pytest.mark.parametrize(
-    ("tested", "changes", "message"),
-    [
-        (True, {"optim.lrr": 1e-3}, "arm 'new': config key 'optim.lrr' is unknown"),
-        (True, {"eval.sets": (TEST_SET,)}, "arm 'new' would be evaluated on '.*/test' before its end"),
-        (False, {"eval.sets_at_end": (TEST_SET,)}, "arm 'new' would be evaluated on '.*/test' before its end"),
-    ],
-)
-def test_arms_see_test_sets_at_their_end_alone(tested, changes, message):
-    new = Arm("new", "", "tiny:objective=clip", changes, (0,), tested)
-    with pytest.raises(UserError, match=message):
-        made.matrix(new).runs()
+def test_arms_see_test_sets_at_their_end_alone():
+    evaluated = "arm 'one' would be evaluated on '.*Greys/30' before its end"
+    for tested, changes, message in (
+        (True, {"optim.lrr": 1e-3}, "arm 'one': config key 'optim.lrr' is unknown"),
+        (True, {"eval.sets": (TEST_SET,)}, evaluated),
+        (False, {}, evaluated),
+    ):
+        with pytest.raises(UserError, match=message):
+            made.matrix(dataclasses.replace(made.ONE, changes=changes, tested=tested)).runs()
 
 
-def test_configs_of_arms():
-    terms = {"objective.name": "xclip", "objective.terms": {"clip": 1.0, "nclip": 0.0}}
-    chosen = Arm("chosen", "", "tiny:objective=clip", terms, (3, 4), tested=False)
+def test_first_seeds_come_first_and_equal_configs_once():
     again = dataclasses.replace(made.ARMS[0], name="again")
-    runs = made.matrix(*made.ARMS, chosen, again).runs()
-    # First seeds first, and equal configs once.
-    names = [(run.arm.name, run.seed) for run in runs]
-    assert names == [("clip", 0), ("xclip", 0), ("chosen", 3), ("clip", 1), ("xclip", 1), ("chosen", 4)]
-    assert runs[2].config.objective.terms.to_dict() == {"clip": 1.0, "nclip": 0.0}
-    assert (runs[2].config.seed, runs[2].config.eval.sets_at_end) == (3, ())
-    assert (runs[1].config.eval.sets, runs[1].config.eval.sets_at_end) == ((VALIDATION_SET,), (TEST_SET,))
-
-
-def test_values_of_finished_runs():
-    matrix = made.matrix()
-    snapshot = Snapshot(matrix, made.finished(matrix, {"clip": {0: 4.0, 1: 6.0}}))
-    top1, both, rank = made.MEASURES
-    assert snapshot.values("clip", top1) == {0: 4.0, 1: 6.0} and snapshot.values("clip", both) == {0: 6.0, 1: 9.0}
-    assert snapshot.values("clip", rank)[0] == pytest.approx(2.0794415)  # ln 8
-    assert snapshot.values("xclip", top1) == snapshot.values("unknown", top1) == {}
-    assert snapshot.missing() == {"xclip": 2}
+    runs = made.matrix(made.ARMS[0], again, dataclasses.replace(made.ARMS[1], seeds=(3, 4))).runs()
+    assert [(run.arm.name, run.seed) for run in runs] == [("clip", 0), ("xclip", 3), ("clip", 1), ("xclip", 4)]
+    config = runs[1].config
+    assert (config.seed, config.eval.sets, config.eval.sets_at_end) == (3, (VALIDATION_SET,), (TEST_SET,))
 
 
 def test_records_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "runs.jsonl"
-    matrix = made.matrix()
-    of_runs = made.finished(matrix, {"clip": {0: 1.0, 1: 2.0}, "xclip": {0: 3.0}})
+    of_runs = made.matrix(values={"clip": {0: 1.0, 1: 2.0}, "xclip": {0: 3.0}}).records
     for record in of_runs.values():
         assert records.write(path, record) == record.name
     again = records.read_all(path)
@@ -85,24 +61,14 @@ def test_keys_have_what_decides_the_result():
     assert records.config_key(unflatten_dict(flat, sep=".")) == key()
 
 
-def test_an_old_record_of_the_photographs_is_recognised(monkeypatch):
-    """A line of e2fee370: the arm of today has its key."""
-    record = records.read((pathlib.Path(__file__).parent / "golden" / "record.jsonl").read_text())
-    steps, settings = 1280, stages.TEAMS["xclip"][2]
-    arm = stages.arm_of("final_xclip", "", "xclip", stages.xclip(settings, steps), (3,), "split=train")
-    matrix = stages.PhotographsMatrix(stages.study_of([arm]), load_config)
-    assert matrix.run(arm, 3).key == record.key and record.value("photographs/test_unseen", "") == 50.0
-
-
 def test_a_run_is_collected_from_its_folder(tmp_path):
     run = made.matrix().runs()[0]
-    config = schema.to_dict(schema.resolve(run.config))
     about = {"arm": "clip", "commit": "c", "workers": 1, "error": ""}
-    made.write_folder(tmp_path, config, 12.3456789)
+    made.write_folder(tmp_path, schema.to_dict(schema.resolve(run.config)), 12.3456789)
     record = records.collect(tmp_path, tested=True, **about)
     assert record.value(TEST_SET, "") == record.value(TEST_SET, "top1") == 12.3457 and record.key == run.key
     assert record.value("b", "") is None and record.environment == {"versions": {"jax": "1"}, "workers": 1}
-    with pytest.raises(UserError, match=r"arm 'clip' is for choices and was evaluated on .*test, not for validation"):
+    with pytest.raises(UserError, match=r"arm 'clip' is for choices and was evaluated on .*Greys/30, not for"):
         records.collect(tmp_path, tested=False, **about)
     (tmp_path / "results.json").unlink()
     with pytest.raises(UserError, match="is not a finished run"):
