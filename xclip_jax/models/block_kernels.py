@@ -1,6 +1,6 @@
 """TPU kernels for the products of a transformer block, whose norms and hidden units stay on the chip.
 
-    project   norm(x) @ kernel: the queries, keys and values of a block's attention
+    project   norm(x) @ kernel: queries, keys and values of a block's attention
     finish    y = x + attended @ out, then y + down(act(up(norm(y))))
 
 XLA writes the normalised rows, and the hidden units before and after the activation, to HBM, and computes norms and
@@ -63,8 +63,10 @@ class Weights(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def project(x: Array, norm: Norm, kernel: Array, eps: float, cores: int, interpret: bool) -> Array:
-    """Compute norm(x) @ kernel, (rows, d) -> (rows, outputs).
+def project(x: Array, norm: Norm, kernel: Array, eps: float, cores: int, interpret: bool) -> tuple[Array, Array]:
+    """Compute norm(x) @ kernel, (rows, d) -> (rows, outputs), and return it with `x` for the residual branch.
+
+    The kernel of the backward pass adds the gradients of both, which XLA would do in a pass of its own.
 
     Args:
       x: rows, in the dtype of the product.
@@ -79,7 +81,7 @@ def project(x: Array, norm: Norm, kernel: Array, eps: float, cores: int, interpr
 
 def _project_forward(
     x: Array, norm: Norm, kernel: Array, eps: float, cores: int, interpret: bool
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     def body(x: Any, scale: Any, offset: Any, kernel: Any, out: Any) -> None:
         y, _, _ = _normalised(x[...], scale, offset, eps)
         out[...] = dot(y, kernel[...], (1, 0)).astype(out.dtype)
@@ -87,26 +89,25 @@ def _project_forward(
     rows = jax.ShapeDtypeStruct((len(x), kernel.shape[1]), x.dtype)
     (out,) = _call(body, (x,), (*norm, kernel), (rows,), kernel.size, cores, interpret, "project")
     out = checkpoint_name(out, PROJECTED)
-    return out, (x, *norm, kernel)
+    return (out, x), (x, *norm, kernel)
 
 
 def _project_backward(
-    eps: float, cores: int, interpret: bool, inputs: tuple[Array, ...], g: Array
+    eps: float, cores: int, interpret: bool, inputs: tuple[Array, ...], g: tuple[Array, Array]
 ) -> tuple[Array, Norm, Array]:
     x, *weights = inputs
 
-    def body(x: Any, g: Any, scale: Any, offset: Any, kernel: Any, grad_x: Any, *grads: Any) -> None:
+    def body(x: Any, g: Any, g_x: Any, scale: Any, offset: Any, kernel: Any, grad_x: Any, *grads: Any) -> None:
         _clear(grads)
         grad_scale, grad_offset, grad_kernel = grads
         y, normalised, reciprocal = _normalised(x[...], scale, offset, eps)
         grad_kernel[...] += dot(y, g[...], (0, 0))
         grad_y = dot(g[...], kernel[...], (1, 1))
         grad = _norm_gradient(grad_y, normalised, reciprocal, scale, grad_scale, grad_offset)
-        grad_x[...] = grad.astype(grad_x.dtype)
+        grad_x[...] = (g_x[...].astype(jnp.float32) + grad).astype(grad_x.dtype)
 
-    grad_x, *grads = _call(
-        body, (x, g), weights, (x,), 2 * weights[2].size, cores, interpret, "project_gradient", summed=True
-    )
+    products = 2 * weights[2].size
+    grad_x, *grads = _call(body, (x, *g), weights, (x,), products, cores, interpret, "project_gradient", summed=True)
     return grad_x, Norm(grads[0], grads[1]), grads[2]
 
 

@@ -163,8 +163,8 @@ def _by_kernels(params: Params, x: Array, config: TransformerConfig, causal: boo
     )
 
     def on_device(x: Array, norm: block_kernels.Norm, heads: Array, bias: Array, rest: block_kernels.Weights) -> Array:
-        rows = x.reshape(-1, width)
-        qkv = block_kernels.project(rows, norm, heads, eps, cores, interpret).reshape(*x.shape[:2], -1)
+        qkv, rows = block_kernels.project(x.reshape(-1, width), norm, heads, eps, cores, interpret)
+        qkv = qkv.reshape(*x.shape[:2], -1)
         attended = kernels.attention(qkv, bias, width // config.heads, tokens, causal, interpret).reshape(-1, width)
         return block_kernels.finish(rows, attended, rest, act, eps, cores, interpret).reshape(x.shape)
 

@@ -41,6 +41,10 @@ _TPU_OVERLAP: Options = {
     # Keep larger all-reduces apart. By default all are combined, and no product remains to hide the combined one.
     "xla_jf_crs_combiner_threshold_in_bytes": str(256 * 1024),
 }
+# Vector memory of an operation in KiB. The default, 32 MiB, is too little for a kernel of `models.block_kernels` with a
+# collective beside it.
+_MEMORY_FLAG = "xla_tpu_scoped_vmem_limit_kib"
+_LARGE_MEMORY = ("TPU v5 lite", "TPU v6 lite")  # with 128 MiB; the others since v5 have 64
 # Overlaps all-reduces with the backward pass. Off by default, and the only flag of NVIDIA's JAX image:
 # docs.nvidia.com/jax-toolbox/environment-variables.
 _GPUS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
@@ -57,7 +61,8 @@ def options(devices: Sequence[jax.Device]) -> Options:
     if kind == "tpu":
         # Cores up to v4 have 16 MiB of vector memory, too little for products fused with sums; since v5 at least 64.
         old = devices[0].device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
-        possible = _TPU if old else {**_TPU, **_TPU_OVERLAP}
+        memory = "98304" if devices[0].device_kind in _LARGE_MEMORY else "61440"
+        possible = _TPU if old else {**_TPU, **_TPU_OVERLAP, _MEMORY_FLAG: memory}
     given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get(_FLAGS.get(kind, ""), "").split()}
     device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
     return {name: x for name, x in possible.items() if name not in given and _accepts({name: x}, device)}
