@@ -23,12 +23,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from xclip_jax.models.kernels import LANES, dot
+from xclip_jax.parallel.compiler import VECTOR_MEMORY
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
 
-# Bytes of vector memory per core, by the kind of device; source: `pltpu.get_tpu_info_for_chip`.
-VECTOR_MEMORY = {"TPU v5 lite": 128 << 20, "TPU v5": 64 << 20, "TPU v6 lite": 128 << 20, "TPU7x": 64 << 20}
 PROJECTED = "projected"  # name of the result of `project`, for policies of `jax.checkpoint`
 ROWS = 512  # rows per block of a grid
 CHUNK = 768  # most hidden units per chunk
