@@ -23,13 +23,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from xclip_jax.models.kernels import LANES, dot
-from xclip_jax.parallel.compiler import VECTOR_MEMORY
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
 
+# Bytes of vector memory per core, by the kind of device (`pltpu.get_tpu_info_for_chip`). v4 and v5p are left out: XLA
+# finds no room for collectives between the kernels.
+VECTOR_MEMORY = {"TPU v5 lite": 128 << 20, "TPU v6 lite": 128 << 20, "TPU7x": 64 << 20}
 PROJECTED = "projected"  # name of the result of `project`, for policies of `jax.checkpoint`
-ROWS = 512  # rows per block of a grid
+ROWS, LEAST_ROWS = 512, 256  # most and fewest rows per block of a grid
 CHUNK = 768  # most hidden units per chunk
 
 
@@ -37,7 +39,7 @@ def fits(kind: str, rows: int, width: int, hidden: int, cores: int) -> bool:
     """Return whether the kernels support `rows` rows on a device of a `kind`, by its memory and the blocks' sizes."""
     # Weights in bf16, their gradients in fp32, and a few arrays of a block's rows in fp32.
     needed = 6 * width * (2 * hidden + width) + 4 * ROWS * (8 * width + 4 * CHUNK)
-    divides = rows % (ROWS * cores) == 0 and width % LANES == 0 and hidden % LANES == 0
+    divides = rows % (LEAST_ROWS * cores) == 0 and width % LANES == 0 and hidden % LANES == 0
     return divides and needed <= 0.9 * VECTOR_MEMORY.get(kind, 0)
 
 

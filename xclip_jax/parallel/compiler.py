@@ -41,11 +41,14 @@ _TPU_OVERLAP: Options = {
     # Keep larger all-reduces apart. By default all are combined, and no product remains to hide the combined one.
     "xla_jf_crs_combiner_threshold_in_bytes": str(256 * 1024),
 }
-# Bytes of vector memory per core, by the kind of device; source: `jax.experimental.pallas.tpu.get_tpu_info_for_chip`.
-VECTOR_MEMORY = {"TPU v5 lite": 128 << 20, "TPU v5": 64 << 20, "TPU v6 lite": 128 << 20, "TPU7x": 64 << 20}
-# KiB of it for one operation. The default, 32 MiB, is too little for a kernel of `models.block_kernels` that hides a
-# collective.
-_MEMORY_FLAG = "xla_tpu_scoped_vmem_limit_kib"
+# For the kernels of `models.block_kernels`, which fill most of the vector memory. One operation may take 96 of 128 MiB, so
+# that a kernel can hide a collective; by default 32. With 64 MiB kernels leave no room for one.
+_LARGE: Options = {"xla_tpu_scoped_vmem_limit_kib": str(96 << 10)}
+_TPU_KINDS: Mapping[str, Options] = {
+    "TPU v5 lite": _LARGE,
+    "TPU v6 lite": _LARGE,
+    "TPU7x": {"xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": False},
+}
 # Overlaps all-reduces with the backward pass. Off by default, and the only flag of NVIDIA's JAX image:
 # docs.nvidia.com/jax-toolbox/environment-variables.
 _GPUS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
@@ -62,9 +65,7 @@ def options(devices: Sequence[jax.Device]) -> Options:
     if kind == "tpu":
         # Cores up to v4 have 16 MiB of vector memory, too little for products fused with sums; since v5 at least 64.
         old = devices[0].device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
-        possible = _TPU if old else {**_TPU, **_TPU_OVERLAP}
-        if devices[0].device_kind in VECTOR_MEMORY:
-            possible = {**possible, _MEMORY_FLAG: str(VECTOR_MEMORY[devices[0].device_kind] * 3 // 4 >> 10)}
+        possible = _TPU if old else {**_TPU, **_TPU_OVERLAP, **_TPU_KINDS.get(devices[0].device_kind, {})}
     given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get(_FLAGS.get(kind, ""), "").split()}
     device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
     return {name: x for name, x in possible.items() if name not in given and _accepts({name: x}, device)}
