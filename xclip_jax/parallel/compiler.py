@@ -41,8 +41,8 @@ _TPU_OVERLAP: Options = {
     # Keep larger all-reduces apart. By default all are combined, and no product remains to hide the combined one.
     "xla_jf_crs_combiner_threshold_in_bytes": str(256 * 1024),
 }
-# For the kernels of `models.block_kernels`, which fill most of the vector memory. One operation may take 96 of 128 MiB, so
-# that a kernel can hide a collective; by default 32. With 64 MiB kernels leave no room for one.
+# For the kernels of `models.block_kernels`, which fill most of the vector memory. Of 128 MiB one operation may take 96,
+# by default 32, so that a kernel can hide a collective. With 64 MiB a kernel leaves no room for one.
 _LARGE: Options = {"xla_tpu_scoped_vmem_limit_kib": str(96 << 10)}
 _TPU_KINDS: Mapping[str, Options] = {
     "TPU v5 lite": _LARGE,
