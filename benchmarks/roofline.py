@@ -21,6 +21,7 @@ from xclip_jax.train.cost.roofline import CHIPS, FREE, cycles, grid_of, roofline
 
 # The first pattern in an operation's name and source decides its part, in a tower and elsewhere.
 _TOWER_PARTS = (
+    ("block kernels", r"/(project|finish)(_gradient)?/pallas_call"),
     ("MLP", r"/mlp/"),
     ("q, k, v and output products", r"/attention/(qkv|out)/"),
     ("attention", r"/attention"),

@@ -7,6 +7,7 @@ anywhere.
 import collections
 import functools
 import re
+import types
 
 import einops
 import flax.linen as nn
@@ -18,7 +19,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.helpers import tiny
 from xclip_jax.config import load as config_file
-from xclip_jax.models import kernels, layers
+from xclip_jax.models import block_kernels, kernels, layers, transformer
 from xclip_jax.models.layers import attend
 from xclip_jax.models.transformer import Transformer, TransformerConfig
 from xclip_jax.parallel import sharding
@@ -90,22 +91,32 @@ def test_which_sequences_fit():
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    """The program for TPUs with its kernel interpreted, wherever sizes fit; a switch to turn it on and off."""
+    """The program for TPUs with its kernels interpreted, wherever sizes fit; a switch to turn them on and off."""
     on, attention = {"kernel": True}, kernels.attention
     platform = sharding.platform
-    for module in (sharding, layers):
+    for module in (sharding, layers, transformer):
         monkeypatch.setattr(module, "platform", lambda: "tpu" if on["kernel"] and platform() else platform())
     monkeypatch.setattr(kernels, "attention", lambda *args: attention(*args[:5], interpret=True))
+    monkeypatch.setattr(transformer, "device", lambda: types.SimpleNamespace(num_cores=1))
+    for name in ("project", "finish"):
+        kernel = getattr(block_kernels, name)
+        monkeypatch.setattr(block_kernels, name, lambda *args, kernel=kernel: kernel(*args[:-1], True))
 
     def fuses(self, tokens, _):
         shards = sharding.shards_of("heads")
         return on["kernel"] and kernels.fits(tokens, self.heads // shards, self.width // shards)
 
+    def fuses_products(self, x):
+        return on["kernel"] and sharding.shards_of("heads") == 1
+
     monkeypatch.setattr(TransformerConfig, "fuses", fuses)
+    monkeypatch.setattr(TransformerConfig, "fuses_products", fuses_products)
     return on
 
 
-@pytest.mark.parametrize(("strategy", "scan", "remat"), [("dp", False, "dots"), ("fsdp_tp", True, "full")])
+@pytest.mark.parametrize(
+    ("strategy", "scan", "remat"), [("dp", False, "dots"), ("fsdp", True, "none"), ("fsdp_tp", True, "full")]
+)
 def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat):
     config = TransformerConfig(width=256, depth=2, heads=4, scan=scan, remat=remat)
     tower = Transformer(config, dtype=jnp.float32)
@@ -124,7 +135,9 @@ def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat)
     for everywhere["kernel"] in (True, False):
         jax.clear_caches()
         results.append(run(params, x))
-        assert ("attention_gradient" in str(jax.make_jaxpr(run)(params, x))) == everywhere["kernel"]
+        program = str(jax.make_jaxpr(run)(params, x))
+        assert ("attention_gradient" in program) == everywhere["kernel"]
+        assert ("finish_gradient" in program) == (everywhere["kernel"] and strategy != "fsdp_tp")
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(jnp.abs(theirs).max()))
 

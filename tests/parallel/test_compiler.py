@@ -52,8 +52,9 @@ def test_several_gpus_have_options_that_xla_knows(monkeypatch):
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_each_generation_accepts_all_options(topology):
-    overlap = {} if topology.startswith("v4") else compiler._TPU_OVERLAP
-    assert compiler.options(devices(topology)) == {**compiler._TPU, **overlap}
+    chips = devices(topology)
+    later = {} if topology.startswith("v4") else compiler._TPU_OVERLAP
+    assert compiler.options(chips) == {**compiler._TPU, **later, **compiler._TPU_KINDS.get(chips[0].device_kind, {})}
 
 
 def test_a_weight_gradient_that_ends_split_is_one_product():

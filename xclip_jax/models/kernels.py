@@ -129,7 +129,8 @@ def _call(
     )(*inputs)
 
 
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Multiply matrices over the dimensions `contract` of `a` and `b`, and return fp32."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
@@ -158,7 +159,7 @@ def _lanes(head: int, kv: int) -> Array:
 
 def _exponentials(query: Array, key: Array, tokens: int, causal: bool) -> tuple[Array, Array]:
     """Return the unnormalised softmax of a head's scores, fp32 (n, n), and the reciprocals of its sums, (n, 1)."""
-    scores = _dot(query, key, (1, 1))
+    scores = dot(query, key, (1, 1))
     column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     if causal:
         row = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
@@ -176,7 +177,7 @@ def _forward_kernel(qkv: Any, bias: Any, out: Any, *, kv: int, tokens: int, caus
         for head in range(LANES // kv):
             e, reciprocal = _exponentials(_only(query, head, kv), key, tokens, causal)
             # Normalising after the product divides n x 128 numbers instead of n x n.
-            attended = _dot(e.astype(value.dtype), value, (1, 0)) * reciprocal
+            attended = dot(e.astype(value.dtype), value, (1, 0)) * reciprocal
             result = attended if kv == LANES else jnp.where(_lanes(head, kv), attended, result)
         out[i] = result.astype(out.dtype)
 
@@ -199,10 +200,10 @@ def _backward_kernel(
             scaled = _only(g_out, head, kv) * reciprocal
             mean = jnp.sum(_only(weighted, head, kv), axis=1, keepdims=True) * reciprocal
             scaled = scaled.astype(query.dtype)
-            grad_value += _dot(e.astype(query.dtype), scaled, (0, 0))
-            grad_scores = (e * (_dot(scaled, value, (1, 1)) - mean)).astype(query.dtype)
-            grad_key += _dot(grad_scores, head_query, (0, 0))
-            grad_head = _dot(grad_scores, key, (1, 0))
+            grad_value += dot(e.astype(query.dtype), scaled, (0, 0))
+            grad_scores = (e * (dot(scaled, value, (1, 1)) - mean)).astype(query.dtype)
+            grad_key += dot(grad_scores, head_query, (0, 0))
+            grad_head = dot(grad_scores, key, (1, 0))
             grad_query = grad_head if kv == LANES else jnp.where(_lanes(head, kv), grad_head, grad_query)
         for part, x in enumerate((grad_query * kv**-0.5, grad_key, grad_value)):
             grad_qkv[i, :, _part(part)] = x.astype(grad_qkv.dtype)

@@ -13,11 +13,11 @@ from jax.typing import DTypeLike
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import above, at_least, choice, derived, key
-from xclip_jax.models import kernels
-from xclip_jax.models.layers import STYLES, Attention, LayerNorm, Mlp, Style, named, token_at
+from xclip_jax.models import block_kernels, kernels
+from xclip_jax.models.layers import ACTIVATIONS, STYLES, Attention, LayerNorm, Mlp, Style, named, token_at
 from xclip_jax.models.tower import Params, TextTower, Tower
 from xclip_jax.parallel import compiler
-from xclip_jax.parallel.sharding import constrain, platform, shards_of
+from xclip_jax.parallel.sharding import constrain, device, map_devices, platform, shards_of
 
 Array = jax.Array
 TEXT_POOLS = ("eot", "last")
@@ -26,7 +26,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(kernels.OUTPUT),
+        jax.checkpoint_policies.save_only_these_names(kernels.OUTPUT, block_kernels.PROJECTED),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -66,6 +66,14 @@ class TransformerConfig(Tower):
         parts = shards_of("heads")
         on_chip = platform() == "tpu" and jnp.dtype(dtype) == jnp.bfloat16
         return on_chip and kernels.fits(tokens, self.heads // parts, self.width // parts)
+
+    def fuses_products(self, x: Array) -> bool:
+        """Return whether `models.block_kernels` compute the products of a block over `x` (b, n, d)."""
+        on = device()
+        if on is None or platform() != "tpu" or x.dtype != jnp.bfloat16 or shards_of("mlp") * shards_of("heads") > 1:
+            return False
+        rows = x.shape[0] * x.shape[1] // shards_of("batch")
+        return block_kernels.fits(on.device_kind, rows, self.width, self.hidden, on.num_cores)
 
     def block_flops(self, tokens: float, *, one: bool = False) -> float:
         """Return the FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
@@ -124,10 +132,44 @@ class Block(nn.Module):
         attention = Attention(config.heads, out_std, self.causal, self.dtype, self.fused, name="attention")
         mlp = Mlp(config.hidden, out_std, config.details.act, self.dtype, name="mlp")
         x = constrain(x, "batch", None, None)
+        if self.fused and keep is None and not self.is_initializing() and config.fuses_products(x):
+            x = _by_kernels(self.variables["params"], x, config, self.causal, self.fused)
+            return constrain(x, "batch", None, None), None
         y = attention(LayerNorm(config.details.eps, self.dtype, name="norm_1")(x), at)
         x = (x if at is None else token_at(x, at)) + kept(y, 0)
         x = x + kept(mlp(LayerNorm(config.details.eps, self.dtype, name="norm_2")(x)), 1)
         return constrain(x, "batch", None, None), None
+
+
+def _by_kernels(params: Params, x: Array, config: TransformerConfig, causal: bool, tokens: int) -> Array:
+    """Compute a block with these parameters by kernels; see `Block`, and `kernels.attention` for `tokens`."""
+    width, eps, act = config.width, config.details.eps, ACTIVATIONS[config.details.act]
+    on = device()
+    interpret = platform() != "tpu"
+    cores = on.num_cores if on is not None and not interpret else 1
+
+    def linear(part: Params) -> tuple[Array, Array]:
+        kernel = part["kernel"].astype(x.dtype)
+        return kernel.reshape(-1, kernel.shape[-1]), part["bias"][None]
+
+    def norm(part: Params) -> block_kernels.Norm:
+        return block_kernels.Norm(part["norm"]["scale"][None], part["norm"]["bias"][None])
+
+    attention, mlp = params["attention"], params["mlp"]
+    heads = kernels.group_heads(attention["qkv"]["kernel"].astype(x.dtype))
+    bias = kernels.group_heads(attention["qkv"]["bias"])[None]
+    rest = block_kernels.Weights(
+        *linear(attention["out"]), *norm(params["norm_2"]), *linear(mlp["up"]), *linear(mlp["down"])
+    )
+
+    def on_device(x: Array, norm: block_kernels.Norm, heads: Array, bias: Array, rest: block_kernels.Weights) -> Array:
+        qkv, rows = block_kernels.project(x.reshape(-1, width), norm, heads, eps, cores, interpret)
+        qkv = qkv.reshape(*x.shape[:2], -1)
+        attended = kernels.attention(qkv, bias, width // config.heads, tokens, causal, interpret).reshape(-1, width)
+        return block_kernels.finish(rows, attended, rest, act, eps, cores, interpret).reshape(x.shape)
+
+    axes = ("batch", None, None)
+    return map_devices(on_device, (x, norm(params["norm_1"]), heads, bias, rest), (axes, (), (), (), ()), axes)
 
 
 class Transformer(nn.Module):

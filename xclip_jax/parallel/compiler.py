@@ -41,6 +41,14 @@ _TPU_OVERLAP: Options = {
     # Keep larger all-reduces apart. By default all are combined, and no product remains to hide the combined one.
     "xla_jf_crs_combiner_threshold_in_bytes": str(256 * 1024),
 }
+# For the kernels of `models.block_kernels`, which fill most of the vector memory. Of 128 MiB one operation may take 96,
+# by default 32, so that a kernel can hide a collective. With 64 MiB a kernel leaves no room for one.
+_LARGE: Options = {"xla_tpu_scoped_vmem_limit_kib": str(96 << 10)}
+_TPU_KINDS: Mapping[str, Options] = {
+    "TPU v5 lite": _LARGE,
+    "TPU v6 lite": _LARGE,
+    "TPU7x": {"xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": False},
+}
 # Overlaps all-reduces with the backward pass. Off by default, and the only flag of NVIDIA's JAX image:
 # docs.nvidia.com/jax-toolbox/environment-variables.
 _GPUS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
@@ -57,7 +65,7 @@ def options(devices: Sequence[jax.Device]) -> Options:
     if kind == "tpu":
         # Cores up to v4 have 16 MiB of vector memory, too little for products fused with sums; since v5 at least 64.
         old = devices[0].device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
-        possible = _TPU if old else {**_TPU, **_TPU_OVERLAP}
+        possible = _TPU if old else {**_TPU, **_TPU_OVERLAP, **_TPU_KINDS.get(devices[0].device_kind, {})}
     given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get(_FLAGS.get(kind, ""), "").split()}
     device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
     return {name: x for name, x in possible.items() if name not in given and _accepts({name: x}, device)}

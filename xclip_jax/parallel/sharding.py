@@ -140,17 +140,20 @@ def device() -> jax.Device | None:
 
 
 def shards_of(axis: str) -> int:
-    """Return the number of shards of a dimension with logical `axis`."""
+    """Return the number of shards of a dimension with logical `axis`, within `map_microbatches` of a device's part."""
     layout = _active.get()
-    return math.prod(layout.mesh.shape[name] for name in _without(layout.rules.get(axis), ()) or ()) if layout else 1
+    if layout is None:
+        return 1
+    return math.prod(layout.mesh.shape[name] for name in _without(layout.rules.get(axis), layout.manual) or ())
 
 
 def map_devices(
-    fn: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], axes: tuple[Axes, ...], result: Axes
+    fn: Callable[..., jax.Array], arrays: tuple[Any, ...], axes: tuple[Axes, ...], result: Axes
 ) -> jax.Array:
     """Compute `fn`, for example a kernel that XLA cannot split, on each device's part of `arrays`.
 
-    `axes` are the logical axes of each array, and `result` the result's.
+    `axes` are the logical axes of each array, () for a tree of arrays that each device needs whole, and `result` the
+    result's.
     """
     layout = _active.get()
     if layout is None:

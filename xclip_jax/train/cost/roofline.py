@@ -36,7 +36,8 @@ class Chip:
     peak: float  # bf16 FLOP/s
     bandwidth: float  # memory bandwidth, bytes/s
     clock: float  # cycles/s
-    kernels: float  # share of the peak in the attention kernel's schedule (docs/performance.md)
+    attention: float  # share of the peak in the schedule of the attention kernel (docs/performance_notes.md)
+    products: float  # the same of the kernels for a block's products; 0: XLA computes them
     link: float  # bytes/s of a link between chips, in one direction
     wraps: int  # length of grid axes that form a ring; 0: all axes do if all are multiples of 4
     smallest: str  # smallest topology
@@ -51,12 +52,12 @@ class Chip:
 
 _MEGACORE = {"chip_config_name": "megacore"}  # two cores as one device
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 45e9, 0, "v4:2x2x1", options=_MEGACORE),
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 0.38, 50e9, 16, "v5e:2x2"),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 100e9, 0, "v5p:2x2x1", options=_MEGACORE),
-    "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 0.11, 100e9, 16, "v6e:2x2"),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 0.0, 45e9, 0, "v4:2x2x1", options=_MEGACORE),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 0.38, 0.93, 50e9, 16, "v5e:2x2"),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 0.0, 100e9, 0, "v5p:2x2x1", options=_MEGACORE),
+    "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 0.11, 0.78, 100e9, 16, "v6e:2x2"),
     # A chip is two devices, each with half of the memory.
-    "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 0.11, 100e9, 0, "tpu7x:2x2x1", devices=2),
+    "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 0.11, 0.85, 100e9, 0, "tpu7x:2x2x1", devices=2),
 }
 
 
@@ -153,15 +154,22 @@ def seconds(program: Program, execution: Execution, communicates: bool, chip: Ch
     count = execution.count
     if instruction.opcode.endswith("-start"):
         return 0.0  # while other operations run
-    flops = sum(kernel_flops(each.instruction) for each in (execution, *program.inside(execution)))
-    if flops:
-        return count * flops / (chip.kernels * chip.peak)
+    work = sum(
+        kernel_flops(x.instruction) / share_of(x.instruction, chip) for x in (execution, *program.inside(execution))
+    )
+    if work:
+        return count * work / chip.peak
     if instruction.cycles:
         return count * instruction.cycles / chip.clock
     if communicates or instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return 0.0
     moved = sum(x.bytes if "S(" in x.layout else 2 * x.bytes for x in instruction.arrays)
     return count * moved / chip.bandwidth
+
+
+def share_of(kernel: hlo.Instruction, chip: Chip) -> float:
+    """Return the share of the peak that a Pallas kernel reaches."""
+    return chip.attention if kernel.name.startswith("attention") else chip.products
 
 
 def kernel_flops(instruction: hlo.Instruction) -> float:
