@@ -116,7 +116,7 @@ def test_they_compile_for_each_generation(topology, monkeypatch):
 
     device = devices_of(topology)[0][0]
     where = jax.sharding.SingleDeviceSharding(device)
-    rows, width, hidden = 512, 512, 2048
+    rows, width, hidden = 1024, 512, 2048
     assert block_kernels.fits(device.device_kind, rows, width, hidden, device.num_cores)
 
     def shape(*sizes, dtype=jnp.bfloat16):
