@@ -138,7 +138,8 @@ def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataCo
     parts: list[Source] = []
     for spec, source, captions in zip(specs, opened, dropped, strict=True):
         gone = [i for i, counts in captions.items() if len(counts) == max(counts.values())]
-        facts = {"data.drop": {"digest": image_hash(json.dumps(captions, sort_keys=True).encode())}} if captions else {}
+        listed = json.dumps(captions, sort_keys=True).encode()
+        facts: dict[str, Any] = {"data.drop": image_hash(listed)} if captions else {}
         if config.holdout:  # of all pairs, so that runs with and without `data.drop` hold out the same
             held_out = find(spec, source, config.holdout, config)
             gone += held_out.indices.tolist()

@@ -79,8 +79,7 @@ class Transform:
         """Draw one of the captions, by the weights of their columns if any, and apply `data.caption_transform`."""
         text = record["text"]
         weights = list(self.config.text_weights.values())
-        columns = record.get("columns", ())
-        shares = np.array([weights[column] / columns.count(column) for column in columns])
+        shares = np.array([weights[i] / record["columns"].count(i) for i in record.get("columns", ())])
         text = text[rng.choice(len(text), p=shares / shares.sum()) if shares.any() else rng.integers(len(text))]
         return self._change(text, record["tags"], rng) if self._change else text
 

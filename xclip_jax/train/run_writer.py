@@ -19,8 +19,8 @@ from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, to_json, write_items
 from xclip_jax.interop import hub
 
-# Keys of a fingerprint with a digest of the records that they chose.
-OUTCOMES = ("data.holdout", "data.drop", "data.spread_duplicate_captions")
+# Keys of a fingerprint with a digest by `data.records.reading_digest`.
+OUTCOMES = ("data.holdout", "data.spread_duplicate_captions")
 _SHOWN = 5  # differences that an error lists
 
 
@@ -109,11 +109,11 @@ class RunWriter(RunReader):
         for number, name in enumerate(config.data.sources):
             old = saved[number] if number < len(saved) else {}
             new = fingerprints[number]
-            same = len(saved) == len(fingerprints)
+            same = len(saved) == len(fingerprints) and old.get("data.drop") == new.get("data.drop")
             for key in ("hash", "samples", "classes"):
                 same &= old.get(key, new.get(key)) == new.get(key)
-            for key in OUTCOMES:
-                same &= old.get(key, {}).get("digest") == new.get(key, {}).get("digest")
+            for key in {*OUTCOMES} & old.keys() & new.keys():
+                same &= old[key]["digest"] == new[key]["digest"]
             if not same:
                 raise UserError(
                     f"source {number}, {name!r}, has changed since {self.data_file} was written: other sources, files, "
