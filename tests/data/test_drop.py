@@ -167,3 +167,14 @@ def test_a_resumed_run_needs_the_same_captions_at_any_path(pairs, tmp_path):
         prepared()
     with pytest.raises(UserError, match=r"source 0, .* has changed"):
         prepared(data__drop="")
+
+
+def test_addresses_in_captions_lose_their_secrets_in_the_file_alone(tmp_path):
+    folder = tiny.folder(tmp_path / "pairs", 9)
+    (folder / "004.txt").write_text("one\nhttps://host/a.jpg?signature=secret\n")
+    file = pathlib.Path(suspects(f"folder:{folder}", tmp_path / "all.jsonl"))
+    lines = [line for line in file.read_text().splitlines() if "https://host" in line]
+    assert len(lines) == 1 and "secret" not in lines[0]
+    file.write_text(lines[0])
+    (part,) = sources.open_sources(config(f"folder:{folder}", drop=str(file), drop_threshold=0.0))
+    assert len(part) == 9 and part[4]["text"] == ["one"]

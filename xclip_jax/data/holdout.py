@@ -122,7 +122,7 @@ def read_dropped(opened: Sequence[Source], config: DataConfig) -> list[Dropped]:
     keys = [f"{source.fingerprint()['hash']}:{','.join(config.text_weights)}" for source in opened]
     found: dict[str, dict[int, dict[str, int]]] = {key: {} for key in keys}
     limit = config.drop_threshold
-    fault = f"data.drop={config.drop!r} is not of xclip-jax check SOURCE,text=COLUMN,... --suspects on data.sources"
+    fault = f"data.drop={config.drop!r} is no file by xclip-jax check SOURCE,text=COLUMN,... --suspects on data.sources"
     with unreadable_as(f"{fault}, {keys}"), open_binary(os.path.expanduser(config.drop)) as file:
         for line in map(json.loads, file):
             captions = found[line["source"]]

@@ -114,7 +114,7 @@ class TarSource(Source):
         except BadSample:
             if self._captions_needed:
                 raise
-            captions, tags = captions_of([]), []
+            captions, tags = {"text": []}, []
         name = f"{redact(tar)}#{row['key'].decode(errors='replace')}"
         return {"image": parts["image"], **captions, "tags": tags, "id": name}
 
