@@ -1,7 +1,7 @@
 """Pairs of which some have another pair's captions, to try out what wrong captions cost and what finds them.
 
-    SOURCE=examples.exchanged:Exchanged:0.25/demo:train
-    xclip-jax train --config demo:objective=clip --config.data.sources=$SOURCE --config.data.weights='()'
+    export PYTHONPATH=. SOURCE=examples.exchanged:Exchanged:0.25/demo:train
+    xclip-jax train --config demo:objective=clip --config.data.sources="('$SOURCE',)" --config.data.weights='()'
     xclip-jax check $SOURCE,text=name,aliases --samples 0 --by runs/demo-clip --suspects suspects.jsonl
     python -m examples.exchanged $SOURCE suspects.jsonl
 
@@ -12,6 +12,7 @@ The last command compares the file with the truth, and writes all exchanged capt
 import argparse
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from xclip_jax.core.errors import UserError, exit_with_message
 from xclip_jax.data import sources
 from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, WrappedSource
 
-THRESHOLDS = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1)
+THRESHOLDS = (0.001, 0.0023, 0.005, 0.01, 0.02, 0.05)
 
 
 class ExchangedSource(WrappedSource):
@@ -52,12 +53,9 @@ class Exchanged(SourceKind):
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> ExchangedSource:
         share, _, spec = rest.partition("/")
-        try:
-            return ExchangedSource(sources.open_pairs(spec, options), float(share))
-        except ValueError as error:
-            raise UserError(
-                f"{rest!r} does not begin with a share; write SHARE/SOURCE, such as 0.25/demo:train."
-            ) from error
+        if not re.fullmatch(r"0?\.\d+", share):
+            raise UserError(f"{rest!r} does not begin with a share; write SHARE/SOURCE, such as 0.25/demo:train.")
+        return ExchangedSource(sources.open_pairs(spec, options), float(share))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,9 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("suspects", help="file by xclip-jax check --suspects")
     parser.add_argument("--out", default="exchanged.jsonl", help="file for all exchanged captions")
     options = parser.parse_args(argv)
-    source = sources.open_pairs(options.source)
-    assert isinstance(source, ExchangedSource)
     lines = [json.loads(line) for line in pathlib.Path(options.suspects).read_text().splitlines()]
+    columns = tuple(lines[0]["source"].rpartition(":")[2].split(","))
+    source: Any = sources.open_pairs(options.source, SourceOptions(text_columns=columns))
+    if not hasattr(source, "exchanged"):
+        raise UserError(f"{options.source!r} has nothing exchanged; write examples.exchanged:Exchanged:SHARE/SOURCE.")
     score = "probability" if "probability" in lines[0] else "cross_entropy"
     wrong = np.isin([line["index"] for line in lines], source.exchanged)
     values = np.array([line[score] for line in lines]) * (1 if score == "probability" else -1)

@@ -210,7 +210,7 @@ def test_exchanged(tmp_path, capsys):
     assert all(plain[i]["image"] == mixed[i]["image"] and plain[i]["id"] == mixed[i]["id"] for i in range(40))
     assert plain.fingerprint()["hash"] != mixed.fingerprint()["hash"]
     scores = np.random.default_rng(0).permutation(40) / 40 + 0.005
-    lines = [{"index": i, "probability": scores[i]} for i in np.argsort(scores).tolist()]
+    lines = [{"source": "hash:text", "index": i, "probability": scores[i]} for i in np.argsort(scores).tolist()]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = str(tmp_path / "wrong.jsonl")
     exchanged.main([f"examples.exchanged:Exchanged:0.25/folder:{folder}", str(tmp_path / "all.jsonl"), "--out", out])
