@@ -30,7 +30,7 @@ from xclip_jax.config import recipes, schema
 from xclip_jax.config.recipes import Describe
 from xclip_jax.core.errors import UserError, check_choice, redact
 from xclip_jax.data import holdout, inspect, records, sources, tokenizer
-from xclip_jax.data.base import Source, SourceOptions, choose, display_name
+from xclip_jax.data.base import Source, choose, display_name
 from xclip_jax.data.config import DataConfig
 from xclip_jax.evaluators.sets import classification
 from xclip_jax.objectives import RECIPES, make_objective
@@ -138,9 +138,7 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Descri
         raise UserError(f"small:{listed}: weights have a tokenizer and towers; leave {' and '.join(decided)} out.")
     machine = ORDINARY[args.device] if args.device else this_machine()
     spec = sources.spec_from_path(args.pairs)
-    source = (
-        None if args.count else sources.open_pairs(spec, SourceOptions(args.dir, args.image, config.data.text_columns))
-    )
+    source = None if args.count else sources.open_pairs(spec, sources.source_options(DataConfig(**config.data)))
     pairs = args.count or len(source or ())
     if pairs < inspect.FEWEST:
         raise UserError(

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from examples import clusters, compare_objectives, finetune_pairs, mix, study, use_a_model
+from examples import clusters, compare_objectives, exchanged, finetune_pairs, mix, study, use_a_model
 from tests.helpers import tiny
 from xclip_jax import interop
 from xclip_jax.config import load
 from xclip_jax.core.errors import UserError
+from xclip_jax.data import sources
 from xclip_jax.models.transformer import stack_blocks
 from xclip_jax.train import trainer, weights
 
@@ -197,3 +198,27 @@ def test_the_figures_of_clusters_are_drawn(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["information.png", "words.png"]
     first = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert first == [*clusters.SETTINGS, "clip", "nclip", "xclip"]
+
+
+def test_exchanged(tmp_path, capsys):
+    folder = tiny.folder(tmp_path / "pairs", 40)
+    plain = sources.open_pairs(f"folder:{folder}")
+    mixed = sources.open_pairs(f"examples.exchanged:Exchanged:0.25/folder:{folder}")
+    texts = [[source[i]["text"] for i in range(40)] for source in (plain, mixed)]
+    wrong = [i for i in range(40) if texts[0][i] != texts[1][i]]
+    assert wrong == sorted(mixed.exchanged) and len(wrong) == 10 and sorted(texts[0]) == sorted(texts[1])
+    assert all(plain[i]["image"] == mixed[i]["image"] and plain[i]["id"] == mixed[i]["id"] for i in range(40))
+    assert plain.fingerprint()["hash"] != mixed.fingerprint()["hash"]
+    scores = np.random.default_rng(0).permutation(40) / 40 + 0.005
+    lines = [{"source": "hash:text", "index": i, "probability": scores[i]} for i in np.argsort(scores).tolist()]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = str(tmp_path / "wrong.jsonl")
+    exchanged.main([f"examples.exchanged:Exchanged:0.25/folder:{folder}", str(tmp_path / "all.jsonl"), "--out", out])
+    right = [i for i in range(40) if i not in wrong]
+    auc = np.mean([[scores[i] < scores[j] for j in right] for i in wrong])
+    assert (
+        f"exchanged captions: 10 of 40; found before the others with an AUC of {auc:.1%}\n" in capsys.readouterr().out
+    )
+    assert sorted(line["index"] for line in map(json.loads, pathlib.Path(out).read_text().splitlines())) == wrong
+    with pytest.raises(UserError, match=r"0\.25/demo:train"):
+        sources.open_pairs(f"examples.exchanged:Exchanged:folder:{folder}")

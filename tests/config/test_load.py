@@ -54,6 +54,7 @@ def test_bad_command_lines(line, message, own_flags, monkeypatch):
     ("flag", "value"),
     [
         ("data.text_columns=title,alt", ("title", "alt")),
+        ("data.text_columns=title:0.8,alt:.2", ("title:0.8", "alt:.2")),
         ("data.text_columns=('title','alt')", ("title", "alt")),
         ("eval.sets=emoji/test_concepts,cifar10@/data/c", ("emoji/test_concepts", "cifar10@/data/c")),
         ("data.crop_scale=0.5,1.0", (0.5, 1.0)),

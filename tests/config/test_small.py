@@ -199,8 +199,8 @@ def test_a_table_and_its_columns(tmp_path):
     folder = tiny.folder(tmp_path / "pairs", 12)
     rows = [f"pairs/{i:03d}.png,picture {i}" for i in range(12)]
     (tmp_path / "all.csv").write_text("\n".join(["path,words", *rows]))
-    c = load.load_config(f"small:pairs={tmp_path / 'all.csv'},image=path,text=words,tokenizer=bytes")
-    assert c.data.sources == (f"csv:{tmp_path / 'all.csv'}",) and c.data.text_columns == ("words",)
+    c = load.load_config(f"small:pairs={tmp_path / 'all.csv'},image=path,text=words:0.8,tokenizer=bytes")
+    assert c.data.sources == (f"csv:{tmp_path / 'all.csv'}",) and c.data.text_columns == ("words:0.8",)
     assert c.eval.sets == ("retrieval/holdout",) and not c.data.spread_duplicate_captions
     assert folder.exists()
     # Before flags are read, the remedy is an argument.

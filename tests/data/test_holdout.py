@@ -83,8 +83,8 @@ def test_pairs_that_cannot_be_read_stay_in_training(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"holdout": 1e-9}, r"data\.holdout=1e-09 leaves 12 of the 12"),
-        ({"holdout": 0.999999}, r"data\.holdout=0.999999 leaves 0 of the 12"),
+        ({"holdout": 1e-9}, r"data\.holdout=1e-09 and data\.drop='' leave 12 of the 12"),
+        ({"holdout": 0.999999}, r"data\.holdout=0.999999 and data\.drop='' leave 0 of the 12"),
         ({"holdout": 0.5, "batch": 12}, r"data\.batch=12 exceeds the \d pairs"),
     ],
 )

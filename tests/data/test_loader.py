@@ -61,6 +61,7 @@ def test_each_sample_once_an_epoch_in_another_order():
         ({"sources": ("folder:few", "folder:none")}, 2, "'folder:none' has nothing in it"),
         ({"spread_duplicate_captions": True}, 2, r"data\.spread_duplicate_captions"),
         ({"holdout": 0.5}, 2, r"data\.holdout"),
+        ({"drop": "suspects.jsonl"}, 2, r"data\.drop"),
         ({"caption_transform": "none:none:text"}, 0, r"data\.caption_transform 'none:none'"),
     ],
 )
@@ -216,3 +217,70 @@ def test_device_transforms():
     gray = np.full((6, 5, 4, 3), 100, np.uint8)
     gray_colored = np.asarray(transforms.augment(gray, transforms.sample_augmentations(key, len(gray), color=0.3)))
     np.testing.assert_allclose(np.ptp(gray_colored, axis=(1, 2, 3)), 0, atol=1e-3)
+
+
+def counts_of_draws(weighted, missing):
+    """Counts of 6,000 draws from two captions in the first of two columns and one in the second."""
+    transform = loader.Transform(config(text_columns=weighted), 8, tokenizer.load("bytes"), 16)
+    record = {"text": ["a", "b", "c"][missing:], "columns": [0, 0, 1][missing:], "tags": []}
+    draws = [transform.caption(record, np.random.default_rng((7, i))) for i in range(6000)]
+    assert draws == [transform.caption(record, np.random.default_rng((7, i))) for i in range(6000)]
+    return {text: draws.count(text) for text in record["text"]}
+
+
+@pytest.mark.parametrize(
+    ("weighted", "missing", "expected"),
+    [
+        (("synthetic:0.8", "alt:0.2"), 0, {"a": 0.4, "b": 0.4, "c": 0.2}),
+        (("synthetic:1", "alt:3"), 0, {"a": 0.125, "b": 0.125, "c": 0.75}),
+        (("synthetic:0.8", "alt:0.2"), 2, {"c": 1}),  # those of the columns that are there
+        (("synthetic:1", "alt:0"), 0, {"a": 0.5, "b": 0.5, "c": 0}),
+        (("synthetic:1", "alt:0"), 2, {"c": 1}),  # weight 0: for want of others
+        (("synthetic", "alt"), 0, {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}),
+    ],
+)
+def test_captions_are_drawn_by_the_weights_of_their_columns(weighted, missing, expected):
+    counts = counts_of_draws(weighted, missing)
+    for text, p in expected.items():  # five standard deviations of the binomial distribution
+        assert abs(counts[text] - 6000 * p) <= 5 * np.sqrt(6000 * p * (1 - p)), text
+
+
+def test_captions_without_weights_are_drawn_as_ever():
+    record = {"text": ["a", "b", "c"], "tags": []}
+    for columns in ({}, {"columns": [0, 1, 1]}):
+        transform = loader.Transform(config(text_columns=("x", "y")), 8, tokenizer.load("bytes"), 16)
+        for seed in range(50):
+            rng, same = np.random.default_rng(seed), np.random.default_rng(seed)
+            assert transform.caption(record | columns, rng) == "abc"[same.integers(3)]
+            assert rng.bit_generator.state == same.bit_generator.state
+
+
+def test_weights_of_columns_in_tables_and_tars(tmp_path):
+    """Each third pair lacks the second caption; a run may start anywhere."""
+    bad_tars.pairs(tmp_path / "0.tar", 0, 30)
+    for i in range(30):
+        (tmp_path / f"{i}.jpg").write_bytes(bad_tars.jpeg(i))
+    rows = [f"{i}.jpg,s {i},{f'a {i}' if i % 3 else ''}" for i in range(30)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,synthetic,og:alt", *rows]))
+    for spec, columns, first, share in (
+        (f"csv:{tmp_path}/pairs.csv", ("synthetic:0.9", "og:alt:0.1"), "s", 1 / 3 + 0.9 * 2 / 3),
+        (f"tar:{tmp_path}/0.tar", ("caption:0.9", "text:0.1"), "j", 0.9),
+    ):
+        c = config(sources=(spec,), text_columns=columns, crop_scale=(1, 1))
+        opened = sources.open_sources(c)
+        whole = read(opened, c, stop=150)
+        n = 150 * 8
+        drawn = sum(text.startswith(first) for text in texts(whole))
+        assert abs(drawn - n * share) <= 5 * np.sqrt(n * share * (1 - share))
+        assert texts(read(opened, c, start=97, stop=103)) == texts(whole[97:103])
+
+
+@pytest.mark.parametrize("columns", [("a:0.5", "b"), ("a:0.5", "a:1"), ("a", "a"), ("a:1", "a:1:0.5")])
+def test_weights_that_are_not_clear_are_refused(columns):
+    assert [fault for fault in config(text_columns=columns).conflicts() if "all or none with COLUMN:WEIGHT" in fault]
+
+
+def test_names_with_colons():
+    names = {("og:title", "b"): {"og:title": 0, "b": 0}, ("a:1:0.5", "og:t:.2"): {"a:1": 0.5, "og:t": 0.2}}
+    for columns, weights in names.items():
+        assert config(text_columns=columns).text_weights == weights and not [*config(text_columns=columns).conflicts()]

@@ -52,7 +52,7 @@ def _duplicates(values: Sequence[Any]) -> int:
 def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     """Yield lines about a source; the last is the verdict, which also sets `options.passed`."""
     n = len(source)
-    yield f"samples: {n:,}, index {source.fingerprint()['hash']}"
+    yield f"samples: {n:,}, index {options.key[0]}"
     count = min(options.samples or n, n)
     chosen = np.random.default_rng(0).choice(n, count, replace=False)
     threads = records.cores()
@@ -131,11 +131,13 @@ def _suspects(source: Source, good: Sequence[Sample], options: argparse.Namespac
     among = f"the likeliest of about {len(judged) // blocks}"
     way = "cross-entropy of clusters" if clusters else "probability"
     yield f"by {options.by}, by {way}: {np.mean(right):.1%} of images have their own caption as {among}"
-    yield f"least likely captions, with their {way}:"
+    limits = np.abs(np.percentile([row[0] for row in judged], (1, 5, 10, 20, 30, 50)))
+    yield f"{way} at 1/5/10/20/30/50 % of the captions, least likely first: {' / '.join(map('{:.3g}'.format, limits))}"
     entries: list[dict[str, Any]] = []
     for likelihood, caption, label, sample in judged:
-        entry = {"index": sample.index, **source.describe(sample.index), "caption": caption}
-        entries.append(entry | {score or "probability": round(abs(likelihood), 6), "likeliest": label})
+        entry = {"index": sample.index, **source.describe(sample.index), "source": ":".join(options.key)}
+        entry |= {"caption": caption, "captions": len(set(sample.captions))}
+        entries.append(entry | {score or "probability": float(f"{abs(likelihood):.6g}"), "likeliest": label})
     for entry in entries[:_SUSPECTS]:
         yield f"    {json.dumps(entry, ensure_ascii=False)}"
     if options.suspects:
@@ -156,17 +158,17 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "source",
-        metavar="SOURCE[,image=COLUMN][,text=COLUMN,...][,dir=FOLDER]",
+        metavar="SOURCE[,image=COLUMN][,text=COLUMN,...][,tags=COLUMN][,dir=FOLDER]",
         help="from the list below, or the path of a folder, tars or a table; COLUMN is a table's column, a record's "
-        "feature or a .json file's field, FOLDER the root of TFDS data sets",
+        "feature or a .json file's field, FOLDER the root of TFDS data sets; tags are for data.caption_transform",
     )
     parser.add_argument("--samples", type=int, default=2000, help="number of samples to read, 0 for all")
     parser.add_argument("--tokenizer", default="clip")
     fraction = loader.DataConfig.max_bad_fraction
     parser.add_argument("--max_bad_fraction", type=float, default=fraction, help="data.max_bad_fraction of the run")
     parser.add_argument("--by", default="", metavar="RUN", help="run or weights that judge how well captions fit")
-    suspects = "JSON lines file for the results of --by, the least likely pair first"
-    parser.add_argument("--suspects", default="", type=os.path.expanduser, metavar="FILE", help=suspects)
+    suspects = parser.add_argument("--suspects", default="", type=os.path.expanduser, metavar="FILE")
+    suspects.help = "JSON lines file for the captions by --by, the least likely first, for data.drop of a run"
     add_trust(parser)
     return parser.parse_args(arguments)
 
@@ -181,13 +183,14 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
         if options.suspects:  # written at the end
             check_file("--suspects", options.suspects)
-        given = {"image": "image", "text": "text", "dir": ""}
+        given = {"image": "image", "text": "text", "dir": "", "tags": ""}
         path, *pairs = re.split(rf",(?=(?:{'|'.join(given)})=)", options.source)
         given |= dict(pair.split("=", 1) for pair in pairs)
-        keys = given["dir"], given["image"], tuple(given["text"].split(","))
+        keys = given["dir"], given["image"], tuple(given["text"].split(",")), given["tags"]
         source = sources.open_pairs(sources.spec_from_path(path), SourceOptions(*keys))
         if not len(source):
             raise UserError(f"source {path!r} has nothing in it; name another split or file.")
+        options.key = (source.fingerprint()["hash"], given["text"])  # see `holdout.read_dropped`
         options.model = inference.load(options.by, trust=options.trust) if options.by else None
         if options.model:
             features(options.model.similarities)  # raises for a model without similarities

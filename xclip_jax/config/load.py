@@ -99,7 +99,7 @@ def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
 
 def quote_list(config: ml_collections.ConfigDict, override: str) -> str:
     """Return --config.KEY=a,b for a list as --config.KEY=('a','b'), and any other argument unchanged."""
-    match = re.fullmatch(r"(--?config\.([\w.-]+)=)([a-zA-Z][\w./@-]*(?:,[a-zA-Z][\w./@-]*)+)", override)
+    match = re.fullmatch(r"(--?config\.([\w.-]+)=)([a-zA-Z][\w./@:-]*(?:,[a-zA-Z][\w./@:-]*)+)", override)
     if match is None or not isinstance(functools.reduce(operator.getitem, match[2].split("."), config), tuple):
         return override
     return f"{match[1]}{tuple(match[3].split(','))}"

@@ -34,7 +34,8 @@ class Source(abc.ABC):
     """Random access to image-text pairs, for several threads.
 
     A record has "image", encoded (bytes) or decoded (uint8 (h, w, 3)), "text", captions to draw from (list of strings,
-    at least one), "tags", the field of `data.caption_transform` (list of strings, may be empty), and "id", a name.
+    at least one), "tags", the field of `data.caption_transform` (list of strings, may be empty), and "id", a name. With
+    "columns", the numbers of the captions' columns in `SourceOptions.text_columns`, these may have weights.
     """
 
     @abc.abstractmethod
@@ -288,6 +289,12 @@ def strip_texts(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
     texts = [join_surrogates(item.strip()) for item in values if isinstance(item, str)]
     return [text for text in texts if text]
+
+
+def captions_of(columns: Iterable[list[str]]) -> Record:
+    """Return "text" and "columns" of a record with these captions in its columns."""
+    numbered = [(number, caption) for number, captions in enumerate(columns) for caption in captions]
+    return {"text": [caption for _, caption in numbered], "columns": [number for number, _ in numbered]}
 
 
 def no_caption(columns: Mapping[str, Any]) -> BadSample:

@@ -1,6 +1,7 @@
 """Config group `data`."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 
 from xclip_jax.core.fields import Check, at_least, between, choice, fraction_below_one, key, not_empty
@@ -25,6 +26,8 @@ class DataConfig:
         "share of pairs to keep out of training, chosen by a hash of the image; evaluated as retrieval/holdout",
         fraction_below_one(),
     )
+    drop: str = key("", "file by xclip-jax check --suspects with captions to leave out", resume="free", host="own")
+    drop_threshold: float = key(0.0, "only captions of lower probability or higher cross-entropy; 0: all", at_least(0))
     spread_duplicate_captions: bool = key(
         False, "spread equal captions, which are false negatives, over each epoch; reads all captions at the start"
     )
@@ -40,7 +43,7 @@ class DataConfig:
     )
     image_column: str = key("image", "feature of a record or column of a table; unused for tars and folders")
     text_columns: Sequence[str] = key(
-        ("text",), "captions, of which one is drawn each time; in tars text is the .txt file, else a field of .json"
+        ("text",), "captions to draw, COLUMN or COLUMN:WEIGHT; in tars text is the .txt file, else a field of .json"
     )
     caption_transform: str = key(
         "",
@@ -71,10 +74,19 @@ class DataConfig:
     threads: int = key(16, "batches that this process reads at once", at_least(1), resume="free", host="own")
     max_bad_fraction: float = key(0.05, "a larger share of bad samples stops the run", between(0, 1), resume="free")
 
+    @property
+    def text_weights(self) -> dict[str, float]:
+        """Return {column: weight} of `text_columns`, each COLUMN:WEIGHT, or COLUMN with the weight 0."""
+        matches = [re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", column, re.S) for column in self.text_columns]
+        return {match[1]: float(match[2] or 0) for match in matches if match}
+
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             yield f"crop_scale is {self.crop_scale}; expected 0 < smallest <= largest <= 1"
+        plain = sum(column in self.text_weights for column in self.text_columns)
+        if plain not in (0, len(self.text_columns)) or len(self.text_weights) < len(self.text_columns):
+            yield f"text_columns is {self.text_columns}; expected different columns, all or none with COLUMN:WEIGHT"
         if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
             yield f"weights is {self.weights}; expected one value above 0 for each of the {len(self.sources)} sources"

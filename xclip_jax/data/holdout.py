@@ -1,7 +1,7 @@
-"""The split of a run's sources into training and held-out pairs, `data.holdout`.
+"""The pairs that a run's training leaves out: held-out ones, `data.holdout`, and those listed in a file, `data.drop`.
 
-A hash of the image's bytes decides. So all pairs with the same image are on the same side, whatever the order, file,
-source, number of hosts and other pairs.
+A hash of the image's bytes decides what is held out. So all pairs with the same image are on the same side, whatever
+the order, file, source, number of hosts and other pairs.
 """
 
 import array
@@ -9,33 +9,44 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from xclip_jax.core.console import show
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.errors import BadSample, UserError, redact
+from xclip_jax.core.storage import unreadable_as
 from xclip_jax.data import records
-from xclip_jax.data.base import Record, Source, WrappedSource
+from xclip_jax.data.base import Record, Source, WrappedSource, open_binary
 from xclip_jax.data.config import DataConfig
 
 _MANY = 100_000  # the reading of more pairs is announced
+Dropped = Mapping[int, Mapping[str, int]]  # {record: {dropped caption: number of the record's captions}}
 
 
 class Subset(WrappedSource):
-    """The records `indices` of a source, in this order, with the fingerprint of the whole source."""
+    """The records `indices` of a source, in this order; its fingerprint is that of the whole source with `facts`."""
 
-    def __init__(self, source: Source, indices: np.ndarray) -> None:
+    def __init__(self, source: Source, indices: np.ndarray, dropped: Dropped | None = None, **facts: Any) -> None:
         super().__init__(source)
         self.indices = indices
+        self._dropped = dropped or {}
+        self._facts = facts
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Record:
-        return self.source[int(self.indices[index])]
+        record = self.source[int(self.indices[index])]
+        dropped = self._dropped.get(int(self.indices[index]), ())
+        kept = [i for i, caption in enumerate(record["text"]) if redact(caption) not in dropped]
+        return record | {key: [record[key][i] for i in kept] for key in ("text", "columns") if key in record}
+
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | self._facts
 
     def describe(self, index: int) -> dict[str, str]:
         return self.source.describe(int(self.indices[index]))
@@ -106,30 +117,41 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
     return _known[key]
 
 
-class TrainingPart(Subset):
-    """The training pairs of a source; its fingerprint includes a digest of the held-out pairs."""
-
-    def __init__(self, source: Source, held_out: Pairs) -> None:
-        super().__init__(source, np.setdiff1d(np.arange(len(source)), held_out.indices))
-        self._outcome = records.reading_digest(held_out.indices, held_out.bad)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return super().fingerprint() | {"samples": len(self), "data.holdout": self._outcome}
+def read_dropped(opened: Sequence[Source], config: DataConfig) -> list[Dropped]:
+    """Return the captions of each source in the file `data.drop`; `UserError` if it has those of another source."""
+    keys = [f"{source.fingerprint()['hash']}:{','.join(config.text_weights)}" for source in opened]
+    found: dict[str, dict[int, dict[str, int]]] = {key: {} for key in keys}
+    limit = config.drop_threshold
+    fault = f"data.drop={config.drop!r} is no file by xclip-jax check SOURCE,text=COLUMN,... --suspects on data.sources"
+    with unreadable_as(f"{fault}, {keys}"), open_binary(os.path.expanduser(config.drop)) as file:
+        for line in map(json.loads, file):
+            captions = found[line["source"]]
+            if not limit or line.get("probability", limit) < limit or line.get("cross_entropy", limit) > limit:
+                captions.setdefault(line["index"], {})[line["caption"]] = line["captions"]
+    return [found[key] for key in keys]
 
 
 def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataConfig) -> list[Source]:
-    """Return the sources without their held-out pairs; `UserError` if none is held out, or none is left."""
+    """Return the sources without held-out and dropped pairs; `UserError` if there are none, or none is left."""
     opened = list(opened)
-    parts: list[Source] = [
-        TrainingPart(source, find(spec, source, config.holdout, config))
-        for spec, source in zip(specs, opened, strict=True)
-    ]
+    dropped = read_dropped(opened, config) if config.drop else [{}] * len(opened)
+    parts: list[Source] = []
+    for spec, source, captions in zip(specs, opened, dropped, strict=True):
+        gone = [i for i, counts in captions.items() if len(counts) == max(counts.values())]
+        listed = json.dumps(captions, sort_keys=True).encode()
+        facts: dict[str, Any] = {"data.drop": image_hash(listed)} if captions else {}
+        if config.holdout:  # of all pairs, so that runs with and without `data.drop` hold out the same
+            held_out = find(spec, source, config.holdout, config)
+            gone += held_out.indices.tolist()
+            facts["data.holdout"] = records.reading_digest(held_out.indices, held_out.bad)
+        indices = np.setdiff1d(np.arange(len(source)), gone)
+        parts.append(Subset(source, indices, captions, samples=len(indices), **facts))
     total = sum(map(len, opened))
     left = sum(map(len, parts))
-    if left == total or not all(map(len, parts)):
+    if (left == total and not any(dropped)) or not all(map(len, parts)):
         raise UserError(
-            f"data.holdout={config.holdout:g} leaves {left} of the {total} pairs of data.sources for training; each "
-            "source needs some, and some must be held out. Change it, set it to 0, or add pairs."
+            f"data.holdout={config.holdout:g} and data.drop={config.drop!r} leave {left} of the {total} pairs of "
+            "data.sources; each source needs some, and some must be left out. Change them or data.drop_threshold."
         )
     return parts
 

@@ -76,8 +76,11 @@ class Transform:
         return {field: shapes[field] for field in self.fields}
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
-        """Draw one of the captions, and apply `data.caption_transform`."""
-        text = record["text"][rng.integers(len(record["text"]))]
+        """Draw one of the captions, by the weights of their columns if any, and apply `data.caption_transform`."""
+        text = record["text"]
+        weights = list(self.config.text_weights.values())
+        shares = np.array([weights[i] / record["columns"].count(i) for i in record.get("columns", ())])
+        text = text[rng.choice(len(text), p=shares / shares.sum()) if shares.any() else rng.integers(len(text))]
         return self._change(text, record["tags"], rng) if self._change else text
 
     @functools.cached_property

@@ -168,7 +168,7 @@ def open_labelled(spec: str, options: SourceOptions | None = None) -> labelled.L
 def source_options(config: DataConfig) -> SourceOptions:
     """Return the config keys used by sources."""
     field = config.caption_transform.rpartition(":")[2]
-    return SourceOptions(config.dir, config.image_column, tuple(config.text_columns), field)
+    return SourceOptions(config.dir, config.image_column, tuple(config.text_weights), field)
 
 
 def caption_transform(config: DataConfig) -> CaptionTransform | None:
@@ -178,7 +178,7 @@ def caption_transform(config: DataConfig) -> CaptionTransform | None:
 
 
 def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | None = None) -> list[Source]:
-    """Open the sources of `config`, without the pairs held out by `config.holdout`.
+    """Open the sources of `config`, without the pairs of `config.holdout` and `config.drop`.
 
     Args:
       config: specs and options of the sources.
@@ -191,8 +191,8 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     """
     parse_all(config.sources)
     caption_transform(config)  # raises now rather than at the first batch
-    if classes and (config.spread_duplicate_captions or config.holdout):
-        raise UserError("data.spread_duplicate_captions and data.holdout are for pairs, not labels; remove them.")
+    if classes and (config.spread_duplicate_captions or config.holdout or config.drop):
+        raise UserError("data.spread_duplicate_captions, data.holdout and data.drop are for pairs only; remove them.")
     options = source_options(config)
     open_one = open_labelled if classes else open_pairs
     opened: list[Source] = [open_one(spec, options) for spec in config.sources]
@@ -202,7 +202,7 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     if classes:
         labelled.check_sources(config.sources, cast(Sequence[labelled.Labelled], opened), classes, fields)
         return opened
-    if config.holdout:
+    if config.holdout or config.drop:
         opened = holdout.training_part(config.sources, opened, config)
     shares = [("data.sources", config.batch, sum(map(len, opened)))]
     for spec, source, weight in zip(config.sources, opened, config.weights, strict=False):  # weights may be empty

@@ -240,11 +240,8 @@ def count_lengths(experiment: Experiment, samples: Sequence[Source]) -> np.ndarr
     transform = experiment.transform(("text",))
     places = map(order.locate, range(min(CAPTIONS, sum(map(len, samples)))))
     # Tokenized here, as the drawn caption depends on the position.
-    read = records.read_each(
-        ((order.sources[number], index) for number, index in places),
-        lambda record: {"text": record["text"], "tags": record["tags"]},
-        threads=data.threads,
-    )
+    found = ((order.sources[number], index) for number, index in places)
+    read = records.read_each(found, lambda record: record | {"image": None}, threads=data.threads)
     counts = np.zeros(length + 1, np.int32)
     row = np.zeros((1, length), np.int32)
     for position, record in enumerate(read):

@@ -109,7 +109,7 @@ class RunWriter(RunReader):
         for number, name in enumerate(config.data.sources):
             old = saved[number] if number < len(saved) else {}
             new = fingerprints[number]
-            same = len(saved) == len(fingerprints)
+            same = len(saved) == len(fingerprints) and old.get("data.drop") == new.get("data.drop")
             for key in ("hash", "samples", "classes"):
                 same &= old.get(key, new.get(key)) == new.get(key)
             for key in {*OUTCOMES} & old.keys() & new.keys():

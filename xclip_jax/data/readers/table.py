@@ -25,6 +25,7 @@ from xclip_jax.data.base import (
     Source,
     SourceKind,
     SourceOptions,
+    captions_of,
     check_columns,
     choose,
     decode_utf8,
@@ -47,12 +48,12 @@ def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], An
     `read` returns the values, or the only value, in a column; a single string of keywords is split at commas.
     """
     columns = {key: read(key) for key in options.text_columns}
-    text = [caption for values in columns.values() for caption in strip_texts(values)]
-    if options.captions and not text:
+    captions = captions_of(map(strip_texts, columns.values()))
+    if options.captions and not captions["text"]:
         raise no_caption(columns)
     tags = read(options.tags_key) if options.tags_key else []
     tags = strip_texts(tags.split(",") if isinstance(tags, str) else tags)
-    return {"image": image, "text": text, "tags": tags, "id": name}
+    return {"image": image, **captions, "tags": tags, "id": name}
 
 
 class ImageColumn(Sequence):

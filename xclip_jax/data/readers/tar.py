@@ -23,6 +23,7 @@ from xclip_jax.data.base import (
     Source,
     SourceKind,
     SourceOptions,
+    captions_of,
     decode_text,
     decode_utf8,
     json_strings,
@@ -109,15 +110,15 @@ class TarSource(Source):
         if not parts["image"]:
             raise BadSample("image file is empty")
         try:
-            text, tags = self._captions(parts)
+            captions, tags = self._captions(parts)
         except BadSample:
             if self._captions_needed:
                 raise
-            text, tags = [], []
+            captions, tags = {"text": []}, []
         name = f"{redact(tar)}#{row['key'].decode(errors='replace')}"
-        return {"image": parts["image"], "text": text, "tags": tags, "id": name}
+        return {"image": parts["image"], **captions, "tags": tags, "id": name}
 
-    def _captions(self, parts: dict[str, bytes | None]) -> tuple[list[str], list[str]]:
+    def _captions(self, parts: dict[str, bytes | None]) -> tuple[Record, list[str]]:
         fields = {}
         if "json" in self._parts:
             content = decode_utf8(parts["json"] or b"{}")
@@ -125,16 +126,17 @@ class TarSource(Source):
                 fields = json.loads(content)
             except (ValueError, RecursionError) as error:
                 raise BadSample("JSON file is damaged", str(error)) from error
-        text = []
-        for key in self.text_columns:
-            text += json_strings(fields, key) if key != "text" else strip_texts(decode_text(parts["text"] or b""))
-        if not text:
+        captions = captions_of(
+            json_strings(fields, key) if key != "text" else strip_texts(decode_text(parts["text"] or b""))
+            for key in self.text_columns
+        )
+        if not captions["text"]:
             fault = no_caption({key: json_values(fields, key) for key in self.text_columns if key != "text"})
             if parts.get("text", b"") is None:
                 fault = BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
             raise fault
         tags = json_strings(fields, self.tags_key) if self.tags_key else []
-        return text, strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
+        return captions, strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
 
     def _read(self, tar: str, row: np.void, parts: Sequence[str]) -> dict[str, bytes | None]:
         """Return the content of some files of a sample, None for missing ones."""
