@@ -4,6 +4,7 @@
     xclip-jax embed --checkpoint RUN --images '/data/cc12m/{00000..01242}.tar' --out cc12m.parquet
     xclip-jax embed --checkpoint RUN --images 'parquet:/data/shop/test?image=photo&text=title' --out shop.parquet
     xclip-jax embed --checkpoint RUN --texts captions.txt --out captions.parquet
+    xclip-jax embed --checkpoint RUN --images folder:/my/pairs --captions --out targets.parquet
 
 Rows are images and texts: "kind" (image or text), "id" (path, TAR#KEY, TABLE#ROW or FILE#LINE), "text" (the text, or
 an image's first caption: from its tar, from a .txt file of the same name, or from the table's column ?text=) and
@@ -31,7 +32,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
-from xclip_jax.commands.inputs import IMAGES, Images, Inputs, Lines, open_images
+from xclip_jax.commands.inputs import IMAGES, Captions, Images, Inputs, Lines, open_images
 from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.errors import (
@@ -228,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="checkpoint's step; by default the newest")
     parser.add_argument("--images", help=IMAGES)
     home = os.path.expanduser  # a shell leaves the ~ in --out=~/x.parquet
-    parser.add_argument("--texts", type=home, metavar="FILE", help="file with one text per line")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--texts", type=home, metavar="FILE", help="file with one text per line")
+    texts.add_argument("--captions", action="store_true", help="embed the different captions of --images, too")
     parser.add_argument("--out", type=home, required=True, help="local .parquet file to write")
     parser.add_argument("--batch", type=int, default=32, help="number of items to encode at once")
     add_trust(parser)
@@ -240,7 +243,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--out {options.out!r} is in a bucket; name a local file, and copy it there afterwards.")
         check_choice("the ending of --out", pathlib.Path(options.out).suffix, (".parquet",))
         check_writable(f"--out {options.out!r}", pathlib.Path(options.out).parent)
-        sources: dict[str, Inputs] = {"image": open_images(options.images)} if options.images else {}
+        sources: dict[str, Inputs] = {}
+        if options.images:
+            images = open_images(options.images)
+            sources = {"image": images} | ({"text": Captions(images)} if options.captions else {})
         if options.texts:
             sources["text"] = Lines(options.texts)
         if not sum(map(len, sources.values())):
