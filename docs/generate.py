@@ -16,6 +16,7 @@ CHARTED = "pretrain:objective=clip,preset=B/16,batch=4096 v5e:4x8 data.length_gr
 EXAMPLES = (
     "tests/extension/cyclip.py",
     "examples/superclip.py",
+    "examples/distill.py",
     *(f"tests/extension/{name}.py" for name in ("euclidean", "greys", "json_lines", "conv_mixer", "status_file")),
 )
 COLORS = {"image": "#0072b2", "text": "#e69f00", "neither": "#999999"}

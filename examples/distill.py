@@ -156,11 +156,8 @@ class PairsWithTargets(WrappedSource):
 
     def __getitem__(self, index: int) -> Record:
         """Return a record with targets; `BadSample` for an image without one."""
-        targets = {"target_img": self._target("image", self._images.name(index)), "target_txt": self._of_caption}
-        return self.source[index] | targets
-
-    def _of_caption(self, caption: str) -> np.ndarray:
-        return self._target("text", caption.strip())
+        image = self._target("image", self._images.name(index))
+        return self.source[index] | {"target_img": image, "target_txt": functools.partial(self._target, "text")}
 
     def fingerprint(self) -> dict[str, Any]:
         """Add the hash of the files."""
