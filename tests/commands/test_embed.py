@@ -161,8 +161,8 @@ def test_different_captions_beside_images(root, model, straight, tmp_path):
     np.testing.assert_allclose(columns["embedding"][40:], model.encode_text(texts), atol=1e-6)
     np.testing.assert_array_equal(columns["embedding"][:40], read(straight)[0]["embedding"])
     bad_tars.shard(tmp_path / "0.tar", [(key, {"jpg": bad_tars.jpeg(0), "txt": b"a\nfox"}) for key in "ab"])
-    assert inputs.Captions(inputs.open_images(f"{tmp_path}/0.tar")).read(0) == ("a\nfox", "a\nfox")
-    (tmp_path / "0.txt").write_text("")
+    captions = inputs.Captions(inputs.open_images(f"{tmp_path}/0.tar"))
+    assert len(captions) == 1 and captions.read(0) == ("a\nfox", "a\nfox")
     with pytest.raises(UserError, match=r"has no caption; name their column, folder:.*\?text=COLUMN"):
         inputs.Captions(inputs.open_images(str(root / "pictures" / "013.png")))
 

@@ -211,6 +211,7 @@ def test_columns_are_of_the_drawn_caption():
     assert seen == {
         (text, n) for drawn, n in (("fox", 3), ("red fox", 7)) for text in (drawn, f"{drawn}, tail", "tail")
     }
+    transform({"text": ["fox"], "tags": []}, np.random.default_rng(0), {"text": row["text"]})  # no column is asked for
     with pytest.raises(UserError, match=r"column 'a' of shape \(\), and a term of the objective reads \(3,\)"):
         transform({key: value for key, value in record.items() if key != "a"}, np.random.default_rng(0), row)
 

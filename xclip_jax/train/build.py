@@ -89,9 +89,10 @@ class Experiment:
         """Return the transform from records to rows of a batch, with the objective's fields by default."""
         from xclip_jax.data.loader import Transform  # imports Grain for a quarter of a second, only for training
 
-        columns = {} if fields else self.objective.columns
         fields = tuple(fields or self.objective.fields)
-        return Transform(self.config.data, self.image_size, self.tokenizer, self.context_length, fields, columns)
+        return Transform(
+            self.config.data, self.image_size, self.tokenizer, self.context_length, fields, self.objective.columns
+        )
 
     @property
     def num_parameters(self) -> int:
