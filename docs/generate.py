@@ -17,6 +17,7 @@ EXAMPLES = (
     "tests/extension/cyclip.py",
     "examples/superclip.py",
     "examples/matryoshka.py",
+    "examples/distill.py",
     *(f"tests/extension/{name}.py" for name in ("euclidean", "greys", "json_lines", "conv_mixer", "status_file")),
 )
 COLORS = {"image": "#0072b2", "text": "#e69f00", "neither": "#999999"}

@@ -153,6 +153,20 @@ def test_texts_beside_images(root, model, straight):
     np.testing.assert_array_equal(columns["embedding"][:40], read(straight)[0]["embedding"])
 
 
+def test_different_captions_beside_images(root, model, straight, tmp_path):
+    embed.main([*flags(root, tmp_path / "x.parquet"), "--captions"])
+    columns, about = read(tmp_path / "x.parquet")
+    texts = [text for i in range(40) if i != 13 for text in (f"picture {i}", *[f"number {i}"] * (i % 3 == 0))]
+    assert columns["kind"][40:] == ["text"] * len(texts) and columns["text"][40:] == texts and about["bad"] == 2
+    np.testing.assert_allclose(columns["embedding"][40:], model.encode_text(texts), atol=1e-6)
+    np.testing.assert_array_equal(columns["embedding"][:40], read(straight)[0]["embedding"])
+    bad_tars.shard(tmp_path / "0.tar", [(key, {"jpg": bad_tars.jpeg(0), "txt": b"a\nfox"}) for key in "ab"])
+    captions = inputs.Captions(inputs.open_images(f"{tmp_path}/0.tar"))
+    assert len(captions) == 1 and captions.read(0) == ("a\nfox", "a\nfox")
+    with pytest.raises(UserError, match=r"has no caption; name their column, folder:.*\?text=COLUMN"):
+        inputs.Captions(inputs.open_images(str(root / "pictures" / "013.png")))
+
+
 def test_row_i_is_line_i(root, model, tmp_path):
     """In parts of 8 lines, one of them without any good line; spaces are no text, control characters neither."""
     lines = [b"", b" \t", b"a\x00b", *[b""] * 6, b"a fox", b"", b"a hen", *[b""] * 14]

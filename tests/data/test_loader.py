@@ -182,16 +182,39 @@ def test_without_weights_each_sample_of_all_sources_comes_once_an_epoch():
 def test_captions_are_drawn_and_transformed():
     record = {"text": ["fox", "red fox"], "tags": ["fox", "animal", "tail"]}
     rng = np.random.default_rng(0)
-    plain = loader.Transform(config(), 8, tokenizer.load("bytes"), 16)
-    assert {plain.caption(record, rng) for _ in range(50)} == {"fox", "red fox"}
-    transform = loader.Transform(config(caption_transform=KEYWORDS), 8, tokenizer.load("bytes"), 16)
+
+    def captions(record, n, **changes):
+        row = {"text": np.zeros((1, 40), np.int32)}
+        transform = loader.Transform(config(**changes), 8, tokenizer.load("bytes"), 40)
+        return [transform(record, rng, row) or texts([row])[0] for _ in range(n)]
+
+    assert set(captions(record, 50)) == {"fox", "red fox"}
     tails = [", ".join(words) for n in (0, 1, 2, 3) for words in itertools.permutations(record["tags"], n)]
-    drawn = [[transform.caption(record | {"text": [text]}, rng) for _ in range(800)] for text in record["text"]]
+    drawn = [captions(record | {"text": [text]}, 800, caption_transform=KEYWORDS) for text in record["text"]]
     of_fox, of_red = map(set, drawn)
     without = [tail for tail in tails if "fox" not in tail]
     assert of_fox == {"fox", *without[1:], *(f"fox, {tail}" for tail in without[1:])}
     assert of_red == {"red fox", *tails[1:], *(f"red fox, {tail}" for tail in tails[1:])}
-    assert transform.caption({"text": ["fox"], "tags": []}, rng) == "fox"
+    assert captions({"text": ["fox"], "tags": []}, 1, caption_transform=KEYWORDS) == ["fox"]
+
+
+def test_columns_are_of_the_drawn_caption():
+    record = {"text": ["fox", "red fox"], "tags": ["tail"], "a": np.arange(3), "b": lambda text: [len(text), 0]}
+    row = {"text": np.zeros((1, 16), np.int32), "a": np.zeros((1, 3)), "b": np.zeros((1, 2))}
+    c = config(caption_transform=KEYWORDS)
+    transform = loader.Transform(c, 8, tokenizer.load("bytes"), 16, ("text",), {"a": 3, "b": 2})
+    assert transform.arrays(4) == {"text": ((4, 16), np.int32), "a": ((4, 3), np.float32), "b": ((4, 2), np.float32)}
+    seen = set()
+    for seed in range(100):
+        transform(record, np.random.default_rng(seed), row)
+        assert row["a"].tolist() == [[0, 1, 2]]
+        seen.add((*texts([row]), row["b"][0, 0]))
+    assert seen == {
+        (text, n) for drawn, n in (("fox", 3), ("red fox", 7)) for text in (drawn, f"{drawn}, tail", "tail")
+    }
+    transform({"text": ["fox"], "tags": []}, np.random.default_rng(0), {"text": row["text"]})  # no column is asked for
+    with pytest.raises(UserError, match=r"column 'a' of shape \(\), and a term of the objective reads \(3,\)"):
+        transform({key: value for key, value in record.items() if key != "a"}, np.random.default_rng(0), row)
 
 
 def test_device_transforms():
@@ -223,8 +246,8 @@ def counts_of_draws(weighted, missing):
     """Counts of 6,000 draws from two captions in the first of two columns and one in the second."""
     transform = loader.Transform(config(text_columns=weighted), 8, tokenizer.load("bytes"), 16)
     record = {"text": ["a", "b", "c"][missing:], "columns": [0, 0, 1][missing:], "tags": []}
-    draws = [transform.caption(record, np.random.default_rng((7, i))) for i in range(6000)]
-    assert draws == [transform.caption(record, np.random.default_rng((7, i))) for i in range(6000)]
+    draws = [transform.draw(record, np.random.default_rng((7, i))) for i in range(6000)]
+    assert draws == [transform.draw(record, np.random.default_rng((7, i))) for i in range(6000)]
     return {text: draws.count(text) for text in record["text"]}
 
 
@@ -251,7 +274,7 @@ def test_captions_without_weights_are_drawn_as_ever():
         transform = loader.Transform(config(text_columns=("x", "y")), 8, tokenizer.load("bytes"), 16)
         for seed in range(50):
             rng, same = np.random.default_rng(seed), np.random.default_rng(seed)
-            assert transform.caption(record | columns, rng) == "abc"[same.integers(3)]
+            assert transform.draw(record | columns, rng) == "abc"[same.integers(3)]
             assert rng.bit_generator.state == same.bit_generator.state
 
 

@@ -5,6 +5,7 @@
     xclip-jax embed --checkpoint RUN --images 'parquet:/data/shop/test?image=photo&text=title' --out shop.parquet
     xclip-jax embed --checkpoint RUN --texts captions.txt --out captions.parquet
     xclip-jax embed --checkpoint RUN --images '/data/cc12m/*.tar' --out cc12m.parquet --share 3/16
+    xclip-jax embed --checkpoint RUN --images folder:/my/pairs --captions --out targets.parquet
 
 Rows are images and texts: "kind" (image or text), "id" (path, TAR#KEY, TABLE#ROW or FILE#LINE), "text" (the text, or
 an image's first caption: from its tar, from a .txt file of the same name, or from the table's column ?text=) and
@@ -35,7 +36,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
-from xclip_jax.commands.inputs import IMAGES, Images, Inputs, Lines, open_images
+from xclip_jax.commands.inputs import IMAGES, Captions, Images, Inputs, Lines, open_images
 from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_choice, check_writable, exit_with_message
@@ -222,7 +223,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="checkpoint's step; by default the newest")
     parser.add_argument("--images", help=IMAGES)
     home = os.path.expanduser  # a shell leaves the ~ in --out=~/x.parquet
-    parser.add_argument("--texts", type=home, metavar="FILE", help="file with one text per line")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--texts", type=home, metavar="FILE", help="file with one text per line")
+    texts.add_argument("--captions", action="store_true", help="embed the different captions of --images, too")
     parser.add_argument("--out", type=home, required=True, help="local .parquet file to write")
     parser.add_argument("--share", default="1/1", metavar="I/N", help="embed share I, from 1, of N; OUT is a folder")
     parser.add_argument("--dims", type=int, default=0, help="dimensions to keep, the first ones; 0 for all")
@@ -238,7 +241,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--out {flags.out!r} is in a bucket; name a local file, and copy it there afterwards.")
         check_choice("the ending of --out", pathlib.Path(flags.out).suffix, (".parquet",))
         check_writable(f"--out {flags.out!r}", flags.out if share[1] > 1 else os.path.dirname(flags.out))
-        sources: dict[str, Inputs] = {"image": open_images(flags.images)} if flags.images else {}
+        sources: dict[str, Inputs] = {}
+        if flags.images:
+            images = open_images(flags.images)
+            sources = {"image": images} | ({"text": Captions(images)} if flags.captions else {})
         if flags.texts:
             sources["text"] = Lines(flags.texts)
         for source in sources.values():

@@ -4,8 +4,8 @@ import hashlib
 import os
 import pathlib
 
-from xclip_jax.core.errors import BadSample, redact
-from xclip_jax.data import sources
+from xclip_jax.core.errors import BadSample, UserError, redact
+from xclip_jax.data import records, sources
 from xclip_jax.data.base import Source, SourceOptions, decode_text
 from xclip_jax.evaluators.sets.custom import query_columns
 
@@ -23,7 +23,7 @@ class Images:
 
     def __init__(self, source: Source, spec: str) -> None:
         self.source = source
-        self._spec = spec
+        self.spec = spec
         self.numbers = range(len(source))
 
     def __len__(self) -> int:
@@ -34,7 +34,7 @@ class Images:
         place = self.source.describe(self.numbers[index])
         if "tar" in place:
             return f"{_readable(place['tar'])}#{place['key']}"
-        return _readable(place.get("file") or f"{self._spec}#{self.numbers[index]}")
+        return _readable(place.get("file") or f"{self.spec}#{self.numbers[index]}")
 
     def read(self, index: int) -> tuple[bytes, str]:
         """Return image and caption, or raise `BadSample`."""
@@ -70,6 +70,22 @@ class Lines:
 
     def digest(self) -> str:
         return self._digest
+
+
+class Captions(Lines):
+    """The different captions of images, in the order of their first use."""
+
+    def __init__(self, images: Images) -> None:
+        """Read all captions; `UserError` if there are none."""
+        self.path = images.spec
+        places = ((images.source, index) for index in range(len(images)))
+        read = records.read_each(places, lambda record: record["text"], threads=records.cores())
+        texts = (text for captions in read if not isinstance(captions, BadSample) for text in captions)
+        self._lines = [text.encode() for text in dict.fromkeys(texts)]
+        self.numbers = range(len(self._lines))
+        self._digest = hashlib.blake2b(b"\0".join(self._lines), digest_size=16).hexdigest()
+        if not self._lines:
+            raise UserError(f"{images.spec} has no caption; name their column, {images.spec}?text=COLUMN.")
 
 
 def open_images(pattern: str) -> Images:

@@ -34,8 +34,9 @@ class Source(abc.ABC):
     """Random access to image-text pairs, for several threads.
 
     A record has "image", encoded (bytes) or decoded (uint8 (h, w, 3)), "text", captions to draw from (list of strings,
-    at least one), "tags", the field of `data.caption_transform` (list of strings, may be empty), and "id", a name. With
-    "columns", the numbers of the captions' columns in `SourceOptions.text_columns`, these may have weights.
+    at least one), "tags", the field of `data.caption_transform` (list of strings, may be empty), "id", a name, and
+    any vectors that terms of the objective read, see `Term.columns`. With "columns", the numbers of the captions'
+    columns in `SourceOptions.text_columns`, these may have weights.
     """
 
     @abc.abstractmethod

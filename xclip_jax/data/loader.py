@@ -36,7 +36,8 @@ class Transform:
     """Writes a record to a row of a batch, a pure function of the record and the random generator.
 
     Possible `fields` of a row are "image", uint8 (size, size, 3), "text", int32 (length,), "label", a number, and
-    "image_key" and "text_key", int32 (2,): hashes of the image's bytes, and of the caption.
+    "image_key" and "text_key", int32 (2,): hashes of the image's bytes, and of the caption. A row also has the vectors
+    in `columns`, {name: size}, fp32 (size,).
     """
 
     config: DataConfig
@@ -44,6 +45,7 @@ class Transform:
     tokenizer: Tokenizer
     length: int
     fields: tuple[str, ...] = ("image", "text")
+    columns: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __call__(self, record: Record, rng: np.random.Generator, row: Mapping[str, np.ndarray]) -> None:
         """Write the fields of `record` to the arrays of `row`, whose first axis has length 1."""
@@ -56,13 +58,22 @@ class Transform:
             transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
         if "image_key" in row:
             row["image_key"][0] = _hash(record["image"])
+        drawn = ""
         if "text" in row:
-            caption = self.caption(record, rng)
+            drawn = self.draw(record, rng)
+            caption = self._change(drawn, record["tags"], rng) if self._change else drawn
             row["text"][:] = self.tokenizer([caption], self.length)
             if "text_key" in row:
                 row["text_key"][0] = _hash(caption.encode("utf-8", "replace"))
         if "label" in row:
             row["label"][0] = record["label"]
+        for name in self.columns.keys() & row.keys():
+            value = record.get(name)
+            vector = np.asarray(value(drawn) if callable(value) else value)
+            if vector.shape != row[name].shape[1:]:
+                sizes = f"of shape {vector.shape}, and a term of the objective reads {row[name].shape[1:]}"
+                raise UserError(f"records of data.sources have a column {name!r} {sizes}; change one of the two.")
+            row[name][0] = vector
 
     def arrays(self, rows: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Return {field: (shape, dtype)} of a batch of `rows` samples."""
@@ -73,15 +84,15 @@ class Transform:
             "image_key": ((rows, 2), np.int32),
             "text_key": ((rows, 2), np.int32),
         }
-        return {field: shapes[field] for field in self.fields}
+        columns = {name: ((rows, size), np.float32) for name, size in self.columns.items()}
+        return {field: shapes[field] for field in self.fields} | columns
 
-    def caption(self, record: Record, rng: np.random.Generator) -> str:
-        """Draw one of the captions, by the weights of their columns if any, and apply `data.caption_transform`."""
+    def draw(self, record: Record, rng: np.random.Generator) -> str:
+        """Draw one of the captions, by the weights of their columns if any."""
         text = record["text"]
         weights = list(self.config.text_weights.values())
         shares = np.array([weights[i] / record["columns"].count(i) for i in record.get("columns", ())])
-        text = text[rng.choice(len(text), p=shares / shares.sum()) if shares.any() else rng.integers(len(text))]
-        return self._change(text, record["tags"], rng) if self._change else text
+        return text[rng.choice(len(text), p=shares / shares.sum()) if shares.any() else rng.integers(len(text))]
 
     @functools.cached_property
     def _change(self) -> sources.CaptionTransform | None:

@@ -60,6 +60,11 @@ class Objective:
     def fields(self) -> tuple[str, ...]:
         return self._union(("image", "text", "label", "image_key", "text_key"), "fields")
 
+    @property
+    def columns(self) -> dict[str, int]:
+        """Columns of all terms by name."""
+        return {name: size for term in self.terms.values() for name, size in term.columns.items()}
+
     def _union(self, order: tuple[str, ...], attribute: str) -> tuple[str, ...]:
         return tuple(x for x in order if any(x in getattr(term, attribute) for term in self.terms.values()))
 

@@ -64,6 +64,14 @@ class Term(abc.ABC):
         """Batch inputs that the term reads: "image", "text", "label"."""
         return (*(_FIELDS[tower] for tower in self.towers), *["label"] * self.labelled)
 
+    @property
+    def columns(self) -> Mapping[str, int]:
+        """Sizes of vectors that the term reads from records of the source, by name; inputs of a batch, fp32 (b, size).
+
+        A record has the vector, or a function from its drawn caption, before `data.caption_transform`, to the vector.
+        """
+        return {}
+
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """Return the term's {name: `Head` or `Scalar`} for the towers of `model` and a tokenizer of `vocab` tokens.
 
@@ -92,7 +100,7 @@ class Term(abc.ABC):
           out: outputs of the heads, see `TwoTowers.project`, and h_img, h_txt (b, d), with rows of the global batch.
           teacher: the teacher's outputs, if the objective has a teacher.
           state: results of `initial_state` of all terms, or the state after the last step.
-          batch: the step's inputs named by `fields`, "image", "text" (b, n) and "label" (b,); results of `draw`; the
+          batch: the step's inputs named by `fields`, such as "text" (b, n), and by `columns`; results of `draw`; the
             position "text_end" (b,) of the end token in each text; "progress" (), the completed fraction of the run.
           chunk: number of pairs to take at a time, 0 for all; the value is the same, and a term may ignore it.
 

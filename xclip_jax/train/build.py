@@ -90,7 +90,9 @@ class Experiment:
         from xclip_jax.data.loader import Transform  # imports Grain for a quarter of a second, only for training
 
         fields = tuple(fields or self.objective.fields)
-        return Transform(self.config.data, self.image_size, self.tokenizer, self.context_length, fields)
+        return Transform(
+            self.config.data, self.image_size, self.tokenizer, self.context_length, fields, self.objective.columns
+        )
 
     @property
     def num_parameters(self) -> int:
