@@ -50,7 +50,13 @@ def parquet(made):
 
 def test_a_folder_of_save_to_disk(tmp_path):
     source = sources.open_pairs(f"hf:{saved(tmp_path / 'set')}")
-    assert len(source) == 12 and source[3] == {"image": jpeg(3), "text": ["picture 3"], "tags": [], "id": "3"}
+    assert len(source) == 12 and source[3] == {
+        "image": jpeg(3),
+        "text": ["picture 3"],
+        "negatives": [],
+        "tags": [],
+        "id": "3",
+    }
     with pytest.raises(IndexError):
         source[12]
     source = sources.open_pairs(f"hf:{tmp_path / 'set'}", SourceOptions(image_column="label"))

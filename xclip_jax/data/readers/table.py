@@ -52,7 +52,8 @@ def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], An
         raise no_caption(columns)
     tags = read(options.tags_key) if options.tags_key else []
     tags = strip_texts(tags.split(",") if isinstance(tags, str) else tags)
-    return {"image": image, "text": text, "tags": tags, "id": name}
+    negatives = [wrong for key in options.negative_columns for wrong in strip_texts(read(key))]
+    return {"image": image, "text": text, "negatives": negatives, "tags": tags, "id": name}
 
 
 class ImageColumn(Sequence):
