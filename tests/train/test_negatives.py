@@ -1,6 +1,7 @@
 """Negative texts of a batch, on the way from its arrays to the gradients: against a definition without any splits."""
 
 import dataclasses
+import shutil
 
 import chex
 import jax
@@ -15,7 +16,7 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader, transforms
 from xclip_jax.data.length_groups import LengthGroups
-from xclip_jax.train import build, cost
+from xclip_jax.train import build, cost, trainer
 
 pytestmark = pytest.mark.long
 
@@ -132,3 +133,18 @@ def test_flops_count_negatives_but_for_a_teacher():
 def test_what_does_not_go_together(objective, changes, message):
     with pytest.raises(UserError, match=message):
         schema.resolve(tiny.config(objective, **changes))
+
+
+@pytest.mark.slow
+def test_a_run_with_negatives_of_some_pairs(tmp_path, capsys):
+    """It logs them, and resumes to the same losses."""
+    pairs = tiny.folder(tmp_path / "pairs")
+    for i in range(0, 40, 2):
+        (pairs / f"{i:03d}.wrong.txt").write_text(f"picture {i + 1}\nnumber {i + 1}\n")
+    config = tiny.short(pairs, tmp_path / "run", **NEGATIVES)
+    trainer.run(config)
+    losses = tiny.losses(config.run)
+    assert all(0 < line["clip/negatives"] < K for line in tiny.lines(config.run) if "loss" in line)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    trainer.run(config)
+    assert "resuming at step 2" in capsys.readouterr().out and tiny.losses(config.run) == losses

@@ -46,7 +46,7 @@ class DataConfig:
     negative_columns: Sequence[str] = key((), "columns of wrong texts, in tars fields of .json, in folders *.NAME.txt")
     caption_transform: str = key(
         "",
-        "function that changes each drawn text, and the field of a record that it also gets; empty for none",
+        "function that changes each drawn text, and the field of a record that it gets with captions; empty for none",
         Check("'package.module:function:FIELD' or empty", lambda value: not value or value.count(":") >= 2),
     )
     crop_scale: tuple[float, float] = key(

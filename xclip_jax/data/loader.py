@@ -66,7 +66,7 @@ class Transform:
             if "negatives" not in record:
                 raise UserError(f"{record['id']!r}: its source gives no 'negatives'; set data.negatives to 0.")
             drawn = rng.permutation(np.array(record["negatives"], object))[: self.config.negatives]
-            texts = [self.caption(record | {"text": [text]}, rng) for text in drawn]
+            texts = [self.caption({"text": [text], "tags": []}, rng) for text in drawn]
             row["negatives"][0] = row["text"]
             row["negatives"][0, : len(texts)] = self.tokenizer(texts, self.length)
         if "label" in row:
