@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import types
 
 import chex
 import jax
@@ -17,6 +18,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader, transforms
 from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.train import build, cost, trainer
+from xclip_jax.train.step import NOISE, BatchNoise, TrainStep
 
 pytestmark = pytest.mark.long
 
@@ -101,6 +103,23 @@ def test_cluster_heads_get_captions_alone():
         assert float(metrics[name]) == pytest.approx(float(metrics_0[name]), rel=1e-5), name
     chex.assert_trees_all_close(with_some.batch_stats, without.batch_stats, rtol=1e-5, atol=1e-7)
     chex.assert_trees_all_close(with_some.ema_batch_stats, without.ema_batch_stats, rtol=1e-5, atol=1e-7)
+
+
+def test_each_negative_has_random_inputs_of_its_own():
+    """Of a tower that drops something of each text."""
+    tower = types.SimpleNamespace(sample_noise=lambda random_key, b: {"drop": jnp.arange(b)})
+    objective = types.SimpleNamespace(towers=("txt",), draw=lambda random_key, inputs, size: inputs)
+    config = types.SimpleNamespace(flip_prob=0.0, color_jitter=0.0)
+    noise = BatchNoise(config, types.SimpleNamespace(size=1), objective, {"txt": tower})
+    batch = {"text": jnp.ones((3, 5), int), "negatives": 2 + jnp.arange(30).reshape(3, 2, 5)}
+    inputs = noise.sample(jax.random.key(0), batch)
+    assert inputs[NOISE]["txt"]["drop"].tolist() == np.arange(9).reshape(3, 3).tolist()
+    model = types.SimpleNamespace(apply=lambda _, text, drop, method: 1.0 * text[:, :2] + 100 * drop[:, None])
+    step = TrainStep(model, None, objective, noise, None)
+    h_img, h_txt, h_negatives = step._features({}, inputs, None)
+    assert h_img is None and h_txt.tolist() == [[1, 1], [301, 301], [601, 601]]
+    expected = batch["negatives"].reshape(6, 5)[:, :2] + 100 * np.array([[1], [2], [4], [5], [7], [8]])
+    assert h_negatives.tolist() == expected.tolist()
 
 
 def test_flops_count_negatives_but_for_a_teacher():
