@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from examples import clusters, compare_objectives, exchanged, finetune_pairs, mix, study, use_a_model
+from examples import clusters, compare_objectives, exchanged, finetune_pairs, mix, study, swapped_shapes, use_a_model
 from tests.helpers import tiny
 from xclip_jax import interop
 from xclip_jax.config import load
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import sources
+from xclip_jax.data import images, sources
+from xclip_jax.data.config import DataConfig
 from xclip_jax.models.transformer import stack_blocks
 from xclip_jax.train import trainer, weights
 
@@ -31,6 +32,19 @@ def test_use_a_model(run, tmp_path, capsys):
     assert lines[0] == "embeddings of 16 numbers" and len(lines) == 1 + 3 * 2
     assert "something to eat" in lines[1] and "cluster " in lines[-1]
     assert lines[3].startswith(f"{images[0]}: ") and "%" in lines[3]
+
+
+def test_swapped_shapes(tmp_path, capsys):
+    swapped_shapes.main([str(tmp_path)])
+    assert "left of" in capsys.readouterr().out
+    config = DataConfig((f"parquet:{tmp_path / 'train.parquet'}",), negatives=2, text_columns=("caption",),
+                        negative_columns=("negatives",))  # fmt: skip
+    (source,) = sources.open_sources(config)
+    record = source[0]
+    (right,) = record["text"]
+    words = [sorted(text.split()) for text in (right, *record["negatives"])]
+    assert len({right, *record["negatives"]}) == 3 and words[0] == words[1] == words[2]
+    assert images.decode(record["image"]).shape == (32, 32, 3)
 
 
 @pytest.mark.slow  # minutes of training

@@ -23,17 +23,21 @@ def embeddings(b, e=8, seed=0, together=1.0):
     return tuple(z / np.linalg.norm(z, axis=1, keepdims=True) for z in (z_img, z_txt))
 
 
-def oracle(name, keys, z_img, z_txt, scale, bias=0.0, smoothing=0.0):
-    """Pair by pair in float64: cross-entropy with targets spread over equal keys, or the sum of sigmoids."""
+def oracle(name, keys, z_img, z_txt, scale, bias=0.0, smoothing=0.0, q=0.0):
+    """Pair by pair in float64: cross-entropy with targets spread over equal keys, or the sum of sigmoids.
+
+    Rows of `z_txt` after those of `z_img` are wrong texts of all images.
+    """
     b, total = len(z_img), 0.0
     same = np.eye(b) if keys is None else (keys[:, None] == keys).all(-1)
     for i in range(b):
         if name == "clip":
             target = (1 - smoothing) * same[i] / same[i].sum() + smoothing / b
             for scores in (scale * z_txt @ z_img[i], scale * z_img @ z_txt[i]):
-                total += 0.5 * (np.logaddexp.reduce(scores) - target @ scores)
+                x = np.logaddexp.reduce(scores) - target @ scores[:b]
+                total += 0.5 * (-np.expm1(-q * x) / q if q else x)
         else:
-            sign = np.where(same[i], 1, -1)
+            sign = np.where(np.pad(same[i], (0, len(z_txt) - b)), 1, -1)
             total += np.logaddexp(0.0, -sign * (scale * z_txt @ z_img[i] + bias)).sum()
     return total / b
 
@@ -72,6 +76,57 @@ def test_equals_oracle(name, scalars, smoothing, keys, devices):
     if name == "siglip" and keys is not None:
         assert float(metrics["positives"]) == pytest.approx((3 * 3 + 2 * 2 + 1 + 1) / 7)
     assert_close(list(grads), central_differences(f, args), 3e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "scalars", "options", "chunk", "sizes"),
+    [
+        ("clip", (100.0,), {}, 0, ()),
+        ("clip", (14.0,), {"label_smoothing": 0.1, "keys": KEYS[[*range(7), 0]]}, 0, (2, 2, 2)),
+        ("clip", (14.0,), {"q": 0.7}, 2, (8, 1, 1)),
+        ("siglip", (10.0, -10.0), {}, 0, (8, 1, 1)),
+        ("siglip", (100.0, 0.5), {"keys": KEYS[[*range(7), 0]]}, 4, ()),
+    ],
+)
+def test_negatives_equal_the_oracle(name, scalars, options, chunk, sizes):
+    """Of two wrong texts per pair those that exist are further texts of all images; the rest are nowhere."""
+    z_img, z_txt = embeddings(8, 4, seed=3)
+    wrong = embeddings(16, 4, seed=4)[0] + np.repeat(z_txt, 2, axis=0)
+    args = [z_img, np.concatenate([z_txt, wrong / np.linalg.norm(wrong, axis=1, keepdims=True)]), *scalars]
+    exists = np.ones(24, bool)
+    exists[[8, 10, 11, 17]] = False
+
+    def f(z_img, z_txt, scale, bias=0.0):
+        more = {key: value for key, value in options.items() if key == "q"}
+        smoothing = options.get("label_smoothing", 0.0)
+        return 3 * oracle(name, options.get("keys"), z_img, z_txt[exists], scale, bias, smoothing, **more)
+
+    given = {key: jnp.asarray(value) if key == "keys" else value for key, value in options.items()}
+    arrays = [jnp.asarray(arg, jnp.float32) for arg in args]
+    (value, metrics), grads = in_chunks(name, arrays, chunk, sizes, exists=jnp.asarray(exists), **given)
+    assert float(value) == pytest.approx(f(*args), rel=1e-5)
+    assert_close(list(grads), central_differences(f, args), 1e-4)
+    scores = args[0] @ args[1].T
+    matching = np.diag(scores[:, :8])[:, None]
+    expected = {
+        "ln_b": np.log(8),
+        "acc_img": np.mean(scores[:, exists].argmax(1) == np.arange(8)),
+        "acc_txt": np.mean(scores[:, :8].argmax(0) == np.arange(8)),
+        "negatives": 12 / 8,
+        "acc_negatives": np.mean((scores[np.arange(16) // 2, np.arange(8, 24)] < matching.repeat(2))[exists[8:]]),
+    }
+    assert 0 < expected["acc_negatives"] < 1
+    assert {key: float(metrics[key]) for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_negative_nothing_changes():
+    args = [jnp.asarray(x, jnp.float32) for x in embeddings(8, 4)]
+    texts = jnp.concatenate([args[1], jnp.full((8, 4), jnp.nan)])
+    for loss, scalars in ((contrastive.clip, [14.0]), (contrastive.siglip, [10.0, -10.0])):
+        for chunk in (0, 2):
+            value, metrics = loss(args[0], texts, *scalars, exists=jnp.arange(16) < 8, chunk=chunk)
+            assert float(value) == pytest.approx(float(loss(*args, *scalars)[0]), rel=1e-6)
+            assert float(metrics["negatives"]) == 0 and float(metrics["acc_negatives"]) == 0
 
 
 def test_accuracies_are_of_the_right_direction():

@@ -16,20 +16,21 @@ TERMS = {"clip": Clip(), "siglip": Siglip(), "q": Clip(gce_q=0.7), "labels": Sig
 every_term = pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
 
 
-def contrastive_metrics(term, noise, b=64):
+def contrastive_metrics(term, noise, b=64, exists=None):
     """Metrics of embeddings that are alike but for `noise`, and of pairs that are alike; at the best bias.
 
-    Pairs of one of ten captions are alike too, where they are positives.
+    Pairs of one of ten captions are alike too, where they are positives, and with `exists` two negatives of a pair.
     """
     rng, labels = np.random.default_rng(0), np.arange(b)
     keys = None if term.positives == "pair" else jnp.asarray(labels := labels % 10)
     z = np.ones(32) + noise * rng.normal(size=(b, 32))[labels]
     z = jnp.asarray(z / np.linalg.norm(z, axis=1, keepdims=True), jnp.float32)
+    texts = z if exists is None else jnp.tile(z, (3, 1))
     if isinstance(term, Clip):
-        metrics = contrastive.clip(z, z, 14.0, q=term.gce_q)[1]
+        metrics = contrastive.clip(z, texts, 14.0, q=term.gce_q, exists=exists)[1]
         return {key: float(value) for key, value in metrics.items()}
     # Where all cosines are 1 the sum of scale and bias is the one logit of all pairs.
-    loss = functools.partial(contrastive.siglip, z, z, 10.0, keys=keys)
+    loss = functools.partial(contrastive.siglip, z, texts, 10.0, keys=keys, exists=exists)
     best = scipy.optimize.minimize_scalar(lambda bias: float(loss(bias)[0]), (-20, -5))
     return {key: float(value) for key, value in loss(best.x)[1].items()}
 
@@ -42,6 +43,20 @@ def test_the_plateau_is_the_loss_of_a_blind_guess(term):
     [warning] = term.alarms(metrics)
     assert warning.startswith("plateau: ") and "Lengthen optim.warmup or lower optim.lr" in warning
     assert term.health(metrics).checks[0].value == pytest.approx(0, abs=1e-5)
+
+
+@every_term
+def test_negatives_raise_the_plateau(term):
+    exists = jnp.arange(192) < 64 + 50
+    metrics = contrastive_metrics(term, 0.0, exists=exists)
+    assert metrics["negatives"] == 50 / 64 and metrics["acc_negatives"] == 0
+    blind = term.chance_loss(metrics)
+    assert metrics["loss"] == pytest.approx(blind, rel=1e-5)
+    assert blind > 1.005 * term.chance_loss(contrastive_metrics(term, 0.0))
+    assert isinstance(term, Siglip) or metrics["blind"] == pytest.approx(blind, rel=1e-5)
+    assert len(term.alarms(metrics)) == 1  # the plateau
+    (alarm,) = term.alarms(contrastive_metrics(term, 0.3, exists=exists & (jnp.arange(192) < 64)))
+    assert alarm == "negatives: no pair of the batch has one. Check data.negative_columns."
 
 
 @every_term

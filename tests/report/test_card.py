@@ -28,6 +28,9 @@ def test_names_of_others_are_no_markdown_in_a_card(run):
     assert classes.endswith(
         "`cat # Safe weights`, `<img src=x onerror=y>`, `[here](https://x.org)`, `'<b>' www.x.org`, `a | b`"
     )
+    data = dataclasses.replace(config.data, negatives=2, negative_columns=("wrong", "more"))
+    experiment = dataclasses.replace(build.build(config), config=dataclasses.replace(config, data=data))
+    assert card.data(folder, experiment)["about_data"].endswith("from text; 2 negatives, from wrong, more")
     words = card.in_words("one <img src=x>\n# two [here](https://x.org)")
     for text in (classes, f"| protocol |\n| --- |\n| {words} |"):
         page = markdown.markdown(text, extensions=["tables"])

@@ -22,7 +22,7 @@ from xclip_jax.data.readers import table as table_reader
 from xclip_jax.data.readers.tar import TarSource
 
 Path = pathlib.Path
-_CAPTIONS = ("text", "caption", "a/b")
+_OPTIONS = SourceOptions(text_columns=("text", "caption", "a/b"), tags_key="tags", negative_columns=("a",))
 
 
 def _picture(mode: str = "RGB", **size: int) -> Image.Image:
@@ -107,7 +107,7 @@ def tars() -> list[bytes]:
 
 def read_tar(data: bytes, folder: Path) -> None:
     (folder / "x.tar").write_bytes(data)
-    _read_all(TarSource(str(folder / "x.tar"), _CAPTIONS, "tags"))
+    _read_all(TarSource(str(folder / "x.tar"), _OPTIONS))
 
 
 CAPTION_FILES = (
@@ -122,7 +122,7 @@ CAPTION_FILES = (
 def read_captions(data: bytes, folder: Path) -> None:
     parts = [("0.jpg", _encode(_picture(), "JPEG")), ("0.txt", data), ("0.json", data)]
     (folder / "x.tar").write_bytes(_tar(parts[:2]) + _tar([(f"1{n[1:]}", d) for n, d in (parts[0], parts[2])]))
-    _read_all(TarSource(str(folder / "x.tar"), _CAPTIONS, "tags"), train=True)
+    _read_all(TarSource(str(folder / "x.tar"), _OPTIONS), train=True)
 
 
 CSV = (

@@ -36,6 +36,12 @@ def learner():
     return xclip_jax.create("Ti/12", **SIZES)
 
 
+def test_a_step_takes_the_negatives_of_the_config():
+    learner = xclip_jax.create("Ti/12", **SIZES, objective="clip", negatives=2, negative_columns=("wrong",))
+    with pytest.raises(UserError, match=r"takes .*'negatives': 'int32 \(16, 2, 12\)'"):
+        learner.step(None, batch(learner))
+
+
 def test_create__equals_build():
     config = tiny.config("nclip", steps=10)
     experiment = build.build(config)

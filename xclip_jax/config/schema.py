@@ -144,6 +144,8 @@ class Config:
         objective = make_objective(self.objective)
         for term in objective.terms.values():
             yield from term.conflicts_with(self.model, self.loss)
+        if self.data.negatives and not any(term.uses_negatives for term in objective.terms.values()):
+            yield "data.negatives is for objectives with the term clip or siglip; add one of them, or set it to 0"
         towers = [self.model.tower(name) for name in objective.towers]
         if optim.layer_decay != 1 and all(tower.num_layers == 1 for tower in towers):
             types = " and ".join(type(tower).__name__ for tower in towers)

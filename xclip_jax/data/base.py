@@ -34,9 +34,10 @@ class Source(abc.ABC):
     """Random access to image-text pairs, for several threads.
 
     A record has "image", encoded (bytes) or decoded (uint8 (h, w, 3)), "text", captions to draw from (list of strings,
-    at least one), "tags", the field of `data.caption_transform` (list of strings, may be empty), "id", a name, and
-    any vectors that terms of the objective read, see `Term.columns`. With "columns", the numbers of the captions'
-    columns in `SourceOptions.text_columns`, these may have weights.
+    at least one), "negatives", texts in `data.negative_columns`, and "tags", the field of `data.caption_transform`
+    (lists of strings, may be empty), "id", a name, and any vectors that terms of the objective read, see
+    `Term.columns`. With "columns", the numbers of the captions' columns in `SourceOptions.text_columns`, these may
+    have weights.
     """
 
     @abc.abstractmethod
@@ -166,11 +167,12 @@ class SourceOptions:
     text_columns: Sequence[str] = ("text",)
     tags_key: str = ""
     captions: bool = True
+    negative_columns: Sequence[str] = ()
 
     @property
     def caption_columns(self) -> list[str]:
-        """Columns or features with captions and tags; COLUMN/FIELD reads COLUMN."""
-        keys = [*self.text_columns, *filter(None, [self.tags_key])]
+        """Columns or features with texts and tags; COLUMN/FIELD reads COLUMN."""
+        keys = [*self.text_columns, *self.negative_columns, *filter(None, [self.tags_key])]
         return list(dict.fromkeys(key.partition("/")[0] for key in keys))
 
     @property

@@ -45,9 +45,11 @@ class DataConfig:
     text_columns: Sequence[str] = key(
         ("text",), "captions to draw, COLUMN or COLUMN:WEIGHT; in tars text is the .txt file, else a field of .json"
     )
+    negatives: int = key(0, "wrong texts drawn for each pair, hard negatives for clip and siglip", at_least(0))
+    negative_columns: Sequence[str] = key((), "columns of wrong texts, in tars fields of .json, in folders *.NAME.txt")
     caption_transform: str = key(
         "",
-        "function that changes each drawn caption, and the field of a record that it also gets; empty for none",
+        "function that changes each drawn text, and the field of a record that it gets with captions; empty for none",
         Check("'package.module:function:FIELD' or empty", lambda value: not value or value.count(":") >= 2),
     )
     crop_scale: tuple[float, float] = key(
@@ -90,3 +92,5 @@ class DataConfig:
             yield f"text_columns is {self.text_columns}; expected different columns, all or none with COLUMN:WEIGHT"
         if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
             yield f"weights is {self.weights}; expected one value above 0 for each of the {len(self.sources)} sources"
+        if bool(self.negatives) != bool(self.negative_columns):
+            yield f"negatives is {self.negatives} and negative_columns {self.negative_columns}; set both or neither"

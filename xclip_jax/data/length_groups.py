@@ -116,9 +116,10 @@ class LengthOrder:
 
     @classmethod
     def from_tokens(cls, text: jax.Array, eot_id: int, sizes: Sizes, microbatches: int = 1) -> Self:
-        """Sort tokens (b, n) by length, up to and including a text's first `eot_id`."""
+        """Sort tokens (b, n) or (b, k, n) by the length of their longest text, including its first `eot_id`."""
         rows = sum(n for n, _ in sizes)
-        lengths = _split(jnp.argmax(text == eot_id, axis=-1) + 1, rows, microbatches)
+        lengths = jnp.argmax(text == eot_id, axis=-1) + 1
+        lengths = _split(lengths if text.ndim == 2 else jnp.max(lengths, axis=1), rows, microbatches)
         order = jnp.argsort(lengths, axis=1)
         return cls(lengths, order, jnp.argsort(order, axis=1), sizes)
 
@@ -130,13 +131,13 @@ class LengthOrder:
         return jnp.all(longest <= jnp.array([tokens for _, tokens in self.sizes])[:, None])
 
     def split(self, x: jax.Array, *, cut: bool = False) -> tuple[jax.Array, ...]:
-        """Split rows (b, ...) into (rows, ...) for each group; `cut` shortens the second axis to the group's tokens."""
+        """Split rows (b, ...) into (rows, ...) for each group; `cut` shortens the last axis to the group's tokens."""
         _, rows, microbatches = self.lengths.shape
         ordered = _reorder(_split(x, rows, microbatches), self.order, self.inverse)
         groups, start = [], 0
         for n, tokens in self.sizes:
             group = _join(ordered[:, start : start + n])
-            groups.append(group[:, :tokens] if cut else group)
+            groups.append(group[..., :tokens] if cut else group)
             start += n
         return tuple(groups)
 

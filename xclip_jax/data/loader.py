@@ -35,9 +35,10 @@ _CACHED_PLACES = 1 << 22  # size of the cache of epochs in `_SpreadDuplicates`, 
 class Transform:
     """Writes a record to a row of a batch, a pure function of the record and the random generator.
 
-    Possible `fields` of a row are "image", uint8 (size, size, 3), "text", int32 (length,), "label", a number, and
-    "image_key" and "text_key", int32 (2,): hashes of the image's bytes, and of the caption. A row also has the vectors
-    in `columns`, {name: size}, fp32 (size,).
+    Possible `fields` of a row are "image", uint8 (size, size, 3), "text", int32 (length,), "label", a number,
+    "image_key" and "text_key", int32 (2,): hashes of the image's bytes, and of the caption, and "negatives", int32
+    (`data.negatives`, length), in which the caption stands for missing ones. A row also has the vectors in `columns`,
+    {name: size}, fp32 (size,).
     """
 
     config: DataConfig
@@ -65,6 +66,13 @@ class Transform:
             row["text"][:] = self.tokenizer([caption], self.length)
             if "text_key" in row:
                 row["text_key"][0] = _hash(caption.encode("utf-8", "replace"))
+        if "negatives" in row:
+            if "negatives" not in record:
+                raise UserError(f"{record['id']!r}: its source gives no 'negatives'; set data.negatives to 0.")
+            wrong = rng.permutation(np.array(record["negatives"], object))[: self.config.negatives]
+            texts = [self._change(text, [], rng) if self._change else text for text in wrong]
+            row["negatives"][0] = row["text"]
+            row["negatives"][0, : len(texts)] = self.tokenizer(texts, self.length)
         if "label" in row:
             row["label"][0] = record["label"]
         for name in self.columns.keys() & row.keys():
@@ -83,6 +91,7 @@ class Transform:
             "label": ((rows,), np.float32),
             "image_key": ((rows, 2), np.int32),
             "text_key": ((rows, 2), np.int32),
+            "negatives": ((rows, self.config.negatives, self.length), np.int32),
         }
         columns = {name: ((rows, size), np.float32) for name, size in self.columns.items()}
         return {field: shapes[field] for field in self.fields} | columns

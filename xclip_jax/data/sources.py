@@ -5,6 +5,7 @@ name. Other packages have kinds named package.module:Class, such as "my_lab.sour
 """
 
 import contextlib
+import dataclasses
 import glob
 import inspect
 import math
@@ -193,7 +194,7 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     caption_transform(config)  # raises now rather than at the first batch
     if classes and (config.spread_duplicate_captions or config.holdout or config.drop):
         raise UserError("data.spread_duplicate_captions, data.holdout and data.drop are for pairs only; remove them.")
-    options = source_options(config)
+    options = dataclasses.replace(source_options(config), negative_columns=tuple(config.negative_columns))
     open_one = open_labelled if classes else open_pairs
     opened: list[Source] = [open_one(spec, options) for spec in config.sources]
     empty = [spec for spec, source in zip(config.sources, opened, strict=True) if not len(source)]

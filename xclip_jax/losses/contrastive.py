@@ -38,6 +38,7 @@ def clip(
     *,
     label_smoothing: float = 0.0,
     keys: jax.Array | None = None,
+    exists: jax.Array | None = None,
     q: float = 0.0,
     chunk: int = 0,
 ) -> tuple[jax.Array, Metrics]:
@@ -46,19 +47,25 @@ def clip(
     With `keys` the target of pair i is 1 / n_i for each of the n_i pairs with its key, itself included (UniCL's
     bidirectional loss, arXiv 2204.03610, equation 3; SupCon's L_out, arXiv 2004.11362).
 
+    With `exists`, k wrong texts per pair, called negatives, follow the captions. The cross-entropy of image i is then
+    -s_ii + ln(sum_j exp s_ij + sum_m exp s_im) of all captions j and existing negatives m of the batch, while those of
+    captions and all targets are as without negatives (NegCLIP, arXiv 2210.01936).
+
     Args:
         z_img: image embeddings of the global batch, shape (b, e), L2-normalised; any float type.
-        z_txt: text embeddings, shape (b, e), row i paired with row i of `z_img`.
+        z_txt: text embeddings, shape (b, e), row i paired with row i of `z_img`; (b + b * k, e) with `exists`.
         scale: scalar, exp(log_scale): already exponentiated.
         label_smoothing: fraction of the target spread evenly over the batch (arXiv 1512.00567).
         keys: integers (b,) or (b, m); pairs with equal keys match each other. By default each pair matches itself.
+        exists: whether each text exists, bool (b + b * k,): b captions, which do, then k negatives pair by pair.
         q: option of `robust`, which replaces the cross-entropy of each pair; for targets of one pair only.
         chunk: texts to compare with all images at a time, a divisor of b; 0 for all.
 
     Returns:
         The loss (fp32 scalar) and fp32 scalar metrics: "loss", "ln_b" (the loss of a blind guess), "acc_img" and
-        "acc_txt" (fraction of images and of texts whose best match in the batch is their partner); "blind" (the robust
-        loss of a blind guess) with `q`.
+        "acc_txt" (fraction of images and of texts whose best match in the batch is their partner); "blind" (the loss
+        of a blind guess) with `q` or negatives; "negatives" (number per image) and "acc_negatives" (fraction that
+        matches its image less than the caption does).
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,25 +77,31 @@ def clip(
         >>> losses.clip(z_img, z_img[::-1], scale=1 / 0.07)[1]["acc_img"]  # all captions are mixed up
         Array(0., dtype=float32)
     """
-    check(z_img, z_txt, scale)
+    check(z_img, z_txt, exists, scale)
+    b = len(z_img)
     if chunk:
-        others, in_chunks = _compare_in_chunks(_log_sums, z_img, z_txt, scale, 0.0, chunk)
+        others, in_chunks = _compare_in_chunks(_log_sums, chunk, exists, z_img, z_txt, scale, 0.0)
         img_to_txt = jax.nn.softplus(jax.nn.logsumexp(others["img"], axis=0))
-        txt_to_img = jax.nn.softplus(others["txt"].reshape(-1))
+        txt_to_img = jax.nn.softplus(others["txt"].reshape(-1)[:b])
     else:
         logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt)
+        logits = logits if exists is None else jnp.where(exists, logits, _LOG_ZERO)
         # A masked sum, since jnp.diagonal gathers, which costs communication if the batch is sharded. It is subtracted
         # before the log-sum-exp, since a small loss would vanish in the rounding of two numbers as large as the scale.
-        matching = jnp.sum(jnp.eye(logits.shape[0]) * logits, axis=1)
+        matching = jnp.sum(jnp.eye(b, len(z_txt)) * logits, axis=1)
         img_to_txt = jax.nn.logsumexp(logits - matching[:, None], axis=1)
-        txt_to_img = jax.nn.logsumexp(logits - matching[None, :], axis=0)
+        txt_to_img = jax.nn.logsumexp(logits[:, :b] - matching[None, :], axis=0)
     if q:
         img_to_txt, txt_to_img = (robust(x, q) for x in (img_to_txt, txt_to_img))
     loss = 0.5 * jnp.mean(img_to_txt + txt_to_img)
     if label_smoothing or keys is not None:
-        loss = loss + target_margin(z_img, z_txt, scale, label_smoothing, keys)
+        loss = loss + target_margin(z_img, z_txt[:b], scale, label_smoothing, keys)
     metrics = {"loss": loss, **(in_chunks if chunk else _metrics(logits))}
-    if q:
+    if exists is not None:
+        metrics |= _of_negatives(z_img, z_txt, exists)
+        ln_b = metrics["ln_b"]
+        metrics["blind"] = 0.5 * (robust(ln_b + jnp.log1p(metrics["negatives"]), q) + robust(ln_b, q))
+    elif q:
         metrics["blind"] = robust(metrics["ln_b"], q)
     return loss, metrics
 
@@ -174,12 +187,14 @@ def siglip(
     bias: ArrayLike,
     *,
     keys: jax.Array | None = None,
+    exists: jax.Array | None = None,
     chunk: int = 0,
 ) -> tuple[jax.Array, Metrics]:
     """Return SigLIP's loss: binary cross-entropy of each of the b * b pairs, summed and divided by b, in nats.
 
     The loss is -1/b sum_ij log sigmoid(y_ij (scale <z_img_i, z_txt_j> + bias)), with y = +1 for i = j and -1 otherwise;
-    with `keys`, y = +1 for all pairs with equal keys.
+    with `keys`, y = +1 for all pairs with equal keys. With `exists` the sum, still divided by b, includes all images
+    with all existing negatives, y = -1 [ours].
 
     Arguments and metrics are the ones of `clip`, plus a scalar bias, added to each logit (SigLIP starts with a
     scale of 10 and a bias of -10). "ln_b" is for comparison with a softmax run and not the loss of a blind guess.
@@ -193,30 +208,31 @@ def siglip(
         >>> f"{loss:.4f}, accuracy {metrics['acc_img']:.0%}"
         '0.6933, accuracy 100%'
     """
-    check(z_img, z_txt, scale, bias)
+    check(z_img, z_txt, exists, scale, bias)
     b = len(z_img)
     if chunk:
-        total, in_chunks = _compare_in_chunks(_sigmoid_sum, z_img, z_txt, scale, bias, chunk)
+        total, in_chunks = _compare_in_chunks(_sigmoid_sum, chunk, exists, z_img, z_txt, scale, bias)
         loss = jnp.sum(total) / b
     else:
         logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt) + jnp.asarray(bias, jnp.float32)
-        sign = 2 * jnp.eye(b, dtype=jnp.float32) - 1
+        logits = logits if exists is None else jnp.where(exists, logits, _LOG_ZERO)
+        sign = 2 * jnp.eye(b, len(z_txt), dtype=jnp.float32) - 1
         loss = -jnp.sum(jax.nn.log_sigmoid(sign * logits)) / b
-    positives = {}
+    others = {} if exists is None else _of_negatives(z_img, z_txt, exists)
     if keys is not None:
         # If a negative becomes a positive, the loss falls by its logit, since log sigmoid(x) - log sigmoid(-x) = x.
-        z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
+        z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt[:b]))
         texts, counts = sum_over_equal(keys, z_txt)
-        others = jnp.asarray(scale, jnp.float32) * jnp.sum(z_img * (texts - z_txt), axis=1)
-        loss = loss - jnp.mean(others + jnp.asarray(bias, jnp.float32) * (counts - 1))
-        positives = {"positives": jnp.mean(counts)}
-    return loss, {"loss": loss, **(in_chunks if chunk else _metrics(logits)), **positives}
+        equal = jnp.asarray(scale, jnp.float32) * jnp.sum(z_img * (texts - z_txt), axis=1)
+        loss = loss - jnp.mean(equal + jnp.asarray(bias, jnp.float32) * (counts - 1))
+        others["positives"] = jnp.mean(counts)
+    return loss, {"loss": loss, **(in_chunks if chunk else _metrics(logits)), **others}
 
 
-def check(z_img: jax.Array, z_txt: jax.Array, *scalars: ArrayLike) -> None:
-    """Raise `AssertionError` unless embeddings are two (b, e) arrays of equal shape, and scale and bias are scalars."""
-    chex.assert_rank(z_img, 2)
-    chex.assert_equal_shape([z_img, z_txt])
+def check(z_img: jax.Array, z_txt: jax.Array, exists: jax.Array | None, *scalars: ArrayLike) -> None:
+    """Raise `AssertionError` unless embeddings have shapes (b, e), `z_txt` a row per value of `exists`, if any."""
+    chex.assert_rank([z_img, z_txt], 2)
+    chex.assert_shape(z_txt, z_img.shape if exists is None else (len(exists), z_img.shape[1]))
     chex.assert_shape([jnp.asarray(x) for x in scalars], ())
 
 
@@ -232,12 +248,20 @@ def dot(z_img: jax.Array, z_txt: jax.Array) -> jax.Array:
     )
 
 
+def _of_negatives(z_img: jax.Array, z_txt: jax.Array, exists: jax.Array) -> Metrics:
+    b, e = z_img.shape
+    margins = jnp.sum(z_img[:, None] * (z_txt[:b, None] - z_txt[b:].reshape(b, -1, e)), axis=2)
+    n = jnp.sum(exists[b:], dtype=jnp.float32)
+    above = jnp.sum(exists[b:] & (margins.reshape(-1) > 0), dtype=jnp.float32)
+    return {"negatives": n / b, "acc_negatives": above / jnp.maximum(n, 1)}
+
+
 def _metrics(logits: jax.Array) -> Metrics:
-    index = jnp.arange(logits.shape[0])
+    index = jnp.arange(len(logits))
     return {
-        "ln_b": jnp.log(jnp.float32(logits.shape[0])),
+        "ln_b": jnp.log(jnp.float32(len(logits))),
         "acc_img": jnp.mean(argmax(logits, 1) == index, dtype=jnp.float32),
-        "acc_txt": jnp.mean(argmax(logits, 0) == index, dtype=jnp.float32),
+        "acc_txt": jnp.mean(argmax(logits[:, : len(logits)], 0) == index, dtype=jnp.float32),
     }
 
 
@@ -265,28 +289,32 @@ def _sigmoid_sum(logits: _Logits) -> jax.Array:
 
 
 def _compare_in_chunks(
-    reduce: Callable[[_Logits], Any], z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike, chunk: int
+    reduce: Callable[[_Logits], Any], chunk: int, exists: jax.Array | None, *arguments: ArrayLike
 ) -> tuple[Any, Metrics]:
-    """Return the results of `reduce` stacked over the chunks, and the metrics but the loss."""
-    z_img, z_txt, scale, bias = (jnp.asarray(x, jnp.float32) for x in (z_img, z_txt, scale, bias))
+    """Return the stacked results of `reduce` for the chunks of z_img, z_txt, scale and bias, and most metrics."""
+    z_img, z_txt, scale, bias = (jnp.asarray(x, jnp.float32) for x in arguments)
     b = len(z_img)
     chex.assert_is_divisible(b, chunk)
     index = jnp.arange(b)
-    matching = scale * jnp.sum(z_img * z_txt, axis=1) + bias
+    matching = scale * jnp.sum(z_img * z_txt[:b], axis=1) + bias
+    texts = [z_txt, matching, index]
+    if exists is not None:
+        texts = [z_txt, *(jnp.pad(x, (0, len(z_txt) - b), constant_values=b) for x in (matching, index)), exists]
 
-    def compare(texts: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, Any]:
-        z_txt, matching_txt, column = texts
+    def compare(texts: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        z_txt, matching_txt, column, *exist = texts
         logits = constrain(scale * dot(z_img, z_txt) + bias, "batch", None)
+        logits = jnp.where(exist[0], logits, _LOG_ZERO) if exist else logits
         highest = jax.lax.stop_gradient(jnp.max(logits, axis=1))
         best = (highest, column[0] + argmax(logits, 1), argmax(logits, 0) == column)
         return reduce(_Logits(logits, index[:, None] == column, matching, matching_txt)), best
 
     # Each device holds all texts: slices of a split array would be sent one by one.
-    texts = [constrain(x, *[None] * x.ndim).reshape(-1, chunk, *x.shape[1:]) for x in (z_txt, matching, index)]
+    texts = [constrain(x, *[None] * x.ndim).reshape(-1, chunk, *x.shape[1:]) for x in texts]
     result, (highest, first, right) = jax.lax.map(jax.checkpoint(compare), tuple(texts))
     chosen = jnp.min(jnp.where(highest == jnp.max(highest, axis=0), first, b), axis=0)  # the first of equal logits
     return result, {
         "ln_b": jnp.log(jnp.float32(b)),
         "acc_img": jnp.mean(chosen == index, dtype=jnp.float32),
-        "acc_txt": jnp.mean(right, dtype=jnp.float32),
+        "acc_txt": jnp.mean(right[: b // chunk], dtype=jnp.float32),
     }

@@ -130,13 +130,14 @@ class TwoTowers(nn.Module):
         return constrain(self.tower_txt(text, **noise), "batch", None)
 
     def project(
-        self, h_img: Array | None, h_txt: Array | None, *, train: bool = False, logits: bool = True
+        self, h_img: Array | None, h_txt: Array | None, *negatives: Array, train: bool = False, logits: bool = True
     ) -> dict[str, Any]:
         """Apply the heads to features of one or both modalities, for losses and evaluators; all outputs are fp32.
 
         Contrastive heads return L2-normalised z_img, z_txt (b, e), `scale` and `bias`; cluster heads s_img, s_txt
         (b, k), or their `FactoredLogits` if `logits` is false; a classifier logits (b, classes). With `train` BatchNorm
         uses the batch's statistics and updates the running ones (collection "batch_stats", which must be mutable).
+        Heads without options also get `negatives`, features of wrong texts, and return "negative_z_txt", for example.
         """
         features = {"img": h_img, "txt": h_txt}
         options = {"train": train, "logits": logits}
@@ -146,6 +147,8 @@ class TwoTowers(nn.Module):
                 out[head.output] = head.transform(self.made[name]) if head.transform else self.made[name]
             elif features[head.input] is not None:
                 out[head.output] = self.made[name](features[head.input], **{key: options[key] for key in head.options})
+                if head.input == "txt" and not head.options:
+                    out |= {f"negative_{head.output}": self.made[name](h) for h in negatives}
         return out
 
     def __call__(self, image: Array, text: Array, *, train: bool = False) -> dict[str, Any]:

@@ -24,11 +24,13 @@ _KEYS = {"pair": "", "caption": "text_key", "image": "image_key"}
 class Contrastive(Term):
     """A loss of all pairs of the batch: the common part of softmax and sigmoid."""
 
+    uses_negatives: ClassVar[bool] = True
     form: ClassVar[str] = "clip"  # a function of `losses.contrastive`
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale")  # its arguments
     initial_scale: ClassVar[float] = 1 / 0.07  # of the logits
     initial_bias: ClassVar[float] = -10.0  # of the logits, if the loss takes one
     max_scale: ClassVar[float] = math.inf  # bound of the logit scale
+    gce_q = 0.0  # of `Clip`
 
     positives: str = key(
         "pair", "matches of a pair: only itself, or pairs with the same caption or image", choice(_KEYS)
@@ -62,16 +64,19 @@ class Contrastive(Term):
     ) -> Result:
         """Compute the loss, see `Term.__call__`."""
         loss_of = getattr(contrastive, self.form)
-        loss, metrics = loss_of(*(out[name] for name in self.outputs), **self._options(batch), chunk=chunk)
+        options = self._options(batch)
+        if "negatives" in batch:
+            exist = jax.numpy.any(batch["negatives"] != batch["text"][:, None], axis=2).reshape(-1)
+            options["exists"] = jax.numpy.pad(exist, (len(batch["text"]), 0), constant_values=True)
+            out = {**out, "z_txt": jax.numpy.concatenate([out["z_txt"], out["negative_z_txt"]])}
+        loss, metrics = loss_of(*(out[name] for name in self.outputs), **options, chunk=chunk)
         return loss, metrics | {"scale": out["scale"]}, {}
 
     def _options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of the loss, including batch-dependent parts of its target."""
         options = dataclasses.asdict(self)
-        del options["positives"]
-        if _KEYS[self.positives]:
-            options["keys"] = batch[_KEYS[self.positives]]
-        return options
+        key = _KEYS[options.pop("positives")]
+        return options | ({"keys": batch[key]} if key else {})
 
     def constrain(self, params: Any) -> Any:
         """Limit the logit scale to `max_scale`.
@@ -92,23 +97,25 @@ class Contrastive(Term):
     @property
     def is_robust(self) -> bool:
         """Whether the loss of a pair is `contrastive.robust` of its cross-entropy."""
-        return False
+        return self.gce_q > 0
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         blind = f"blind {metrics['blind']:.2f}" if "blind" in metrics else f"ln b {metrics.get('ln_b', 0):.2f}"
         return super().progress(metrics) + f" ({blind})" * (self.form == "clip" and "loss" in metrics)
 
+    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
+        empty = "negatives: no pair of the batch has one. Check data.negative_columns."
+        return super().alarms(metrics) + [empty] * (metrics.get("negatives") == 0)
+
     def curves(self) -> tuple[Curve, ...]:
         accuracy = (("acc_img", "image to text"), ("acc_txt", "text to image"))
-        unit = "nats"
-        level = ("ln b", "ln_b")
         note = "ln b, with b the batch size, is the loss of CLIP for a guess that does not depend on the inputs."
+        loss = Curve(f"{self.title} loss", (("loss", "contrastive"),), "nats", (("ln b", "ln_b"),), note)
         if self.is_robust:
-            unit = ""
-            level = ("blind guess", "blind")
             note = "A blind guess does not depend on the inputs."
+            loss = loss._replace(unit="", levels=(("blind guess", "blind"),), note=note)
         return (
-            Curve(f"{self.title} loss", (("loss", "contrastive"),), unit, (level,), note),
+            loss,
             Curve("Accuracy within the batch", accuracy, "%", note="Share whose best match is their own partner."),
             Curve("Logit scale", (("scale", "scale"),)),
         )
@@ -147,14 +154,11 @@ class Clip(Contrastive):
         options["q"] = options.pop("gce_q")
         return options
 
-    @property
-    def is_robust(self) -> bool:
-        return self.gce_q > 0
-
     def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
-        """Return the loss of equal logits: ln b, or `contrastive.robust` of it."""
-        cross_entropy = super().chance_loss(metrics, less * (1 - self.label_smoothing))
-        return float(contrastive.robust(cross_entropy, self.gce_q))
+        """Return the loss of equal logits: ln b, with negatives more for images, or `contrastive.robust` of both."""
+        share = 1 - less * (1 - self.label_smoothing)
+        texts = metrics["ln_b"] + math.log1p(metrics.get("negatives", 0.0))
+        return sum(float(contrastive.robust(share * x, self.gce_q)) for x in (texts, metrics["ln_b"])) / 2
 
     def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         if self.is_robust and (self.label_smoothing or self.positives != "pair"):
@@ -171,7 +175,7 @@ class Siglip(Contrastive):
     initial_scale: ClassVar[float] = 10.0
 
     def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
-        """Return the loss of the logit ln(n / (b - n)) for each of b * b pairs, if b * n of them match."""
-        b = round(math.exp(metrics["ln_b"]))
+        """Return the loss of the logit ln(n / (b - n)) for each image with all b texts, if n of them match."""
+        b = round(math.exp(metrics["ln_b"])) * (1 + metrics.get("negatives", 0.0))
         n = metrics.get("positives", 1.0)
         return (1 - less) * (n * math.log(b / n) + (b - n) * math.log(b / (b - n))) if b > n else 0.0

@@ -34,6 +34,7 @@ class Term(abc.ABC):
     Attributes:
       title: name of the term in sentences, tables and charts.
       labelled: whether the loss takes labelled items instead of image-text pairs.
+      uses_negatives: whether the loss reads `data.negatives`, "negatives" (b, k, n), with outputs "negative_z_txt", ...
       classes: number of classes of labelled items; 1 if the label is a number, 0 without labels.
       towers: towers that the term trains.
       similarity: comparison of images with texts by the trained outputs, or None.
@@ -42,6 +43,7 @@ class Term(abc.ABC):
 
     title: ClassVar[str] = ""
     labelled: ClassVar[bool] = False
+    uses_negatives: ClassVar[bool] = False
 
     @property
     def classes(self) -> int:

@@ -173,6 +173,8 @@ def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
             text = f"Classes, {len(names):,} in all: {', '.join(map(_code, names[:_SHOWN_CLASSES]))}"
     elif config.data.caption_transform:
         text += f", and changed by {in_words(config.data.caption_transform)}"
+    if config.data.negatives:
+        text += f"; {config.data.negatives} negatives, from {', '.join(map(in_words, config.data.negative_columns))}"
     head = ("source", "items" if labelled else "pairs", "share", "hash of the files")
     return {"data": (head, rows), "about_data": text}
 

@@ -89,7 +89,7 @@ class Experiment:
         """Return the transform from records to rows of a batch, with the objective's fields by default."""
         from xclip_jax.data.loader import Transform  # imports Grain for a quarter of a second, only for training
 
-        fields = tuple(fields or self.objective.fields)
+        fields = tuple(fields or (*self.objective.fields, *["negatives"] * bool(self.config.data.negatives)))
         return Transform(
             self.config.data, self.image_size, self.tokenizer, self.context_length, fields, self.objective.columns
         )

@@ -55,7 +55,8 @@ class Learner:
 
         Args:
           state: the result of `init` or of the last step.
-          batch: "image", uint8 (b, size, size, 3), and "text", int32 (b, length); see `preprocess` and `tokenize`.
+          batch: "image", uint8 (b, size, size, 3), and "text", int32 (b, length); see `preprocess` and `tokenize`. With
+            `data.negatives` also "negatives", int32 (b, negatives, length); the caption's tokens if one is missing.
 
         Raises:
           UserError: arrays of other names, shapes or dtypes.

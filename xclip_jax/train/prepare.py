@@ -231,26 +231,27 @@ def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> L
 
 
 def count_lengths(experiment: Experiment, samples: Sequence[Source]) -> np.ndarray:
-    """Return the number of captions per length in tokens, (context + 1,), of the first good samples."""
+    """Return the number of first good samples per length of their longest text in tokens, (context + 1,)."""
     data = experiment.config.data
     length = experiment.context_length
     seed = experiment.config.seed
     # Any order will do; this one avoids reading every caption.
     order = loader.sample_order(samples, dataclasses.replace(data, spread_duplicate_captions=False, cache=False), seed)
-    transform = experiment.transform(("text",))
+    transform = experiment.transform(("text", *["negatives"] * bool(data.negatives)))
     places = map(order.locate, range(min(CAPTIONS, sum(map(len, samples)))))
     # Tokenized here, as the drawn caption depends on the position.
     found = ((order.sources[number], index) for number, index in places)
     read = records.read_each(found, lambda record: record | {"image": None}, threads=data.threads)
     counts = np.zeros(length + 1, np.int32)
-    row = np.zeros((1, length), np.int32)
+    rows = np.zeros((1 + data.negatives, length), np.int32)
     for position, record in enumerate(read):
         if isinstance(record, BadSample):
             continue
         try:
-            transform(record, np.random.default_rng((seed, position)), {"text": row})
+            views = {"text": rows[:1], "negatives": rows[None, 1:]}
+            transform(record, np.random.default_rng((seed, position)), {name: views[name] for name in transform.fields})
         except Exception as error:
             records.as_bad_sample(error)
             continue
-        counts[experiment.tokenizer.lengths(row)] += 1
+        counts[experiment.tokenizer.lengths(rows).max()] += 1
     return counts

@@ -52,6 +52,10 @@ class BatchNoise:
         inputs = self.objective.draw(random_key, inputs, self.preprocessing.size)
         keys = {"img": random_key, "txt": jax.random.fold_in(random_key, 3)}
         noise = {name: self.towers[name].sample_noise(keys[name], b) for name in self.objective.towers}
+        if "negatives" in batch:  # each caption and its k negatives, (b, 1 + k, n)
+            inputs["texts"] = jnp.concatenate([batch["text"][:, None], batch["negatives"]], axis=1)
+            drawn = self.towers["txt"].sample_noise(keys["txt"], inputs["texts"].shape[1] * b)
+            noise["txt"] = {name: x.reshape(b, -1, *x.shape[1:]) for name, x in drawn.items()}
         return inputs | {NOISE: noise}
 
     def apply(self, inputs: dict[str, Any]) -> jax.Array:
@@ -88,7 +92,7 @@ def with_step(state: TrainState, step: int | jax.Array) -> TrainState:
 Batch = dict[str, jax.Array]
 Inputs = dict[str, Any]
 Metrics = dict[str, jax.Array]
-Features = tuple[Any, Any]  # h_img and h_txt; None for a missing tower
+Features = tuple[Any, ...]  # h_img and h_txt, None for a missing tower; of negatives (b * k, d)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,7 +164,8 @@ class TrainStep:
         """Return ((loss, (metrics, batch_stats, ema_batch_stats, loss_state)), gradients), of cut texts if they fit."""
         if not self.text_groups:
             return self._differentiate(state, inputs, None)
-        order = LengthOrder.from_tokens(inputs["text"], self.model.eot_id, self.text_groups, self.microbatches)
+        texts = inputs.get("texts", inputs["text"])
+        order = LengthOrder.from_tokens(texts, self.model.eot_id, self.text_groups, self.microbatches)
         # All devices compute the same branch.
         (value, (metrics, *rest)), grads = jax.lax.cond(
             order.fits,
@@ -178,7 +183,7 @@ class TrainStep:
         def loss(params: Any) -> tuple[jax.Array, Any]:
             h = self._features(params, inputs, order)
             out, batch_stats = self._project(params, state.batch_stats, h)
-            features = {name: x for name, x in zip(("img", "txt"), h, strict=True) if x is not None}
+            features = {name: x for name, x in zip(("img", "txt"), h, strict=False) if x is not None}
             out |= {f"h_{name}": x for name, x in features.items()}
             value, metrics, loss_state = self.objective(out, teacher, state.loss_state, self._batch(state, inputs))
             metrics |= {f"rank/{name}": effective_rank(x) for name, x in features.items()}
@@ -199,6 +204,7 @@ class TrainStep:
         up to rounding. The mean of the parts' gradients would belong to another objective: contrastive losses compare
         pairs across parts, and nCLIP's smoothness is the entropy of a mean. All randomness is in `inputs`.
         """
+        inputs = inputs | {"text": inputs.get("texts", inputs.get("text"))}
         if order is not None:  # groups the texts, and the random inputs of their tower
             noise = inputs.get(NOISE, {})
             split = {name: order.split(x) for name, x in noise.get("txt", {}).items()}
@@ -207,10 +213,13 @@ class TrainStep:
             h_img, h_txt = sharding.map_microbatches(self._encode, params, inputs, self.microbatches, stack=False)
         else:
             h_img, h_txt = self._encode(params, inputs)
-        return h_img, h_txt if order is None else order.join(h_txt)
+        h_txt = h_txt if order is None else order.join(h_txt)
+        if "texts" not in inputs:
+            return h_img, h_txt
+        return h_img, h_txt[:, 0], h_txt[:, 1:].reshape(-1, h_txt.shape[-1])
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
-        """Return the features (h_img, h_txt); h_txt is a tuple if the texts are in groups."""
+        """Return the features h_img and, of texts (..., n), h_txt (..., d); a tuple if the texts are in groups."""
         merged: Any = lora.merged(params)
         if self.frozen:
             merged = optim.stop_frozen(merged, self.frozen)
@@ -226,13 +235,14 @@ class TrainStep:
             # summed while gradients of images are computed.
             h_img, variables["params"]["txt"] = compiler.ordered_after_small(h_img, variables["params"]["txt"])
         if "txt" in self.objective.towers:
-            h_txt = jax.tree.map(
-                lambda text, *noises: self.model.apply(
-                    variables, text, **dict(zip(noise["txt"], noises, strict=True)), method="encode_text"
-                ),
-                inputs["text"],
-                *noise["txt"].values(),
-            )
+
+            def encode(text: jax.Array, *noises: jax.Array) -> jax.Array:
+                rows: Any = [x.reshape(-1, *x.shape[text.ndim - 1 :]) for x in (text, *noises)]
+                named = dict(zip(noise["txt"], rows[1:], strict=True))
+                h: Any = self.model.apply(variables, rows[0], **named, method="encode_text")
+                return h.reshape(*text.shape[:-1], -1)
+
+            h_txt = jax.tree.map(encode, inputs["text"], *noise["txt"].values())
         if overlaps:
             # Else the compiler spreads a gather of one tower's features over all operations of the other.
             h_img, h_txt = jax.lax.optimization_barrier((h_img, h_txt))
@@ -246,7 +256,7 @@ class TrainStep:
 
     def _teach(self, state: TrainState, inputs: Inputs, order: LengthOrder | None) -> tuple[dict[str, Any], Any]:
         params = jax.lax.stop_gradient(state.ema_params)
-        inputs = {key: value for key, value in inputs.items() if key != NOISE}
+        inputs = {key: value for key, value in inputs.items() if key not in (NOISE, "texts")}
         return self._project(params, state.ema_batch_stats, self._features(params, inputs, order))
 
 

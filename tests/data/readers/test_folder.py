@@ -110,4 +110,4 @@ def test_a_folder_that_has_no_pairs_or_cannot_be_listed_is_an_error(tmp_path, mo
         FolderSource(tmp_path / "pairs")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty' has 0 images"):
-        FolderSource(tmp_path / "empty", captions=False)
+        FolderSource(tmp_path / "empty", base.SourceOptions(captions=False))

@@ -54,6 +54,7 @@ def test_a_folder_of_save_to_disk(tmp_path):
         "image": jpeg(3),
         "text": ["picture 3"],
         "columns": [0],
+        "negatives": [],
         "tags": [],
         "id": "3",
     }

@@ -158,13 +158,20 @@ def test_parquet(tmp_path, images):
     path = write_parquet(tmp_path / "0.parquet", image=["images/0.jpg", None], text=[["one", "two"], ["x"]])
     source = open_source(f"parquet:{path}")
     file = str(tmp_path / "images" / "0.jpg")
-    assert source[0] == {"image": images[0], "text": ["one", "two"], "columns": [0, 0], "tags": [], "id": file}
+    assert source[0] == {
+        "image": images[0],
+        "text": ["one", "two"],
+        "columns": [0, 0],
+        "negatives": [],
+        "tags": [],
+        "id": file,
+    }
     with pytest.raises(BadSample, match="no image in the row"):
         source[1]
     inside = [{"bytes": images[1], "path": "x"}]
     path = write_parquet(tmp_path / "1.parquet", image=inside, text=["t"], tags=[["a", "b"]])
     record = open_source(f"parquet:{path}", tags="tags")[0]
-    assert record == {"image": images[1], "text": ["t"], "columns": [0], "tags": ["a", "b"], "id": "0"}
+    assert record == {"image": images[1], "text": ["t"], "columns": [0], "negatives": [], "tags": ["a", "b"], "id": "0"}
     sentences = [[{"raw": "one"}, {"raw": "two"}]]
     path = write_parquet(tmp_path / "2.parquet", image=[images[1]], sentences=sentences)
     assert open_source(f"parquet:{path}", text=("sentences/raw",))[0]["text"] == ["one", "two"]
@@ -287,7 +294,8 @@ def test_array_record(tmp_path, images):
         writer.write(record)
     writer.close()
     source = open_source(f"array_record:{tmp_path}/*.array_record")
-    assert source[0] == {"image": images[0], "text": ["one", "two"], "columns": [0, 0], "tags": [], "id": "0"}
+    expected = {"image": images[0], "text": ["one", "two"], "columns": [0, 0], "negatives": [], "tags": [], "id": "0"}
+    assert source[0] == expected
     for i, reason in ((1, "caption is empty"), (2, "no image in the record"), (3, "DecodeError")):
         assert records.read(source, i).reason == reason
     card = source.fingerprint()

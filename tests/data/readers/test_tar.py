@@ -106,16 +106,18 @@ def test_captions_from_json(plain, tmp_path):
     # Lists of objects, and keywords between commas, as in tables.
     fields = b'{"captions": [{"text": "a fox"}, {"text": "red fur"}], "tags": "cat, dog,, grass", "all": ["a, b", "c"]}'
     bad_tars.shard(tmp_path / "0.tar", [("a", {"jpg": bad_tars.jpeg(0), "json": fields})])
-    record = TarSource(str(tmp_path / "0.tar"), ("captions/text",), "tags")[0]
+    record = TarSource(str(tmp_path / "0.tar"), base.SourceOptions(text_columns=("captions/text",), tags_key="tags"))[0]
     assert record["text"] == ["a fox", "red fur"] and record["tags"] == ["cat", "dog", "grass"]
-    assert TarSource(str(tmp_path / "0.tar"), ("captions/text",), "all")[0]["tags"] == ["a, b", "c"]
+    assert TarSource(str(tmp_path / "0.tar"), base.SourceOptions(text_columns=("captions/text",), tags_key="all"))[0][
+        "tags"
+    ] == ["a, b", "c"]
 
 
 def test_json_that_is_nested_or_holds_half_a_letter(tmp_path):
     texts = ['"cut \\ud83d"', '"\\ud83d\\ude00"', '"\\ude00 \\ud83d"', "[" * 100_000, '{"a":' * 100_000]
     samples = [{"jpg": bad_tars.jpeg(0), "json": b'{"caption": %s}' % text.encode()} for text in texts]
     bad_tars.shard(tmp_path / "0.tar", [(str(i), sample) for i, sample in enumerate(samples)])
-    source = TarSource(str(tmp_path / "0.tar"), ("caption",))
+    source = TarSource(str(tmp_path / "0.tar"), base.SourceOptions(text_columns=("caption",)))
     assert [source[i]["text"] for i in range(3)] == [["cut \ufffd"], ["😀"], ["\ufffd \ufffd"]]
     for i in (3, 4):
         with pytest.raises(BadSample, match="JSON file is damaged"):

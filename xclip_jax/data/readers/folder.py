@@ -17,21 +17,21 @@ from xclip_jax.data.records import thread_pool
 class FolderSource(Source):
     """Image files, each with a .txt file of the same name that contains one caption per line."""
 
-    def __init__(self, place: str | pathlib.Path, *, captions: bool = True) -> None:
+    def __init__(self, place: str | pathlib.Path, options: SourceOptions | None = None) -> None:
         """List the images in a folder and its sub-folders, or the files of a pattern, see `storage.expand`.
 
         Names that begin with a dot are skipped, since editors and systems write them. Raises `UserError` for missing
-        files, a folder without images, or with `captions` a folder without captions.
+        files, a folder without images, or a folder without captions that `options` require.
         """
         folder = pathlib.Path(place).expanduser()
-        self._captions = captions
+        self.options = options or SourceOptions()
         if folder.is_dir():
             self.images = list(map(str, sorted(labelled.images_in(folder))))
             self._root = len(str(folder / "x")) - 1
         else:
             self.images = storage.expand(str(place))
             self._root = os.path.commonprefix(self.images).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
-        has_captions = not captions or any(map(os.path.isfile, map(_caption_file, self.images)))
+        has_captions = not self.options.captions or any(map(os.path.isfile, map(_caption_file, self.images)))
         if not self.images or not has_captions:
             remedy = "none has a caption, a .txt file of the same name; if a table has the captions, name it, csv:FILE"
             if not self.images:
@@ -47,27 +47,28 @@ class FolderSource(Source):
             image = storage.read(path, MAX_BYTES["image"])
         except OSError as error:
             raise storage.unreadable(error, "no image file") from error
-        return {"image": image, "text": self.captions(index), "tags": [], "id": path}
+        negatives = [text for name in self.options.negative_columns for text in self.captions(index, name)]
+        return {"image": image, "text": self.captions(index), "negatives": negatives, "tags": [], "id": path}
 
-    def captions(self, index: int) -> list[str]:
-        """Return an image's captions without reading the image; raise `BadSample` if a required one is missing."""
-        path = _caption_file(self.images[index])
-        if storage.is_remote(path) and not self._captions:
+    def captions(self, index: int, name: str = "") -> list[str]:
+        """Return the lines of an image's text file without reading the image; `BadSample` for missing captions."""
+        path = _caption_file(self.images[index], name)
+        if storage.is_remote(path) and not self.options.captions:
             return []
         try:
             content = decode_text(storage.read(path, MAX_BYTES["text"]))
         except OSError as error:
             has_none = error.errno in (errno.ENOENT, errno.EFBIG, errno.EINVAL)  # EINVAL: a named pipe
-            if self._captions or not has_none:
+            if not (isinstance(error, FileNotFoundError) if name else has_none and not self.options.captions):
                 raise storage.unreadable(error, "no caption file") from error
             return []
         except BadSample:
-            if self._captions:
+            if self.options.captions:
                 raise
             return []
         # str.splitlines() would also cut at letters of damaged texts, such as U+0085.
         text = [line.strip() for line in re.split(r"[\r\n]+", content) if line.strip()]
-        if self._captions and not text:
+        if self.options.captions and not name and not text:
             raise BadSample("caption is empty", f"{path!r}")
         return text
 
@@ -77,8 +78,9 @@ class FolderSource(Source):
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of images, and a hash of their relative paths and of image and caption sizes."""
 
-        def sizes(image: str) -> tuple[int, int]:  # pathlib would take minutes for millions of files
-            return labelled.file_size(image), labelled.file_size(_caption_file(image))
+        def sizes(image: str) -> tuple[int, ...]:  # pathlib would take minutes for millions of files
+            texts = (_caption_file(image, name) for name in ("", *self.options.negative_columns))
+            return tuple(map(labelled.file_size, (image, *texts)))
 
         digest = hashlib.blake2b(digest_size=16)
         with thread_pool(16) as threads:  # a mounted bucket takes tens of milliseconds per answer
@@ -88,8 +90,8 @@ class FolderSource(Source):
         return {"samples": len(self), "hash": digest.hexdigest()}
 
 
-def _caption_file(image: str) -> str:
-    return f"{os.path.splitext(image)[0]}.txt"
+def _caption_file(image: str, name: str = "") -> str:
+    return ".".join(filter(None, [os.path.splitext(image)[0], name, "txt"]))
 
 
 class Folders(SourceKind):
@@ -97,7 +99,7 @@ class Folders(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> FolderSource:
-        return FolderSource(rest, captions=options.captions)
+        return FolderSource(rest, options)
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:

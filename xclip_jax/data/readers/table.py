@@ -53,7 +53,8 @@ def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], An
         raise no_caption(columns)
     tags = read(options.tags_key) if options.tags_key else []
     tags = strip_texts(tags.split(",") if isinstance(tags, str) else tags)
-    return {"image": image, **captions, "tags": tags, "id": name}
+    negatives = [wrong for key in options.negative_columns for wrong in strip_texts(read(key))]
+    return {"image": image, **captions, "negatives": negatives, "tags": tags, "id": name}
 
 
 class ImageColumn(Sequence):

@@ -59,19 +59,15 @@ class TarSource(Source):
     Incomplete samples and unreadable parts of a tar are counted as records, and raise `BadSample` on access.
     """
 
-    def __init__(
-        self, pattern: str, text_columns: Sequence[str] = ("text",), tags_key: str = "", *, captions: bool = True
-    ) -> None:
+    def __init__(self, pattern: str, options: SourceOptions | None = None) -> None:
         """Index the tars of a pattern, see `tar_index.find`, unless they are indexed.
 
-        "text" in `text_columns` is the .txt file, and any other key is a field of the .json file, as `tags_key` is.
-        Without `captions`, images need none. `UserError` if files do not exist, or contain no sample.
+        "text" in `text_columns` is the .txt file, and any other key of `options` is a field of the .json file.
+        `UserError` if files do not exist, or contain no sample.
         """
-        self.text_columns = tuple(text_columns)
-        self.tags_key = tags_key
-        self._captions_needed = captions
-        fields = bool(tags_key) or any(key != "text" for key in self.text_columns)
-        self._parts = ("image", *["text"] * ("text" in self.text_columns), *["json"] * fields)
+        self.options = options = options or SourceOptions()
+        fields = bool(options.tags_key or options.negative_columns or {*options.text_columns} - {"text"})
+        self._parts = ("image", *["text"] * ("text" in options.text_columns), *["json"] * fields)
         self.tars = tar_index.find(pattern)
         self._index_paths = tar_index.load(self.tars)
         self._version = hash(tuple(map(str, self._index_paths)))  # the names contain sizes and times of the tars
@@ -83,11 +79,11 @@ class TarSource(Source):
         indexes = [(len(rows), np.unique(rows["fault"]).tolist()) for rows in map(_mapped, self._index_paths)]
         self._ends = list(itertools.accumulate(size for size, _ in indexes))
         kinds = {kind for _, kinds in indexes for kind in kinds}
-        if not kinds & {tar_index.OK, *([] if captions else [tar_index.NO_TEXT])}:
+        if not kinds & {tar_index.OK, *([] if options.captions else [tar_index.NO_TEXT])}:
             faults = sorted(tar_index.FAULTS[kind] for kind in kinds)
             raise UserError(
                 f"{pattern!r} names {len(self.tars)} tars and none contains a whole sample ({', '.join(faults)}); a "
-                f"sample is KEY.jpg{' and KEY.txt' * captions}, as img2dataset's --output_format webdataset writes it."
+                f"sample is KEY.jpg{' and KEY.txt' * options.captions}, as by img2dataset's --output_format webdataset."
             )
 
     def __len__(self) -> int:
@@ -104,21 +100,21 @@ class TarSource(Source):
 
     def __getitem__(self, index: int) -> Record:
         tar, row = self._row(index)
-        if row["fault"] and (self._captions_needed or row["fault"] != tar_index.NO_TEXT):
+        if row["fault"] and (self.options.captions or row["fault"] != tar_index.NO_TEXT):
             raise BadSample(tar_index.FAULTS[row["fault"]])
         parts = self._read(tar, row, self._parts)
         if not parts["image"]:
             raise BadSample("image file is empty")
         try:
-            captions, tags = self._captions(parts)
+            texts = self._texts(parts)
         except BadSample:
-            if self._captions_needed:
+            if self.options.captions:
                 raise
-            captions, tags = {"text": []}, []
+            texts = {"text": [], "negatives": [], "tags": []}
         name = f"{redact(tar)}#{row['key'].decode(errors='replace')}"
-        return {"image": parts["image"], **captions, "tags": tags, "id": name}
+        return {"image": parts["image"], **texts, "id": name}
 
-    def _captions(self, parts: dict[str, bytes | None]) -> tuple[Record, list[str]]:
+    def _texts(self, parts: dict[str, bytes | None]) -> Record:
         fields = {}
         if "json" in self._parts:
             content = decode_utf8(parts["json"] or b"{}")
@@ -128,15 +124,17 @@ class TarSource(Source):
                 raise BadSample("JSON file is damaged", str(error)) from error
         captions = captions_of(
             json_strings(fields, key) if key != "text" else strip_texts(decode_text(parts["text"] or b""))
-            for key in self.text_columns
+            for key in self.options.text_columns
         )
         if not captions["text"]:
-            fault = no_caption({key: json_values(fields, key) for key in self.text_columns if key != "text"})
+            fault = no_caption({key: json_values(fields, key) for key in self.options.text_columns if key != "text"})
             if parts.get("text", b"") is None:
                 fault = BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
             raise fault
-        tags = json_strings(fields, self.tags_key) if self.tags_key else []
-        return captions, strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
+        tags = json_strings(fields, self.options.tags_key) if self.options.tags_key else []
+        tags = strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
+        negatives = [wrong for key in self.options.negative_columns for wrong in json_strings(fields, key)]
+        return {**captions, "negatives": negatives, "tags": tags}
 
     def _read(self, tar: str, row: np.void, parts: Sequence[str]) -> dict[str, bytes | None]:
         """Return the content of some files of a sample, None for missing ones."""
@@ -169,4 +167,4 @@ class Tars(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> TarSource:
-        return TarSource(rest, options.text_columns, options.tags_key, captions=options.captions)
+        return TarSource(rest, options)

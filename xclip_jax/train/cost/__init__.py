@@ -54,7 +54,7 @@ HEADS_SHARE = 0.05  # of a step's FLOPs, the most that heads should take
 def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | None:
     """Return the FLOPs of one pair's forward pass, {"img", "txt", "heads", "loss"}; None if a tower reports none.
 
-    In training they include the comparison of the batch's pairs.
+    In training they include negatives and the comparison of the batch's pairs.
     """
     model = config.model
     objective = make_objective(config.objective)
@@ -63,7 +63,9 @@ def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | N
     counted = {name: operations for name, operations in towers.items() if operations is not None}
     if len(counted) < len(towers):
         return None
-    return counted | objective.flops(model, vocab, config.data.batch if train else 0)
+    texts = 1 + config.data.negatives * train
+    counted["txt"] *= texts
+    return counted | objective.flops(model, vocab, texts * config.data.batch if train else 0)
 
 
 def cluster_heads(config: Config) -> list[str]:
@@ -98,10 +100,11 @@ def step_flops(config: Config, groups: LengthGroups = WHOLE, rows: int = 1) -> f
         if cut is None:
             return None
         if sizes := groups.sizes(rows, tower.context_length):
-            parts["txt"] = sum(n * cut(tokens) for n, tokens in sizes) / rows
+            parts["txt"] = (1 + config.data.negatives) * sum(n * cut(tokens) for n, tokens in sizes) / rows
     teacher = 0.0
-    if make_objective(config.objective).teacher:  # which drops nothing
-        teacher = (forward_flops(config, train=False) or parts)["img"] + parts["txt"] + parts["heads"]
+    if make_objective(config.objective).teacher:  # which drops nothing, and has no negatives
+        captions = parts["txt"] / (1 + config.data.negatives)
+        teacher = (forward_flops(config, train=False) or parts)["img"] + captions + parts["heads"]
     passes = dict.fromkeys(parts, 3)
     if config.finetune.lora.rank:  # adapted kernels have no gradient
         passes |= dict.fromkeys(TOWERS, 2)
@@ -204,7 +207,8 @@ def activation_bytes(config: Config | ml_collections.ConfigDict) -> float:
     txt = config.model.txt
     total = 0.0
     width = 4 if config.model.dtype == "float32" else 2
-    for tower, n in ((img, (img.image_size // img.patch) ** 2 + 1), (txt, txt.context_length)):
+    texts = [(txt, txt.context_length)] * (1 + config.data.negatives)
+    for tower, n in ((img, (img.image_size // img.patch) ** 2 + 1), *texts):
         kept = {"none": 20 * tower.width + 3 * tower.heads * n, "dots": 9 * tower.width, "full": tower.width}
         total += tower.depth * n * kept[tower.remat] * width
     return total + 12 * img.image_size**2 * width
@@ -217,6 +221,6 @@ def fits_by_far(experiment: Experiment, limit: float) -> bool:
         return False  # sizes of custom towers and heads are unknown
     # Devices along the model axis hold the same activations of the towers.
     rows = config.data.batch / batch_shards(experiment.mesh)
-    logits = 24 * rows * max(config.data.batch, config.model.cluster_head.clusters)
+    logits = 24 * rows * max(config.data.batch * (1 + config.data.negatives), config.model.cluster_head.clusters)
     activations = rows / config.optim.microbatches * activation_bytes(config)
     return 8 * (bytes_on_device(experiment.abstract) + logits + activations) <= limit
