@@ -3,7 +3,7 @@
     pip install '.[tpu]' && JAX_PLATFORMS=cpu python -m benchmarks.plans [v5e:4x8 strategy=zero1 ...]
 
 Words select the cases whose line contains all of them, such as `preset=B/16,batch=4096 v5e:4x8 mesh.strategy=zero1`;
-without any, all 30 are compiled, for a few minutes each. A plan is stored in docs/plans.json at once and not made again
+without any, all 36 are compiled, for a few minutes each. A plan is stored in docs/plans.json at once and not made again
 from the same sources, recipes and package versions; the page shows the stored ones with their commits. No TPU is used.
 """
 
@@ -37,6 +37,7 @@ RUNS = (
     ("preset=B/16,batch=4096", "v5e:4x8"),
     ("preset=B/16,batch=4096", "v5e:4x4"),  # the JobSet's
     ("preset=B/16,batch=4096", "v6e:4x8"),
+    ("preset=B/16,batch=4096", "tpu7x:4x4x2"),
     ("preset=B/16,batch=32768", "v5e:8x16"),
     ("preset=L/14,batch=32768", "v5p:4x4x4"),
 )
