@@ -28,7 +28,7 @@ Dropped = Mapping[int, Mapping[str, int]]  # {record: {dropped caption: number o
 
 
 class Subset(WrappedSource):
-    """The records `indices` of a source, in this order; its fingerprint is that of the whole source with `facts`."""
+    """The records `indices` of a source, in this order; its fingerprint is the whole source's, with `facts`."""
 
     def __init__(self, source: Source, indices: np.ndarray, dropped: Dropped | None = None, **facts: Any) -> None:
         super().__init__(source)
@@ -118,7 +118,7 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
 
 
 def read_dropped(opened: Sequence[Source], config: DataConfig) -> list[Dropped]:
-    """Return the captions of each source in the file `data.drop`; `UserError` if it has those of another source."""
+    """Return the captions of each source in the file `data.drop`; `UserError` if it lists another source's."""
     keys = [f"{source.fingerprint()['hash']}:{','.join(config.text_weights)}" for source in opened]
     found: dict[str, dict[int, dict[str, int]]] = {key: {} for key in keys}
     limit = config.drop_threshold

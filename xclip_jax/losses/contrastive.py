@@ -48,8 +48,8 @@ def clip(
     bidirectional loss, arXiv 2204.03610, equation 3; SupCon's L_out, arXiv 2004.11362).
 
     With `exists`, k wrong texts per pair, called negatives, follow the captions. The cross-entropy of image i is then
-    -s_ii + ln(sum_j exp s_ij + sum_m exp s_im) of all captions j and existing negatives m of the batch, while those of
-    captions and all targets are as without negatives (NegCLIP, arXiv 2210.01936).
+    -s_ii + ln(sum_j exp s_ij + sum_m exp s_im) of all captions j and existing negatives m of the batch. Negatives
+    change neither the captions' cross-entropies nor any target (NegCLIP, arXiv 2210.01936).
 
     Args:
         z_img: image embeddings of the global batch, shape (b, e), L2-normalised; any float type.

@@ -4,8 +4,8 @@
     finish    y = x + attended @ out, then y + down(act(up(norm(y))))
 
 XLA writes the normalised rows, and the hidden units before and after the activation, to HBM, and computes norms and
-activations beside no product. A kernel keeps its weights in vector memory and passes over the rows once. Hidden units
-are made in chunks, so that the activation of one chunk overlaps the products of another. Backward passes recompute
+activations while no product runs. A kernel keeps its weights in vector memory and passes over the rows once. It makes
+hidden units in chunks, so that the activation of one chunk overlaps the products of another. Backward passes recompute
 norms and hidden units from the inputs, and sum the gradients of the weights in fp32 in vector memory.
 
 `xclip_jax.models.transformer.Block` has the definitions, used for sizes without `fits`.
@@ -275,7 +275,7 @@ def _normalised(x: Array, scale: Any, offset: Any, eps: float, dtype: Any = None
 def _norm_gradient(
     g: Array, normalised: Array, reciprocal: Array, scale: Any, grad_scale: Any, grad_offset: Any
 ) -> Array:
-    """Add the gradients of a LayerNorm's parameters to their sums, and return that of its input; all in fp32."""
+    """Add the gradients of a LayerNorm's parameters to their sums, and return its input's gradient; all in fp32."""
     grad_scale[...] += jnp.sum(g * normalised, axis=0, keepdims=True)
     grad_offset[...] += jnp.sum(g, axis=0, keepdims=True)
     g *= scale[...]

@@ -37,7 +37,7 @@ class Chip:
     bandwidth: float  # memory bandwidth, bytes/s
     clock: float  # cycles/s
     attention: float  # share of the peak in the schedule of the attention kernel (docs/performance_notes.md)
-    products: float  # the same of the kernels for a block's products; 0: XLA computes them
+    products: float  # the same of the kernels for a block's products, which are not used on v4 and v5p
     link: float  # bytes/s of a link between chips, in one direction
     wraps: int  # length of grid axes that form a ring; 0: all axes do if all are multiples of 4
     smallest: str  # smallest topology
@@ -52,9 +52,9 @@ class Chip:
 
 _MEGACORE = {"chip_config_name": "megacore"}  # two cores as one device
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 0.0, 45e9, 0, "v4:2x2x1", options=_MEGACORE),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 0.92, 45e9, 0, "v4:2x2x1", options=_MEGACORE),
     "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 0.38, 0.93, 50e9, 16, "v5e:2x2"),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 0.0, 100e9, 0, "v5p:2x2x1", options=_MEGACORE),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 0.92, 100e9, 0, "v5p:2x2x1", options=_MEGACORE),
     "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 0.11, 0.78, 100e9, 16, "v6e:2x2"),
     # A chip is two devices, each with half of the memory.
     "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 0.11, 0.85, 100e9, 0, "tpu7x:2x2x1", devices=2),
