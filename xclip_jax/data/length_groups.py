@@ -155,7 +155,7 @@ def _split(x: jax.Array, rows: int, microbatches: int) -> jax.Array:
 
 
 def _join(x: jax.Array) -> jax.Array:
-    """(parts, rows, microbatches, ...) -> (b, ...)."""
+    """Return rows of all parts in the order of the batch, (parts, rows, microbatches, ...) -> (b, ...)."""
     x = x.reshape(-1, *x.shape[3:])
     return sharding.constrain(x, "batch", *[None] * (x.ndim - 1))
 
