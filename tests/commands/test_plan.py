@@ -1,10 +1,12 @@
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from tests.helpers import tiny
@@ -112,3 +114,37 @@ def test_no_accelerator_is_asked():
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
     )
     assert done.stdout == "cpu\n", done.stderr
+
+
+@pytest.mark.parametrize("memory", [5.5, 7, 9.5, 14, 25, 40, 70, 200, 1e4])
+def test_the_cheapest_step_that_fits(monkeypatch, memory):
+    """Against all steps, by a model of their memory, and of their cost: features twice in microbatches."""
+    monkeypatch.setattr(plan, "devices_of", lambda _: ([None] * 8, None))
+    held = {"none": 2.0, "dots": 1.0, "full": 0.3}  # per pair; 5 for the state
+
+    def fits(size, microbatches, remat):
+        return 5 + held[remat] * size / microbatches <= memory
+
+    def compile_config(trial, devices):
+        remat = trial.model.img.remat
+        assert trial.model.txt.remat == remat
+        step = trial.data.batch, trial.optim.microbatches, remat
+        return None, (object() if fits(*step) else None), "it needs more"
+
+    monkeypatch.setattr(cost, "compile_config", compile_config)
+    largest, changes = plan.fit(config("clip"), "v5e:2x4")
+    costs = {
+        (n, remat): {"none": 3, "dots": 3.1, "full": 4}[remat] + (n > 1) + 0.2 * math.log2(n)
+        for n in (1, 2, 4, 8)
+        for remat in held
+        if fits(64, n, remat)
+    }
+    assert largest == max([size for size in 8 * 2 ** np.arange(10) if fits(size, 1, "dots")], default=0)
+    if not costs:
+        assert changes == []
+        return
+    n, remat = min(costs, key=costs.get)
+    assert changes == [
+        f"--config.optim.microbatches={n}",
+        *(f"--config.model.{t}.remat={remat}" for t in ("img", "txt")),
+    ]

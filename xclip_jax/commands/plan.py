@@ -2,13 +2,18 @@
 
 Compiles the train step for a topology without hardware, and prints whether it fits, the time of the run, and
 the bytes sent by the chips. Times are a model based on the TPU compiler's estimates, not a measurement. Needs the
-package libtpu (pip install 'xclip_jax[tpu]') and no TPU.
+package libtpu (pip install 'xclip_jax[tpu]') and no TPU. With --fit it compiles several steps, and prints the command
+of the cheapest one that fits.
 """
 
 import dataclasses
 import importlib.metadata
+import itertools
 import os
 import pathlib
+import re
+import shlex
+import sys
 import time
 from typing import Any
 
@@ -17,14 +22,17 @@ import ml_collections
 from absl import app, flags, logging
 
 from xclip_jax.config import load as config_file
-from xclip_jax.core.console import format_bytes
+from xclip_jax.core.console import format_bytes, log0
 from xclip_jax.core.errors import UserError, check_file, exit_with_message
+from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.train import cost
 from xclip_jax.train.cost.hlo import collectives, summary
 from xclip_jax.train.cost.roofline import devices_of, roofline
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, for example v5e:4x8 or v4:2x4x4.")
 _HLO = flags.DEFINE_string("hlo", "", "Output file for the optimised program.")
+_FIT = flags.DEFINE_bool("fit", False, "Find the largest batch, and the cheapest step with this one, that fit.")
+MOST = 64  # largest batch of `fit` over the config's
 
 
 def plan(config: ml_collections.ConfigDict, topology: str, *, hlo: str = "") -> dict[str, Any]:
@@ -76,6 +84,55 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, hlo: str = "") -> 
         facts["roofline"] = dataclasses.asdict(roofline(program, topology, len(devices)))
         facts |= _time(facts)
     return facts
+
+
+def fit(config: ml_collections.ConfigDict, topology: str) -> tuple[int, list[str]]:
+    """Find by trials the largest batch that fits at once, and the cheapest step with the config's batch that fits.
+
+    Microbatches compute features twice, remat=full whole blocks, and remat=dots a few elementwise operations.
+
+    Args:
+      config: the config of a run.
+      topology: see `devices_of`.
+
+    Returns:
+      The largest batch, the config's times a power of two, with remat=dots; 0 if none fits. Flags of the step.
+    """
+    devices, _ = devices_of(topology)
+    batch = config.data.batch
+    towers = [name for name in TOWERS if name not in config.model.plugins]
+
+    def flags_of(microbatches: int, remat: str) -> list[str]:
+        return [f"--config.optim.microbatches={microbatches}", *(f"--config.model.{t}.remat={remat}" for t in towers)]
+
+    def fits(size: int, microbatches: int, remat: str) -> bool:
+        trial = config.copy_and_resolve_references()
+        trial.data.batch = size
+        trial.optim.microbatches = microbatches
+        for name in towers:
+            trial.model[name].remat = remat
+        _, compiled, trouble = cost.compile_config(trial, devices)
+        verdict = "fits" if compiled is not None else f"does not fit, {trouble}"
+        log0(f"{size:,} pairs, {microbatches} microbatches, remat={remat}: {verdict}")
+        return compiled is not None
+
+    largest = batch
+    if fits(batch, 1, "dots"):
+        while largest < MOST * batch and fits(2 * largest, 1, "dots"):
+            largest *= 2
+        return largest, flags_of(1, "none" if fits(batch, 1, "none") else "dots")
+    sizes = (batch >> i for i in range(1, batch.bit_length()))
+    possible = itertools.takewhile(lambda size: size % len(devices) == 0 and batch % size == 0, sizes)
+    largest = next((size for size in possible if fits(size, 1, "dots")), 0)
+    if fits(batch, 1, "full"):
+        return largest, flags_of(1, "full")
+    parts = batch // (largest or len(devices))
+    while parts * len(devices) <= batch:
+        for remat in ("none", "dots", "full"):
+            if fits(batch, parts, remat):
+                return largest, flags_of(parts, remat)
+        parts *= 2
+    return largest, []
 
 
 def _time(facts: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +203,17 @@ def main(_: list[str]) -> None:
     with exit_with_message():
         if not _TOPOLOGY.value:
             raise UserError("--topology is missing; name one such as v5e:4x8, v6e:4x4, v5p:4x4x8 or tpu7x:2x2x2")
-        print(render(plan(config, _TOPOLOGY.value, hlo=_HLO.value)))
+        if not _FIT.value:
+            print(render(plan(config, _TOPOLOGY.value, hlo=_HLO.value)))
+            return
+        largest, changes = fit(config, _TOPOLOGY.value)
+        print(
+            f"the largest batch at once has {largest:,} pairs, with remat=dots" if largest else "no batch fits at once"
+        )
+        if not changes:
+            raise UserError(f"no step of {config.data.batch:,} pairs fits {_TOPOLOGY.value}; split parameters by fsdp")
+        given = re.sub(r"--?(topology|hlo)[= ]\S+|--?fit\b", "", shlex.join(sys.argv[1:]))
+        print(" ".join(["xclip-jax train", *given.split(" "), *changes]))
 
 
 if __name__ == "__main__":
