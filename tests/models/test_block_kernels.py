@@ -105,6 +105,7 @@ def test_which_sizes_fit(monkeypatch):
     assert block_kernels.fits("TPU7x", 10240, 512, 2048, 1)
     assert not block_kernels.fits("TPU7x", 10240 + 128, 512, 2048, 1), "not a whole number of blocks per core"
     assert not block_kernels.fits("TPU v6 lite", 25600, 192, 768, 1), "not whole lanes"
+    assert block_kernels.fits("TPU v6 lite", 33792, 1024, 4096, 1)
     assert not block_kernels.fits("TPU7x", 33792, 1024, 4096, 1), "more than the vector memory"
     assert not block_kernels.fits("TPU v4", 25600, 768, 3072, 2)
 

@@ -27,9 +27,9 @@ from xclip_jax.models.kernels import LANES, dot
 Array = jax.Array
 Activation = Callable[[Array], Array]
 
-# Bytes of vector memory per core, by the kind of device (`pltpu.get_tpu_info_for_chip`). v4 and v5p are left out: XLA
-# finds no room for collectives between the kernels.
-VECTOR_MEMORY = {"TPU v5 lite": 128 << 20, "TPU v6 lite": 128 << 20, "TPU7x": 64 << 20}
+# Most bytes of vector memory for a kernel, of 128 and 64 MiB per core. v4 and v5p are left out: XLA finds no room for
+# collectives between the kernels.
+MEMORY = {"TPU v5 lite": 100 << 20, "TPU v6 lite": 100 << 20, "TPU7x": 50 << 20}
 PROJECTED = "projected"  # name of the result of `project`, for policies of `jax.checkpoint`
 ROWS, LEAST_ROWS = 512, 256  # most and fewest rows per block of a grid
 CHUNK = 768  # most hidden units per chunk
@@ -40,7 +40,7 @@ def fits(kind: str, rows: int, width: int, hidden: int, cores: int) -> bool:
     # Weights in bf16, their gradients in fp32, and a few arrays of a block's rows in fp32.
     needed = 6 * width * (2 * hidden + width) + 4 * ROWS * (8 * width + 4 * CHUNK)
     divides = rows % (LEAST_ROWS * cores) == 0 and width % LANES == 0 and hidden % LANES == 0
-    return divides and needed <= 0.9 * VECTOR_MEMORY.get(kind, 0)
+    return divides and needed <= MEMORY.get(kind, 0)
 
 
 class Norm(NamedTuple):
@@ -238,7 +238,7 @@ def _call(
         out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results), *shapes],
         # The blocks of a core run in order, so that they can add to the same sums.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=100 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=max(MEMORY.values())
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * len(rows[0]) * products,
