@@ -41,7 +41,9 @@ class Subset(WrappedSource):
 
     def __getitem__(self, index: int) -> Record:
         record = self.source[int(self.indices[index])]
-        dropped = self._dropped.get(int(self.indices[index]), ())
+        dropped = self._dropped.get(int(self.indices[index]))
+        if not dropped:
+            return record
         kept = [i for i, caption in enumerate(record["text"]) if redact(caption) not in dropped]
         return record | {key: [record[key][i] for i in kept] for key in ("text", "columns") if key in record}
 

@@ -99,9 +99,13 @@ class Transform:
     def draw(self, record: Record, rng: np.random.Generator) -> str:
         """Draw one of the captions, by the weights of their columns if any."""
         text = record["text"]
-        weights = list(self.config.text_weights.values())
-        shares = np.array([weights[i] / record["columns"].count(i) for i in record.get("columns", ())])
+        columns = record.get("columns", ()) if any(self._weights) else ()
+        shares = np.array([self._weights[i] / columns.count(i) for i in columns])
         return text[rng.choice(len(text), p=shares / shares.sum()) if shares.any() else rng.integers(len(text))]
+
+    @functools.cached_property
+    def _weights(self) -> list[float]:
+        return list(self.config.text_weights.values())
 
     @functools.cached_property
     def _change(self) -> sources.CaptionTransform | None:
