@@ -148,3 +148,10 @@ def test_the_cheapest_step_that_fits(monkeypatch, memory):
         f"--config.optim.microbatches={n}",
         *(f"--config.model.{t}.remat={remat}" for t in ("img", "txt")),
     ]
+
+
+def test_the_command_of_a_plan_trains():
+    arguments = ["--config", "demo:steps=9", "--topology", "v5e:2x4", "--fit", "--hlo=x", "--config.run=a b"]
+    assert plan.train_command(arguments, ["--config.x=1"]) == (
+        "xclip-jax train --config demo:steps=9 '--config.run=a b' --config.x=1"
+    )

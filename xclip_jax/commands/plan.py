@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -134,6 +135,12 @@ def fit(config: ml_collections.ConfigDict, topology: str) -> tuple[int, list[str
     return largest, []
 
 
+def train_command(arguments: Sequence[str], changes: Sequence[str]) -> str:
+    """Return the command that trains with `changes` to the `arguments` of a plan."""
+    given = re.sub(r" --?(topology|hlo)[= ]\S+| --?fit\b", "", shlex.join(["xclip-jax", "train", *arguments]))
+    return " ".join([given, *changes])
+
+
 def _time(facts: dict[str, Any]) -> dict[str, Any]:
     step_ms = facts["roofline"]["step_ms"]
     work = facts["flops_per_step"]
@@ -211,8 +218,7 @@ def main(_: list[str]) -> None:
         )
         if not changes:
             raise UserError(f"no step of {config.data.batch:,} pairs fits {_TOPOLOGY.value}; split parameters by fsdp")
-        given = re.sub(r"--?(topology|hlo)[= ]\S+|--?fit\b", "", shlex.join(sys.argv[1:]))
-        print(" ".join(["xclip-jax train", *given.split(" "), *changes]))
+        print(train_command(sys.argv[1:], changes))
 
 
 if __name__ == "__main__":
