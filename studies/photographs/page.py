@@ -1,5 +1,6 @@
 """The page of the study, docs/photographs/tables.md with its charts, from records."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 
@@ -31,6 +32,7 @@ DEFAULTS = {  # measures of the recommended recipe
         Measure("probe", "probe", stages.ICON_VALIDATION[2]),
     ),
 }
+_READ = tuple(m for m in stages.MEASURES if m.name.startswith(("unseen", "known", "colours", "to_", "retrieval")))
 DRAWN = ("unseen", "kind", "retrieval")  # measures of the chart
 BASELINE = "final_clip"
 
@@ -54,7 +56,10 @@ def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
     text += page.arms(matrix, searched, MEASURES)
     tested = [arm.name for arm in matrix.study.arms if arm.tested]
     if tested:
-        text += ["## Tests", "", *page.arms(matrix, tested, stages.MEASURES)]
+        reading = "the sum of both similarities" if matrix.both_heads else "the embeddings' similarity"
+        text += ["## Tests", "", f"Validation chose to read models with two heads by {reading}.", ""]
+        text += page.arms(matrix, tested, stages.MEASURES)
+        text += _by_the_other_reading(matrix, tested)
         text += page.differences(matrix, BASELINE, _compared(matrix))
         for name in tested:
             rival = name.removesuffix("xclip") + "clip"
@@ -62,6 +67,14 @@ def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
                 text += page.differences(matrix, rival, [name])
     text += [line for name in charts for line in (f"![{name}]({name}.svg)", "")]
     return [*text, "## Claims", "", *page.claims(matrix)]
+
+
+def _by_the_other_reading(matrix: stages.Photographs, names: Sequence[str]) -> list[str]:
+    """Return a table of the arms whose values depend on `both_heads`, with the other choice."""
+    other = copy.copy(matrix)
+    other.both_heads = not matrix.both_heads
+    two_heads = [name for name in names if any(matrix.values(name, m) != other.values(name, m) for m in _READ)]
+    return ["By the other reading:", "", *page.arms(other, two_heads, _READ)] if two_heads else []
 
 
 def _compared(matrix: Matrix) -> list[str]:

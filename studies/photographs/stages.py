@@ -4,6 +4,7 @@ study.md is the declaration. Names of arms begin with their stage: "defaults_", 
 "final_", "control_", "captions_", "batch_".
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -92,6 +93,13 @@ def by_mean_rank(values: Sequence[Sequence[float]]) -> list[int]:
     return np.argsort(mean, kind="stable").tolist()
 
 
+def both_heads_are_better(runs: Sequence[RunRecord]) -> bool:
+    """Whether the sum of both similarities names unseen kinds better than the model's own one, by the mean rank."""
+    both, own = ([run.value(VALIDATION[0], metric) for run in runs] for metric in ("both/rank_gmean", "rank_gmean"))
+    ranks = [(x, y) for x, y in zip(both, own, strict=True) if x and y]  # of runs that have both and did not diverge
+    return len(ranks) == len(runs) and math.prod(x / y for x, y in ranks) < 1
+
+
 def settles(record: RunRecord) -> bool:
     """Whether a run's validation moves by less than `SETTLED` points over its last quarter."""
     lines = {line["step"]: line for line in record.evaluations}
@@ -109,6 +117,7 @@ class Photographs(Matrix):
       to_measure: (arm, arm for comparison) whose costs decide later arms.
       length: steps of CLIP in finals; 0 while open.
       chosen: {team: settings of its winner}, as far as they are known.
+      both_heads: whether models with two similarities are read by the sum of both, which validation decides.
     """
 
     def __init__(self, records: Mapping[str, RunRecord], costs: Mapping[str, float]) -> None:
@@ -125,6 +134,7 @@ class Photographs(Matrix):
         self.costs = costs
         self.to_measure: list[tuple[Arm, Arm]] = []
         self.chosen: dict[str, Settings] = {}
+        self.both_heads = False
         self.length = self._pilot_length()
         if not self.length:
             return
@@ -132,6 +142,11 @@ class Photographs(Matrix):
             self._search(team)
         if len(self.chosen) == len(TEAMS):
             self._declare_tested()
+
+    def values(self, name: str, measure: Measure) -> dict[int, float]:
+        """Return {seed: value}, see `Matrix.values`; if `both_heads`, by both similarities of a model that has two."""
+        by_both = dataclasses.replace(measure, metrics=[f"both/{metric or 'top1'}" for metric in measure.metrics])
+        return (self.both_heads and super().values(name, by_both)) or super().values(name, measure)
 
     def complete(self, arm: Arm) -> list[RunRecord]:
         """Return the runs of an arm; none while some are missing."""
@@ -163,6 +178,9 @@ class Photographs(Matrix):
             means = [np.mean([values_of(run) for run in of_arm], axis=0) for of_arm in runs]
             left = [left[i] for i in by_mean_rank(means)][:KEPT]
         self.chosen[team] = TEAMS[team][left[0]]
+        if team == "xclip":
+            winner = f"search2_{team}_{left[0] + 1}"
+            self.both_heads = both_heads_are_better(self.complete(next(arm for arm in arms if arm.name == winner)))
 
     def _equal_time(self, make: Callable[[int], Arm]) -> int:
         """Return the steps of an arm that takes as long as CLIP; 0, and a note, while its cost is not measured."""

@@ -169,6 +169,25 @@ def test_stages_follow_from_records(monkeypatch, settled, length):
     assert untimed.study.arm("final_clip") and not untimed.study.arm("final_xclip")
 
 
+@pytest.mark.parametrize(("rank", "both"), [(2.0, True), (4.0, False)])
+def test_validation_chooses_the_reading_of_two_heads(monkeypatch, rank, both):
+    name = stages.VALIDATION[0]
+    ranks = [Result(name, "zeroshot", "rank_gmean", 3.0), Result(name, "zeroshot", "rank_gmean", rank, score="both")]
+    runs = [records.RunRecord("", seed, {}, "", {}, ranks) for seed in (0, 1)]
+    assert stages.both_heads_are_better(runs) == both and not stages.both_heads_are_better([])
+    assert not stages.both_heads_are_better([records.RunRecord("", 0, {}, "", {}, ranks[:1])])
+
+    study = stages.Photographs({}, {})
+    study.both_heads = both
+    of_set = study.study.measure("unseen").set
+    own = Result(of_set, "zeroshot", "top1", 40.0, headline=True)
+    two = [own, Result(of_set, "zeroshot", "top1", 50.0, score="both")]
+    for results, value in ((two, 50.0 if both else 40.0), ([own], 40.0)):
+        run = records.RunRecord("", 0, {}, "", {}, results)
+        monkeypatch.setattr(study, "finished", lambda _, run=run: {0: run})
+        assert study.values("", study.study.measure("unseen")) == {0: value}
+
+
 def test_recorded_runs_are_of_declared_arms():
     study = command.declared(command.HOME)
     assert study.records and study.records.keys() <= {run.key for run in study.runs()}
@@ -190,6 +209,7 @@ def test_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "values", lambda name, _: {i: i + name.endswith(ahead) for i in study.finished(name)})
     lines = page.lines(study, page.charts_of(study))
     assert {"![differences](differences.svg)", "![validation_known_top1](validation_known_top1.svg)"} <= set(lines)
+    assert "Validation chose to read models with two heads by the embeddings' similarity." in lines
     assert any(line.startswith("| xCLIP | +1.0 [+1.0, +1.0] |") for line in lines)
     assert f"| 0.004_0 |{' 1.0 |' * 8}" in lines and f"| 0.004_0.1 |{' 0.0 |' * 8}" in lines
     verdicts = [line for line in lines if line in ("**Holds.**", "**Undecided.**")]
