@@ -3,11 +3,12 @@
     pip install '.[tpu]' && JAX_PLATFORMS=cpu python -m benchmarks.plans [v5e:4x8 strategy=zero1 ...]
 
 Words select the cases whose line contains all of them, such as `preset=B/16,batch=4096 v5e:4x8 mesh.strategy=zero1`;
-without any, all 36 are compiled, for a few minutes each. A plan is stored in docs/plans.json at once and not made again
+without any, all are compiled, for a few minutes each. A plan is stored in docs/plans.json at once and not made again
 from the same sources, recipes and package versions; the page shows the stored ones with their commits. No TPU is used.
 """
 
 import hashlib
+import itertools
 import json
 import pathlib
 import sys
@@ -35,12 +36,25 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 RUNS = (
     ("preset=B/16,batch=4096", "v5e:4x8"),
-    ("preset=B/16,batch=4096", "v5e:4x4"),  # the JobSet's
-    ("preset=B/16,batch=4096", "v6e:4x8"),
-    ("preset=B/16,batch=4096", "tpu7x:4x4x2"),
-    ("preset=B/16,batch=32768", "v5e:8x16"),
     ("preset=L/14,batch=32768", "v5p:4x4x4"),
 )
+# Models and topologies of the first table.
+MODELS = (("clip", "B/32"), ("clip", "B/16"), ("siglip", "B/16"), ("xclip", "B/16"), ("clip", "L/14"))
+TOPOLOGIES = ("v5e:4x8", "v5p:4x4x2", "v6e:4x8", "tpu7x:4x4x2")
+PUBLISHED = ("56-67%", "65%", "44-50%", "52-55%")  # see `SIZES`
+SIZES = """
+## Sizes and chips
+
+A batch of 4,096 on 32 chips with zero1: time of a step, MFU, and HBM floor (-: not compiled). `docs/plans.json` has
+the commits.
+
+{table}
+
+*Measured by others*: MFU of language models, whose products are larger:
+[MaxText](https://github.com/google/maxtext/blob/main/MaxText/configs/v5e) with 16 to 128 B parameters on 256 v5e, its
+Llama 2 70B on v5p, and dense Llama models of [Google's recipes](https://github.com/AI-Hypercomputer/tpu-recipes) on
+v6e and TPU7x. We know of no measured MFU of a ViT-B or of CLIP on these chips.
+"""
 COLUMNS = ("sent, MiB", "ms", "exposed", "HBM floor", "MFU", "pairs/s", "images/s a host", "chip-hours", "commit")
 PAGE = """# What full-size runs need and cost
 
@@ -112,14 +126,15 @@ class Planner:
         self.path.write_text(json.dumps(self.known, indent=1) + "\n")
 
 
+def case_of(objective: str, run: tuple[str, str], strategy: str) -> Case:
+    """The case of a run with an objective and a strategy."""
+    arguments, topology = run
+    return f"pretrain:objective={objective},{arguments}", topology, STRATEGIES[strategy]
+
+
 def cases_of(run: tuple[str, str]) -> dict[tuple[str, str], Case]:
     """Cases of a run, by objective and strategy."""
-    arguments, topology = run
-    return {
-        (objective, strategy): (f"pretrain:objective={objective},{arguments}", topology, changes)
-        for objective in ("clip", "xclip")
-        for strategy, changes in STRATEGIES.items()
-    }
+    return {key: case_of(key[0], run, key[1]) for key in itertools.product(("clip", "xclip"), STRATEGIES)}
 
 
 def cells(planned: Plan) -> list[str]:
@@ -137,6 +152,22 @@ def cells(planned: Plan) -> list[str]:
         f"{planned['chip_hours']:,.0f}",
         commit,
     ]
+
+
+def sizes(known: dict[str, Plan]) -> str:
+    """The table of sizes and chips."""
+    lines = [f"| | {' | '.join(TOPOLOGIES)} |", f"|---{'|---' * len(TOPOLOGIES)}|"]
+    for objective, preset in MODELS:
+        row = []
+        for topology in TOPOLOGIES:
+            plan = known.get(line(case_of(objective, (f"preset={preset},batch=4096", topology), "zero1")))
+            if plan is None or not plan["fits"]:
+                row.append("-" if plan is None else "does not fit")
+                continue
+            row.append(f"{plan['step_ms']:.1f} ms, {plan['mfu']:.0%}, {plan['roofline']['hbm_ms']:.1f} ms")
+        lines.append(f"| {objective} {preset} | {' | '.join(row)} |")
+    lines.append(f"| *measured by others: language models* | {' | '.join(PUBLISHED)} |")
+    return SIZES.format(table="\n".join(lines))
 
 
 def section(known: dict[str, Plan], run: tuple[str, str]) -> str:
@@ -161,11 +192,14 @@ def main(words: list[str]) -> None:
     """Make the plans of all cases with `words`, and write the page."""
     logging.set_verbosity(logging.ERROR)
     planner = Planner(DOCS / "plans.json")
-    for case in (case for run in RUNS for case in cases_of(run).values()):
+    runs = itertools.product(MODELS, TOPOLOGIES)
+    cases = [case_of(objective, (f"preset={x},batch=4096", where), "zero1") for (objective, x), where in runs]
+    for case in (*cases, *(case for run in RUNS for case in cases_of(run).values())):
         if all(word in line(case) for word in words):
             planner(case)
     sections = (section(planner.known, run) for run in RUNS)
-    (DOCS / "plans.md").write_text(PAGE.format(**planner.environment["versions"]) + "".join(sections))
+    page = PAGE.format(**planner.environment["versions"])
+    (DOCS / "plans.md").write_text(page + sizes(planner.known) + "".join(sections))
 
 
 if __name__ == "__main__":
