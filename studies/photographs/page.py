@@ -65,6 +65,7 @@ def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
             rival = name.removesuffix("xclip") + "clip"
             if name.endswith("_xclip") and rival in tested and rival != BASELINE:
                 text += page.differences(matrix, rival, [name])
+        text += _over_training(matrix)
     text += [line for name in charts for line in (f"![{name}]({name}.svg)", "")]
     return [*text, "## Claims", "", *page.claims(matrix)]
 
@@ -75,6 +76,17 @@ def _by_the_other_reading(matrix: stages.Photographs, names: Sequence[str]) -> l
     other.both_heads = not matrix.both_heads
     two_heads = [name for name in names if any(matrix.values(name, m) != other.values(name, m) for m in _READ)]
     return ["By the other reading:", "", *page.arms(other, two_heads, _READ)] if two_heads else []
+
+
+def _over_training(matrix: Matrix) -> list[str]:
+    """Return a table of xCLIP minus CLIP on validation after each eighth of the training time."""
+    xclip, clip = (_evaluations(matrix, arm) for arm in ("final_xclip", BASELINE))
+    rows = []
+    for name in clip.keys() & xclip.keys():
+        pairs = zip(xclip[name], clip[name], strict=False)
+        rows.append([name, *(f"{value - before:+.1f}" for (_, value), (_, before) in pairs)])
+    head = ["xCLIP minus CLIP on validation", *(f"{i}/{stages.EIGHTHS}" for i in range(1, stages.EIGHTHS + 1))]
+    return page.table(head, sorted(rows)) if rows else []
 
 
 def _compared(matrix: Matrix) -> list[str]:

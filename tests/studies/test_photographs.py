@@ -208,6 +208,7 @@ def test_the_page(tmp_path, monkeypatch):
     ahead = ("xclip", "0.004_0.1")
     monkeypatch.setattr(study, "values", lambda name, _: {i: i + name.endswith(ahead) for i in study.finished(name)})
     lines = page.lines(study, page.charts_of(study))
+    assert "| photographs/validation_known top1 | +0.0 | +1.5 |" in lines  # after equal shares of the time
     assert {"![differences](differences.svg)", "![validation_known_top1](validation_known_top1.svg)"} <= set(lines)
     assert "Validation chose to read models with two heads by the embeddings' similarity." in lines
     assert any(line.startswith("| xCLIP | +1.0 [+1.0, +1.0] |") for line in lines)
