@@ -24,6 +24,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -205,7 +206,8 @@ def launch(job: Job, out: pathlib.Path) -> Record:
     if not file.exists():
         print(f"{job.name} ...", flush=True)
         command = [sys.executable, "-m", "benchmarks.beside_open_clip", "--out", str(out), "--job", *map(str, job)]
-        if subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode:
+        environment_of_job = os.environ | {"JAX_PLATFORMS": "cpu"}
+        if subprocess.Popen(command, stdin=subprocess.PIPE, env=environment_of_job).wait():
             sys.exit(f"{job.name} failed, see above; the same command tries again")
     return json.loads(file.read_text())
 
@@ -265,7 +267,7 @@ def settings_of(flags: argparse.Namespace) -> Record:
     if flags.table or flags.job:
         return json.loads(file.read_text())
     settings = {key: getattr(flags, key) for key in (*KEPT, "seeds", "rates")}
-    saved = json.loads(file.read_text()) if file.exists() else settings
+    saved = json.loads(file.read_text()) if (flags.out / f"{Job(OURS).name}.json").exists() else settings
     for key in KEPT:
         if saved[key] != settings[key]:
             sys.exit(f"{file} has --{key} {saved[key]!r}, not {settings[key]!r}; give the same, or another --out")
@@ -309,5 +311,13 @@ def main() -> None:
         print(table(settings, flags.out))
 
 
+def end_with_parent() -> None:
+    """End this process if the command ends, which closes the pipe: two runs at once would not be timed fairly."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    if "--job" in sys.argv:
+        threading.Thread(target=end_with_parent, daemon=True).start()
     main()

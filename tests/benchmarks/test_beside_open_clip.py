@@ -13,7 +13,7 @@ import xclip_jax
 from benchmarks import beside_open_clip as beside
 from tests.helpers import tiny
 from xclip_jax.models import two_towers
-from xclip_jax.train import trainer
+from xclip_jax.train import trainer, weights
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,14 @@ def command(tmp_path_factory):
 
         def main(*argv):
             patch.setattr("sys.argv", ["", *argv])
-            return types.SimpleNamespace(returncode=beside.main())
+            beside.main()
+
+        def popen(command, **_):
+            return types.SimpleNamespace(wait=lambda: main(*command[3:]))
 
         patch.setitem(two_towers._SIZES, "Ti", ((32, 1, 2), (24, 1, 3), 16))
         patch.setattr(beside, "TIMED", 2)
-        patch.setattr(beside, "subprocess", types.SimpleNamespace(run=lambda command, env: main(*command[3:])))
+        patch.setattr(beside, "subprocess", types.SimpleNamespace(Popen=popen, PIPE=None))
         patch.setattr(beside, "print", lambda text, **_: printed.append(text), raising=False)
         main(*flags)
         yield types.SimpleNamespace(main=main, flags=flags, out=folder / "out", printed=printed)
@@ -72,12 +75,18 @@ def test_both_models_are_those_trained(command):
     with torch.no_grad():
         z = peer.encode_image(pixels.permute(0, 3, 1, 2), normalize=True), peer.encode_text(tokens, normalize=True)
     theirs = xclip_jax.load(folder)
+    assert [getattr(theirs.config.model, x) == getattr(run.config.model, x) for x in ("img", "txt", "embed")] == [
+        True
+    ] * 3
     np.testing.assert_allclose(theirs.encode_image(images), z[0], rtol=0, atol=1e-4)
     np.testing.assert_allclose(theirs.encode_text(texts), z[1], rtol=0, atol=1e-4)
 
 
-def test_updates_are_those_of_the_published_recipe(command):
-    experiment, _ = beside.opened(json.loads((command.out / "settings.json").read_text()), 20, 0)
+def test_updates_and_pixels_are_those_of_the_recipes(command):
+    settings = json.loads((command.out / "settings.json").read_text())
+    experiment, _ = beside.opened(settings, 20, 0)
+    loaded = weights.load(str(command.out / "open_clip-0.001-seed3")).experiment
+    assert beside.evaluators(settings, experiment, loaded)[0].encoder.preprocessing == experiment.preprocessing
     side = beside.OpenClip(experiment, 1e-2)
     expected = {name: [x.detach().clone(), 0, 0] for name, x in side.model.named_parameters()}
     batch = {"image": np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), np.uint8)}
