@@ -102,6 +102,10 @@ def test_updates_and_pixels_are_those_of_the_recipes(command):
     side.model.logit_scale.data += 9
     side(batch)
     assert side.model.logit_scale.item() == pytest.approx(np.log(100))
+    view, tokens = experiment.preprocessing, torch.tensor(batch["text"]).long()
+    pixels = torch.tensor((batch["image"] / 255 - np.array(view.mean)) / np.array(view.std)).float().permute(0, 3, 1, 2)
+    loss = open_clip.ClipLoss()(*side.model(pixels, tokens)[:3]).item()
+    assert side.step(batch["image"], batch["text"]) == pytest.approx(loss, rel=1e-4)
 
 
 def test_table_of_records(tmp_path):
@@ -119,3 +123,5 @@ def test_table_of_records(tmp_path):
     for row, x, sign in zip(rows, (ours, theirs, ours - theirs), ("", "", "+"), strict=False):
         low, high = scipy.stats.ttest_1samp(x, 0).confidence_interval(0.95)
         assert row[7] == f"{x.mean():{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+    (tmp_path / "open_clip-0.2-seed6.json").unlink()
+    assert "| difference |  | 2 |" in beside.table({"seeds": [4, 5, 6], "rates": [0.2]}, tmp_path)
