@@ -19,6 +19,7 @@ tokens for start and end, and are cut at 77.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -127,31 +128,32 @@ def ours(experiment: Any, kind: str) -> Callable[[], float]:
     return step
 
 
-def open_clip(kind: str) -> Callable[[], float]:
-    """Return a function that takes one step of open_clip and returns its loss."""
-    import open_clip as peer
-    import torch
-
-    torch.manual_seed(0)
-    img, txt = TOWERS["img"], TOWERS["txt"]
+def open_clip_config(embed: int, img: Mapping[str, int], txt: Mapping[str, int]) -> dict[str, Any]:
+    """Return the arguments of open_clip's CLIP for towers by our keys of `model.img` and `model.txt`."""
     vision = {
-        "image_size": IMAGE_SIZE, "patch_size": PATCH, "width": img["width"], "layers": img["depth"],
+        "image_size": img["image_size"], "patch_size": img["patch"], "width": img["width"], "layers": img["depth"],
         "head_width": img["width"] // img["heads"],
     }  # fmt: skip
     text = {
-        "context_length": CONTEXT[kind], "vocab_size": VOCAB, "width": txt["width"], "heads": txt["heads"],
+        "context_length": txt["context_length"], "vocab_size": VOCAB, "width": txt["width"], "heads": txt["heads"],
         "layers": txt["depth"],
     }  # fmt: skip
-    model = peer.model.CLIP(EMBED, vision, text)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), weight_decay=0.5, fused=True)
-    loss_of = peer.ClipLoss()
-    pixels, tokens = batch(kind)
-    tokens = torch.from_numpy(tokens.astype(np.int64))
-    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return {"embed_dim": embed, "vision_cfg": vision, "text_cfg": text}
 
-    def step() -> float:
-        images = (pixels.float() / 255 - 0.5) / 0.25
-        loss = loss_of(*model(images, tokens)[:3])
+
+def open_clip_step(model: Any, optimizer: Any, mean: Any, std: Any) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Return a function that takes a step of open_clip on uint8 (b, h, w, 3) and tokens (b, n), and returns the loss.
+
+    `mean` and `std` of pixels between 0 and 1 are numbers or tensors (3, 1, 1).
+    """
+    import open_clip as peer
+    import torch
+
+    loss_of = peer.ClipLoss()
+
+    def step(images: np.ndarray, tokens: np.ndarray) -> float:
+        pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        loss = loss_of(*model(pixels, torch.from_numpy(tokens).long())[:3])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -160,6 +162,19 @@ def open_clip(kind: str) -> Callable[[], float]:
         return loss.item()
 
     return step
+
+
+def open_clip(kind: str) -> Callable[[], float]:
+    """Return a function that takes one step of open_clip and returns its loss."""
+    import open_clip as peer
+    import torch
+
+    torch.manual_seed(0)
+    img = TOWERS["img"] | {"image_size": IMAGE_SIZE, "patch": PATCH}
+    txt = TOWERS["txt"] | {"context_length": CONTEXT[kind]}
+    model = peer.model.CLIP(**open_clip_config(EMBED, img, txt))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), weight_decay=0.5, fused=True)
+    return functools.partial(open_clip_step(model, optimizer, 0.5, 0.25), *batch(kind))
 
 
 def child(flags: argparse.Namespace) -> None:
