@@ -297,9 +297,8 @@ def set_schedule(config: ml_collections.ConfigDict, machine: Machine, trained: i
         optim.name = "muon"
         optim.warmup = max(optim.warmup, int(share * min(steps, WARMUP_BASE)))
         optim.lr = float(f"{rate * min(math.sqrt(batch / 256), max(optim.warmup, 1) / FULL_RATE_WARMUP, 1):.3g}")
-        if contrastive:  # won the same search
+        if contrastive:  # won the same search, but without its label smoothing (docs/photographs.md)
             optim.weight_decay = 0.05
-            config.objective.clip.label_smoothing = 0.2
     else:
         optim.lr = 1e-3 if config.model.img.width < 768 else 5e-4
     config.eval.every = max(steps // 8, min(20, steps))  # at `steps` only the last evaluation is left
@@ -355,7 +354,8 @@ def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> st
     if "nclip" in config.objective.terms:
         objective += f", {model.cluster_head.clusters:,} clusters"
     trained = max(pairs * (1 - share), 1)
-    tuned = ", tuned on drawings of icons" if config.optim.name == "muon" else ""
+    corpora = "icons and photographs" if objective == "clip" else "drawings of icons"
+    tuned = f", tuned on {corpora}" if config.optim.name == "muon" else ""
     return (
         f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {objective}, "
         f"{f'towers of {initial}' if initial else recipes.size_of(model)}, {model.img.image_size} px, "
