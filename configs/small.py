@@ -172,11 +172,13 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Descri
     if source is not None:  # training needs the same reading of all pairs, and does not repeat it
         known = holdout.find(spec, source, share, DataConfig(**data))
         data.spread_duplicate_captions = known.repeats > MANY_REPEATS
-        if sources.has_labels(spec, "image"):
-            if classifies(spec, args.dir, args.image, share):
-                config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
-            else:
-                note = " (no zero-shot classification: it needs images of two classes that are held out, with names)"
+        if sources.has_labels(spec, "image") and classifies(spec, args.dir, args.image, share):
+            config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
+        else:
+            note = (
+                " (evaluated by retrieval, which does not show how well images are named: that needs images of two "
+                "classes that are held out, with names)"
+            )
     set_schedule(config, machine, trained, args.epochs, args.steps)
     # The number of chips is unknown for `device`; `checks.check_memory` names the key if a batch does not fit.
     config.optim.microbatches = 1 if args.device in ("gpu", "tpu") else microbatches(config, machine)

@@ -219,7 +219,7 @@ def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(tmp_path):
             break
     c, describe = load.load_recipe(f"small:pairs={tmp_path / 'pairs'},tokenizer=bytes")
     assert c.eval.sets == ("retrieval/holdout",)
-    assert "(no zero-shot classification: it needs" in describe(c)
+    assert "by retrieval, which does not show how well images are named: that needs images of two" in describe(c)
 
 
 def test_the_description_is_that_of_the_config_with_its_flags():

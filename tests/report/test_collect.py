@@ -217,6 +217,14 @@ def test_a_run_that_is_not_complete_shows_the_newest_result_of_each_set_and_its_
     assert [(r.value, collect.read(run).step_of(r)) for r in collect.read(run).results if r.unit] == [(3.7, 40)]
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_retrieval_alone_does_not_show_how_well_images_are_named(tmp_path, named):
+    results = retrieval("r", (50.0,) * 4, (1.0, None, 1.0, None), images=100, captions=100)
+    results += zero_shot("z", 50.0, 60.0, n=100, ways=10) if named else []
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), [{"step": 4, "loss": 1.0}], [(4, results)]).folder
+    assert ("does not show how well images are named" in page_of(collect.read(run), examples.Examples())) != named
+
+
 def lines_of(text):
     """{name: (steps, values)} of the chart of evaluations."""
     (data,) = re.findall(r'data-chart="([^"]+)"[^>]*><figcaption><b>Evaluation during training', text)

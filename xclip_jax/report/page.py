@@ -45,6 +45,8 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
     early = [run for run in with_notes if run.step not in (None, run.record.steps)]
     notes = [f"Predictions of {run.name} are by the checkpoint of step {run.step:,}." for run in early]
     notes += [note for run in with_notes for note in run.examples.missing]
+    if first.record.results and all(result.family == "retrieval" for result in first.record.results):
+        notes.append("Retrieval does not show how well images are named: settings can raise one and lower the other.")
     context: dict[str, Any] = {
         "runs": runs,
         "sections": sorted(sections(runs, step), key=lambda section: bool(section.missing)),
