@@ -132,6 +132,11 @@ def case_of(objective: str, run: tuple[str, str], strategy: str) -> Case:
     return f"pretrain:objective={objective},{arguments}", topology, STRATEGIES[strategy]
 
 
+def sized(objective: str, preset: str, topology: str) -> Case:
+    """The case of a cell in the table of sizes."""
+    return case_of(objective, (f"preset={preset},batch=4096", topology), "zero1")
+
+
 def cases_of(run: tuple[str, str]) -> dict[tuple[str, str], Case]:
     """Cases of a run, by objective and strategy."""
     return {key: case_of(key[0], run, key[1]) for key in itertools.product(("clip", "xclip"), STRATEGIES)}
@@ -160,7 +165,7 @@ def sizes(known: dict[str, Plan]) -> str:
     for objective, preset in MODELS:
         row = []
         for topology in TOPOLOGIES:
-            plan = known.get(line(case_of(objective, (f"preset={preset},batch=4096", topology), "zero1")))
+            plan = known.get(line(sized(objective, preset, topology)))
             if plan is None or not plan["fits"]:
                 row.append("-" if plan is None else "does not fit")
                 continue
@@ -192,8 +197,7 @@ def main(words: list[str]) -> None:
     """Make the plans of all cases with `words`, and write the page."""
     logging.set_verbosity(logging.ERROR)
     planner = Planner(DOCS / "plans.json")
-    runs = itertools.product(MODELS, TOPOLOGIES)
-    cases = [case_of(objective, (f"preset={x},batch=4096", where), "zero1") for (objective, x), where in runs]
+    cases = [sized(*model, topology) for model, topology in itertools.product(MODELS, TOPOLOGIES)]
     for case in (*cases, *(case for run in RUNS for case in cases_of(run).values())):
         if all(word in line(case) for word in words):
             planner(case)
