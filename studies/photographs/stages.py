@@ -102,7 +102,9 @@ def both_heads_are_better(runs: Sequence[RunRecord]) -> bool:
 
 def settles(record: RunRecord) -> bool:
     """Whether a run's validation moves by less than `SETTLED` points over its last quarter."""
-    lines = {line["step"]: line for line in record.evaluations}
+    lines: dict[float, dict[str, float]] = {}
+    for line in record.evaluations:  # the last step has a line for each set
+        lines.setdefault(line["step"], {}).update(line)
     steps = record.config["steps"]
     before = lines.get(steps * 6 // EIGHTHS, {})
     last = lines.get(steps, {})
