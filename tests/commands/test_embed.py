@@ -124,7 +124,8 @@ def test_a_disk_that_fails_is_no_set_of_bad_images(root, straight, tmp_path, mon
 
     def failing(self, index):
         if pathlib.Path(self.images[index]).stem > "018":
-            raise BadSample(*(("no image file",) if index % 2 else ("file cannot be read", "[Errno 5] I/O error")))
+            missing = ("no image file", "[Errno 2] No such file or directory")
+            raise BadSample(*(missing if index % 2 else ("file cannot be read", "[Errno 5] I/O error")))
         return original(self, index)
 
     monkeypatch.setattr(FolderSource, "__getitem__", failing)
@@ -134,6 +135,15 @@ def test_a_disk_that_fails_is_no_set_of_bad_images(root, straight, tmp_path, mon
     monkeypatch.setattr(FolderSource, "__getitem__", original)
     embed.main(flags(root, out))
     np.testing.assert_array_equal(read(out)[0]["embedding"], read(straight)[0]["embedding"])
+
+
+def test_samples_without_an_image_are_no_failing_disk(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "_FEW", 3)
+    samples = [(f"{i}", {"txt": b"x"} | ({"jpg": bad_tars.jpeg(0)} if i == 2 else {})) for i in range(7)]
+    bad_tars.shard(tmp_path / "0.tar", samples)
+    embed.main(flags(root, tmp_path / "x.parquet", images=tmp_path / "0.tar"))
+    columns, about = read(tmp_path / "x.parquet")
+    assert columns["id"] == [f"{tmp_path}/0.tar#2"] and about["bad"] == 6
 
 
 def test_texts_beside_images(root, model, straight):

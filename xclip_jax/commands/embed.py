@@ -186,8 +186,9 @@ def _embed(
 
 
 def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int) -> None:
-    # A listed local file does not vanish from a working disk.
-    gone = {row for row, error in bad.items() if error.reason == "no image file" and not storage.is_remote(names[row])}
+    # A listed local file does not vanish from a working disk; of a tar's sample without an image there is no detail.
+    missing = [row for row, error in bad.items() if error.reason == "no image file" and error.detail]
+    gone = {row for row in missing if not storage.is_remote(names[row])}
     refused = sorted(gone | {row for row, error in bad.items() if error.reason in _REFUSED})
     if len(refused) > max(MAX_UNREADABLE * len(names), _FEW):
         raise UserError(
