@@ -217,7 +217,8 @@ def test_a_command_that_embedded_nothing_is_in_the_way_of_none(root, tmp_path):
     assert len(embeddings.read(tmp_path / "x.parquet")["id"]) == 1
 
 
-def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
+def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(model.card, "tokenizer", "the model's new folder/tokenizer.json")
     sources, out = {"image": inputs.open_images(str(root / "pictures"))}, tmp_path / "x.parquet"
     shutil.copy(straight, out)
     (tmp_path / "x.parquet.parts").mkdir()  # as after a kill at the end

@@ -129,7 +129,8 @@ def embed(
     if share[1] > 1:  # parts and ledger are outside the folder, since its readers would read them too
         path = path / "{:05d}-of-{:05d}.parquet".format(*share)
         folder = pathlib.Path(f"{out}.{path.stem}.parts")
-    plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit")}
+    # The name of a tokenizer's file depends on the model's folder; its content is among the weights.
+    plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit", "tokenizer")}
     plan |= {"part": PART, "weights": model.fingerprint()}
     plan |= {name: source.digest() for name, source in sources.items()}
     plan |= {"share": share[0], "shares": share[1]} if share[1] > 1 else {}
