@@ -333,6 +333,8 @@ def test_images_in_a_table(root, tmp_path):
     np.testing.assert_allclose(made["embedding"], expected, atol=1e-6)
     ledger = pathlib.Path(f"{out}.bad.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in ledger] == [f"{table}#1"]
+    with pytest.raises(SystemExit, match=r"x\.parquet has other embeddings: image differ"):
+        embed.main([*flags, f"{table}?image=photo"])
     pathlib.Path(out).unlink()
     embed.main([*flags, f"{tmp_path}/shop.parquet?image=photo"])
     assert embeddings.read(out)["text"] == ["", ""]

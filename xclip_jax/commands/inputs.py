@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+from collections.abc import Sequence
 
 from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data import records, sources
@@ -21,10 +22,11 @@ def _readable(path: str) -> str:
 class Images:
     """The images `numbers`, by default all, of a source, each with its first caption or ""."""
 
-    def __init__(self, source: Source, spec: str) -> None:
+    def __init__(self, source: Source, spec: str, columns: Sequence[str] = ()) -> None:
         self.source = source
         self.spec = spec
         self.numbers = range(len(source))
+        self._columns = columns
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -42,8 +44,8 @@ class Images:
         return record["image"], next(iter(record["text"]), "")
 
     def digest(self) -> str:
-        """Return a hash of names and sizes of all images and captions, but not of times, which change in copies."""
-        return str(self.source.fingerprint()["hash"])
+        """Return columns and a hash of names and sizes of images and captions, not of times, which change in copies."""
+        return f"{self.source.fingerprint()['hash']} {self._columns}"
 
 
 class Lines:
@@ -98,7 +100,7 @@ def open_images(pattern: str) -> Images:
     spec = sources.spec_from_path(spec) if container or sources.is_spec(spec) else f"folder:{pattern}"
     texts = columns.get("text", ["text"] if spec.startswith(("tar:", "folder:")) else [])
     options = SourceOptions(image_column=columns.get("image", ["image"])[0], text_columns=tuple(texts), captions=False)
-    return Images(sources.open_pairs(spec, options), spec)
+    return Images(sources.open_pairs(spec, options), spec, (options.image_column, *texts))
 
 
 Inputs = Images | Lines  # `read` returns content and text of an item
