@@ -17,7 +17,8 @@ zeros. Both are counted, and listed in OUT.bad.jsonl.
 
 The work is done in parts, stored in OUT.parts until all are complete: after an interruption, the same command resumes
 without repeating a part. It stops with an error if the weights, the text file, or names or sizes of images changed.
-It does not notice images with new content but the same size, nor any change of image files in a bucket.
+It does not notice images with new content but the same size, nor any change of image files in a bucket or named by a
+table.
 
 With --share I/N, OUT is a folder with one file per share; the N commands may run at once, on different machines.
 pyarrow and pandas read it as one table, and `xclip_jax.data.embeddings.read` refuses a folder that lacks a share.
