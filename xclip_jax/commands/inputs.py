@@ -5,6 +5,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data import records, sources
 from xclip_jax.data.base import Source, SourceOptions, decode_text
@@ -25,22 +26,28 @@ class Images:
     def __init__(self, source: Source, spec: str, columns: Sequence[str] = ()) -> None:
         self.source = source
         self.spec = spec
-        self.numbers = range(len(source))
         self._columns = columns
+        self.numbers = range(len(source))
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def name(self, index: int) -> str:
-        """Return a file's path, TAR#KEY, or SPEC#ROW."""
+        """Return a file's path, TAR#KEY, FILE#LINE, or SPEC#ROW."""
         place = self.source.describe(self.numbers[index])
-        if "tar" in place:
-            return f"{_readable(place['tar'])}#{place['key']}"
-        return _readable(place.get("file") or f"{self.spec}#{self.numbers[index]}")
+        if not place.keys() & {"tar", "file"}:
+            return _readable(f"{self.spec}#{self.numbers[index]}")
+        path, *parts = place.values()
+        return "#".join([_readable(path), *parts])
 
     def read(self, index: int) -> tuple[bytes, str]:
         """Return image and caption, or raise `BadSample`."""
-        record = self.source[self.numbers[index]]
+        try:
+            record = self.source[self.numbers[index]]
+        except OSError as error:  # of another package's source
+            raise storage.unreadable(error) from error
+        except Exception as error:
+            raise records.as_bad_sample(error) from error
         return record["image"], next(iter(record["text"]), "")
 
     def digest(self) -> str:
