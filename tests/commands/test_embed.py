@@ -225,6 +225,10 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys, mo
     (tmp_path / "x.parquet.parts" / "image-000000008.parquet").write_bytes(b"the rest")
     assert embed.embed(model, sources, str(out))["rows"] == 40 and "is complete" in capsys.readouterr().out
     assert not (tmp_path / "x.parquet.parts").exists()
+    (tmp_path / "again.parquet.parts").mkdir()  # without its plan
+    shutil.copy(straight, tmp_path / "again.parquet.parts" / "image-000000000.parquet")
+    (tmp_path / "again.parquet.parts" / "image-000000000.bad.jsonl").touch()
+    assert embed.embed(model, sources, str(tmp_path / "again.parquet"))["rows"] == 40
     plan = embeddings.about(out)["plan"]
     (tmp_path / "x.parquet.parts").mkdir()
     (tmp_path / "x.parquet.parts" / "plan.json").write_text(json.dumps(plan | {"weights": "other"}))

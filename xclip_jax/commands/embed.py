@@ -145,8 +145,9 @@ def embed(
         if differing:
             place = folder if begun else path
             raise UserError(f"{place} has other embeddings: {', '.join(differing)} differ; delete it, or set --out.")
-        if complete:
+        if not begun:
             shutil.rmtree(folder, ignore_errors=True)  # left by an interruption of `_join`
+        if complete:
             log0(f"{path} is complete; delete it to embed again.")
             return embeddings.about(path)
         folder.mkdir(exist_ok=True)
