@@ -109,3 +109,7 @@ def test_code_version(tmp_path):
     assert len(clean) == 40
     (tmp_path / "xclip_jax" / "new.py").write_text("")
     assert runner.code_version(tmp_path) == f"{clean}-dirty"
+    for command in ("add .", "-c user.name=x -c user.email=x@x commit -m y"):
+        subprocess.run(["git", "-C", str(tmp_path), *command.split()], check=True, capture_output=True)
+    head = subprocess.check_output(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], text=True).strip()
+    assert runner.code_version(tmp_path) == head != clean
