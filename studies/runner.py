@@ -26,7 +26,8 @@ from xclip_jax.core.storage import write_json
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).parents[1]
-_CODE = ("xclip_jax", "configs", "studies/*.py", "setup.py")  # git's patterns, which include folders of studies
+# Git's patterns, which include folders of studies.
+_CODE = ("xclip_jax", "configs", "examples/*.py", "studies/*.py", "studies/*.txt", "setup.py")
 _POLL = 0.5  # seconds
 
 
