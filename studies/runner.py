@@ -26,13 +26,15 @@ from xclip_jax.core.storage import write_json
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).parents[1]
-_CODE = ("xclip_jax", "configs", "studies/*.py", "setup.py")  # git's patterns, which include folders of studies
+# Git's patterns, which include folders of studies.
+_CODE = ("xclip_jax", "configs", "examples/*.py", "studies/*.py", "studies/*.txt", "setup.py")
 _POLL = 0.5  # seconds
 
 
 def code_version(root: pathlib.Path = ROOT) -> str:
     """Return the commit of the code, with "-dirty" if code or recipes have uncommitted changes; docs may have them."""
-    commit = environment.git_commit(epath.Path(root) / "xclip_jax").removesuffix("-dirty")
+    # Not the cached answer: the checkout may change during a study, whose workers import the code anew.
+    commit = environment.git_commit.__wrapped__(epath.Path(root) / "xclip_jax").removesuffix("-dirty")
     command = ["git", "-C", str(root), "status", "--porcelain", "--", *_CODE]
     status = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"{commit}-dirty" if status.returncode == 0 and status.stdout.strip() else commit

@@ -47,7 +47,7 @@ def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
     if len(matrix.chosen) < len(spaces.TEAMS) or matrix.to_measure:
         text += ["Later arms follow from these.", ""]
     text += ["## The recommended recipe", "", "Points behind the best setting, on validation.", "", *regrets(matrix)]
-    text += ["## Length and search", "", f"Steps of CLIP in finals: {matrix.length or 'open'}.", ""]
+    text += ["## Length and search", "", _length(matrix), ""]
     for team in spaces.TEAMS:
         settings = matrix.chosen.get(team, {})
         winner = ", ".join(f"{name} {value:g}" for name, value in settings.items())
@@ -68,6 +68,16 @@ def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
         text += _over_training(matrix)
     text += [line for name in charts for line in (f"![{name}]({name}.svg)", "")]
     return [*text, "## Claims", "", *page.claims(matrix)]
+
+
+def _length(matrix: stages.Photographs) -> str:
+    """Return a sentence on the length of finals, and on pilots if none settles, as none without a curve can."""
+    pilots = [run for arm in matrix.study.arms if arm.name.startswith("pilot_") for run in matrix.complete(arm)]
+    text = f"Steps of CLIP in finals: {matrix.length or 'open'}"
+    if matrix.length and not any(map(stages.settles, pilots)):
+        without = [run.config["steps"] for run in pilots if not run.evaluations]
+        text += "; no pilot settles" + "".join(f", and that of {steps} steps has no curve" for steps in without)
+    return f"{text}."
 
 
 def _by_the_other_reading(matrix: stages.Photographs, names: Sequence[str]) -> list[str]:

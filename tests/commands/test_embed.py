@@ -124,7 +124,8 @@ def test_a_disk_that_fails_is_no_set_of_bad_images(root, straight, tmp_path, mon
 
     def failing(self, index):
         if pathlib.Path(self.images[index]).stem > "018":
-            raise BadSample(*(("no image file",) if index % 2 else ("file cannot be read", "[Errno 5] I/O error")))
+            missing = ("no image file", "[Errno 2] No such file or directory")
+            raise BadSample(*(missing if index % 2 else ("file cannot be read", "[Errno 5] I/O error")))
         return original(self, index)
 
     monkeypatch.setattr(FolderSource, "__getitem__", failing)
@@ -134,6 +135,15 @@ def test_a_disk_that_fails_is_no_set_of_bad_images(root, straight, tmp_path, mon
     monkeypatch.setattr(FolderSource, "__getitem__", original)
     embed.main(flags(root, out))
     np.testing.assert_array_equal(read(out)[0]["embedding"], read(straight)[0]["embedding"])
+
+
+def test_samples_without_an_image_are_no_failing_disk(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "_FEW", 3)
+    samples = [(f"{i}", {"txt": b"x"} | ({"jpg": bad_tars.jpeg(0)} if i == 2 else {})) for i in range(7)]
+    bad_tars.shard(tmp_path / "0.tar", samples)
+    embed.main(flags(root, tmp_path / "x.parquet", images=tmp_path / "0.tar"))
+    columns, about = read(tmp_path / "x.parquet")
+    assert columns["id"] == [f"{tmp_path}/0.tar#2"] and about["bad"] == 6
 
 
 def test_texts_beside_images(root, model, straight):
@@ -207,13 +217,18 @@ def test_a_command_that_embedded_nothing_is_in_the_way_of_none(root, tmp_path):
     assert len(embeddings.read(tmp_path / "x.parquet")["id"]) == 1
 
 
-def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
+def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(model.card, "tokenizer", "the model's new folder/tokenizer.json")
     sources, out = {"image": inputs.open_images(str(root / "pictures"))}, tmp_path / "x.parquet"
     shutil.copy(straight, out)
     (tmp_path / "x.parquet.parts").mkdir()  # as after a kill at the end
     (tmp_path / "x.parquet.parts" / "image-000000008.parquet").write_bytes(b"the rest")
     assert embed.embed(model, sources, str(out))["rows"] == 40 and "is complete" in capsys.readouterr().out
     assert not (tmp_path / "x.parquet.parts").exists()
+    (tmp_path / "again.parquet.parts").mkdir()  # without its plan
+    shutil.copy(straight, tmp_path / "again.parquet.parts" / "image-000000000.parquet")
+    (tmp_path / "again.parquet.parts" / "image-000000000.bad.jsonl").touch()
+    assert embed.embed(model, sources, str(tmp_path / "again.parquet"))["rows"] == 40
     plan = embeddings.about(out)["plan"]
     (tmp_path / "x.parquet.parts").mkdir()
     (tmp_path / "x.parquet.parts" / "plan.json").write_text(json.dumps(plan | {"weights": "other"}))
@@ -322,6 +337,8 @@ def test_images_in_a_table(root, tmp_path):
     np.testing.assert_allclose(made["embedding"], expected, atol=1e-6)
     ledger = pathlib.Path(f"{out}.bad.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in ledger] == [f"{table}#1"]
+    with pytest.raises(SystemExit, match=r"x\.parquet has other embeddings: image differ"):
+        embed.main([*flags, f"{table}?image=photo"])
     pathlib.Path(out).unlink()
     embed.main([*flags, f"{tmp_path}/shop.parquet?image=photo"])
     assert embeddings.read(out)["text"] == ["", ""]

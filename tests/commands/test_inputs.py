@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import inputs
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
 
 pytestmark = pytest.mark.long
@@ -48,3 +48,17 @@ def test_linked_folders_and_patterns(tmp_path):
     (tmp_path / "images" / "linked").symlink_to(pictures)
     assert len(inputs.open_images(str(tmp_path / "images"))) == 2
     assert len(inputs.open_images(f"{pictures}/*1.png")) == 1
+
+
+def test_lines_of_another_packages_source(tmp_path):
+    """They have their own names, and captions only if a column is named; a damaged line is a bad image."""
+    file = tmp_path / "x.jsonl"
+    (tmp_path / "0.jpg").write_bytes(bad_tars.jpeg(0))
+    file.write_text('{"image": "0.jpg", "text": "a"}\n{"image": \n{"image": "1.jpg"}\n')
+    spec = f"tests.extension.json_lines:JsonLines:{file}"
+    source = inputs.open_images(spec)
+    assert [source.name(i) for i in range(3)] == [f"{file}#{line}" for line in (1, 2, 3)]
+    assert source.read(0) == (bad_tars.jpeg(0), "") and inputs.open_images(f"{spec}?text=text").read(0)[1] == "a"
+    for i, reason in ((1, "JSONDecodeError"), (2, "file cannot be read")):
+        with pytest.raises(BadSample, match=reason):
+            source.read(i)

@@ -29,7 +29,7 @@ class JsonLinesSource(Source):
         start, end = map(int, self.offsets[index : index + 2])
         record = json.loads(storage.open_file(str(self.path)).read(start, end - start))
         text = [caption for key in self.options.text_columns for caption in json_strings(record, key)]
-        if not text:
+        if self.options.captions and not text:
             raise BadSample("caption is empty")
         image = record[self.options.image_column]
         if image.endswith(IMAGE_SUFFIXES):

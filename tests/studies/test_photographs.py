@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import cv2
@@ -162,7 +163,7 @@ def test_stages_follow_from_records(monkeypatch, settled, length):
     for name, arm in arms.items():  # every arm is a config of the package
         config = study.config(arm, 0)
         assert arm.tested == (not name.startswith(("defaults", "pilot", "search")))
-        assert config.eval.every == (0 if name.startswith(("defaults", "search")) else steps[name] // 8)
+        assert config.eval.every == (0 if name.startswith(("defaults_icons", "search")) else steps[name] // 8)
         assert any("/test_" in name for name in (*config.eval.sets, *config.eval.sets_at_end)) == arm.tested
         assert ("train/" in config.data.sources[0]) == arm.tested
     untimed = stages.Photographs({}, {})
@@ -203,6 +204,12 @@ def test_the_page(tmp_path, monkeypatch):
     text = (tmp_path / "tables.md").read_text()
     assert "**39 runs are missing.**" in text and "Winner of xclip: open." in text and "Undecided" in text
     assert [path.name for path in tmp_path.iterdir()] == ["tables.md"]
+
+    study = finish(monkeypatch, 9999, arms="pilot")
+    assert "Steps of CLIP in finals: 1600; no pilot settles." in page.lines(study, {})
+    pilot = dataclasses.replace(study.complete(study.study.arm("pilot_800"))[0], evaluations=())
+    monkeypatch.setattr(study, "complete", lambda _: [pilot])
+    assert any("no pilot settles, and that of 800 steps has no curve" in line for line in page.lines(study, {}))
 
     # With all runs; xCLIP and a default setting are a point ahead.
     study = finish(monkeypatch, 800, arms="")

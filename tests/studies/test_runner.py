@@ -107,5 +107,13 @@ def test_code_version(tmp_path):
     (tmp_path / "docs" / "a.md").write_text("is not code")
     clean = runner.code_version(tmp_path)
     assert len(clean) == 40
+    for name in ("examples/a.py", "studies/photographs/tokens.txt", "xclip_jax/new.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+        assert runner.code_version(tmp_path) == f"{clean}-dirty"
+        (tmp_path / name).unlink()
     (tmp_path / "xclip_jax" / "new.py").write_text("")
-    assert runner.code_version(tmp_path) == f"{clean}-dirty"
+    for command in ("add .", "-c user.name=x -c user.email=x@x commit -m y"):
+        subprocess.run(["git", "-C", str(tmp_path), *command.split()], check=True, capture_output=True)
+    head = subprocess.check_output(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], text=True).strip()
+    assert runner.code_version(tmp_path) == head != clean

@@ -17,7 +17,8 @@ zeros. Both are counted, and listed in OUT.bad.jsonl.
 
 The work is done in parts, stored in OUT.parts until all are complete: after an interruption, the same command resumes
 without repeating a part. It stops with an error if the weights, the text file, or names or sizes of images changed.
-It does not notice images with new content but the same size, nor any change of image files in a bucket.
+It does not notice images with new content but the same size, nor any change of image files in a bucket or named by a
+table.
 
 With --share I/N, OUT is a folder with one file per share; the N commands may run at once, on different machines.
 pyarrow and pandas read it as one table, and `xclip_jax.data.embeddings.read` refuses a folder that lacks a share.
@@ -129,7 +130,8 @@ def embed(
     if share[1] > 1:  # parts and ledger are outside the folder, since its readers would read them too
         path = path / "{:05d}-of-{:05d}.parquet".format(*share)
         folder = pathlib.Path(f"{out}.{path.stem}.parts")
-    plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit")}
+    # The name of a tokenizer's file depends on the model's folder; its content is among the weights.
+    plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit", "tokenizer")}
     plan |= {"part": PART, "weights": model.fingerprint()}
     plan |= {name: source.digest() for name, source in sources.items()}
     plan |= {"share": share[0], "shares": share[1]} if share[1] > 1 else {}
@@ -143,8 +145,9 @@ def embed(
         if differing:
             place = folder if begun else path
             raise UserError(f"{place} has other embeddings: {', '.join(differing)} differ; delete it, or set --out.")
-        if complete:
+        if not begun:
             shutil.rmtree(folder, ignore_errors=True)  # left by an interruption of `_join`
+        if complete:
             log0(f"{path} is complete; delete it to embed again.")
             return embeddings.about(path)
         folder.mkdir(exist_ok=True)
@@ -186,8 +189,9 @@ def _embed(
 
 
 def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int) -> None:
-    # A listed local file does not vanish from a working disk.
-    gone = {row for row, error in bad.items() if error.reason == "no image file" and not storage.is_remote(names[row])}
+    # A listed local file does not vanish from a working disk; of a tar's sample without an image there is no detail.
+    missing = [row for row, error in bad.items() if error.reason == "no image file" and error.detail]
+    gone = {row for row in missing if not storage.is_remote(names[row])}
     refused = sorted(gone | {row for row, error in bad.items() if error.reason in _REFUSED})
     if len(refused) > max(MAX_UNREADABLE * len(names), _FEW):
         raise UserError(

@@ -3,7 +3,9 @@
 import hashlib
 import os
 import pathlib
+from collections.abc import Sequence
 
+from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data import records, sources
 from xclip_jax.data.base import Source, SourceOptions, decode_text
@@ -21,29 +23,36 @@ def _readable(path: str) -> str:
 class Images:
     """The images `numbers`, by default all, of a source, each with its first caption or ""."""
 
-    def __init__(self, source: Source, spec: str) -> None:
+    def __init__(self, source: Source, spec: str, columns: Sequence[str] = ()) -> None:
         self.source = source
         self.spec = spec
+        self._columns = columns
         self.numbers = range(len(source))
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def name(self, index: int) -> str:
-        """Return a file's path, TAR#KEY, or SPEC#ROW."""
+        """Return a file's path, TAR#KEY, FILE#LINE, or SPEC#ROW."""
         place = self.source.describe(self.numbers[index])
-        if "tar" in place:
-            return f"{_readable(place['tar'])}#{place['key']}"
-        return _readable(place.get("file") or f"{self.spec}#{self.numbers[index]}")
+        if not place.keys() & {"tar", "file"}:
+            return _readable(f"{self.spec}#{self.numbers[index]}")
+        path, *parts = place.values()
+        return "#".join([_readable(path), *parts])
 
     def read(self, index: int) -> tuple[bytes, str]:
         """Return image and caption, or raise `BadSample`."""
-        record = self.source[self.numbers[index]]
+        try:
+            record = self.source[self.numbers[index]]
+        except OSError as error:  # of another package's source
+            raise storage.unreadable(error) from error
+        except Exception as error:
+            raise records.as_bad_sample(error) from error
         return record["image"], next(iter(record["text"]), "")
 
     def digest(self) -> str:
-        """Return a hash of names and sizes of all images and captions, but not of times, which change in copies."""
-        return str(self.source.fingerprint()["hash"])
+        """Return columns and a hash of names and sizes of images and captions, not of times, which change in copies."""
+        return f"{self.source.fingerprint()['hash']} {self._columns}"
 
 
 class Lines:
@@ -98,7 +107,7 @@ def open_images(pattern: str) -> Images:
     spec = sources.spec_from_path(spec) if container or sources.is_spec(spec) else f"folder:{pattern}"
     texts = columns.get("text", ["text"] if spec.startswith(("tar:", "folder:")) else [])
     options = SourceOptions(image_column=columns.get("image", ["image"])[0], text_columns=tuple(texts), captions=False)
-    return Images(sources.open_pairs(spec, options), spec)
+    return Images(sources.open_pairs(spec, options), spec, (options.image_column, *texts))
 
 
 Inputs = Images | Lines  # `read` returns content and text of an item

@@ -137,8 +137,9 @@ def fit(config: ml_collections.ConfigDict, topology: str) -> tuple[int, list[str
 
 def train_command(arguments: Sequence[str], changes: Sequence[str]) -> str:
     """Return the command that trains with `changes` to the `arguments` of a plan."""
-    given = re.sub(r" --?(topology|hlo)[= ]\S+| --?fit\b", "", shlex.join(["xclip-jax", "train", *arguments]))
-    return " ".join([given, *changes])
+    # A zero byte, which no argument has, ends each.
+    given = re.sub(r"\0--?((topology|hlo)[=\0][^\0]*|fit(=[^\0]*)?)(?=\0|$)", "", "\0".join(["train", *arguments]))
+    return " ".join(["xclip-jax", shlex.join(given.split("\0")), *changes])
 
 
 def _time(facts: dict[str, Any]) -> dict[str, Any]:
