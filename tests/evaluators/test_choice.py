@@ -131,7 +131,7 @@ def test_the_mean_over_parts():
 def test_a_part_with_the_name_of_a_score_is_refused():
     """Both would be "both/accuracy" in the files of results."""
     data = single(2, groups={"both": np.arange(N) < 4})
-    with pytest.raises(UserError, match="^set: the part 'both' has the name of a score"):
+    with pytest.raises(UserError, match=r"^set: the part 'both' has the name of a score"):
         measured(data)
     assert "choice/set/both/accuracy" in by_name(measured(data, clusters=0))[0]
 
