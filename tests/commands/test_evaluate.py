@@ -147,6 +147,8 @@ def test_a_suite_is_a_name_or_names():
         (["--checkpoint", "{}/a", "--captions", "-1"], "--captions is -1"),
         (["--checkpoint", "{}/a", "--compare", "{}/a", "{}/b"], "--checkpoint"),
         ([], "--checkpoint --compare"),
+        (["--compare", "{}/a", "{}/b", "--suite", "imagenet"], "--compare reads results and takes only --step"),
+        (["--compare", "{}/a", "{}/b", "--captions", "0"], "--compare reads results and takes only --step"),
     ],
 )
 def test_bad_input(flags, message, runs):

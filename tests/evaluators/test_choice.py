@@ -128,6 +128,14 @@ def test_the_mean_over_parts():
     assert results["few/accuracy"].n == 4 and results["macro_accuracy"].chance == 50
 
 
+def test_a_part_with_the_name_of_a_score_is_refused():
+    """Both would be "both/accuracy" in the files of results."""
+    data = single(2, groups={"both": np.arange(N) < 4})
+    with pytest.raises(UserError, match=r"^set: the part 'both' has the name of a score"):
+        measured(data)
+    assert "choice/set/both/accuracy" in by_name(measured(data, clusters=0))[0]
+
+
 def test_items_of_one_image_are_resampled_together():
     data = ChoiceSet("set", noise(3), np.array([[0], [0], [1], [2]]), [words(2, i) for i in range(4)])
     assert data.together.tolist() == [0, 0, 1, 2] and single().together is None

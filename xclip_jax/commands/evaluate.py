@@ -145,7 +145,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data-dir", default="", help="root of the data sets")
     add("--output", default="", type=os.path.expanduser, help="results file")
     add_trust(parser)
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    given = [getattr(flags, key) for key in ("suite", "profile", *PROFILE_FIELDS, "data_dir", "output")]
+    if flags.compare and any(value not in (None, "") for value in given):
+        parser.error("--compare reads results and takes only --step; evaluate both with the other options first")
+    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.core import storage
-from xclip_jax.core.errors import BadSample, redact
+from xclip_jax.core import fields, storage
+from xclip_jax.core.errors import BadSample, UserError, redact
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data.base import LazySequence, display_name
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
@@ -152,7 +153,8 @@ class SetKind(abc.ABC):
         Args:
           spec: name of the set.
           prepare: preprocessing of the model's images.
-          data: group `data` of the model's run, with the command's root of TFDS data sets in `data.dir`.
+          data: group `data` of the model's run, or of the run that holds out the set's pairs, with the command's root
+            of TFDS data sets in `data.dir`.
           profile: protocol of the published sets.
         """
 
@@ -165,6 +167,19 @@ class SetKind(abc.ABC):
     def shows(cls, spec: str) -> str:
         """Return how reports show the set: "classes" for a `ZeroShotSet`, "captions" for a `RetrievalSet`, else ""."""
         return ""
+
+
+def held_out_data(spec: str, data: DataConfig) -> DataConfig:
+    """Return the `data` group of the run that holds out the pairs of `spec`, or `data` for all other sets."""
+    name, at, run = spec.partition("@")
+    if name not in (f"retrieval/{HELD_OUT}", f"zeroshot/{HELD_OUT}"):
+        return data
+    if at:
+        content = RunReader(run).read_config() if run else None
+        data = fields.read_group(DataConfig, content["config"]["data"] if content else {}, "data", [])
+    if not data.holdout or not data.sources:
+        raise UserError(f"{spec}: the run holds out no pairs (data.holdout); name another one, {name}@RUN.")
+    return data
 
 
 def pictures(images: Sequence[Any], prepare: Preprocessing) -> LazySequence:

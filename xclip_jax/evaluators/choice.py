@@ -116,7 +116,11 @@ class Choice(Evaluator):
         groups = self.data.groups
         ways = np.array([len(item) for item in self.data.texts])
         results = [self.count("n", n), self.count("ways", ways.mean())]
-        for score, scores in self.scores(variables).items():
+        compared = self.scores(variables)
+        same = sorted(groups.keys() & compared.keys())
+        if same:
+            raise UserError(f"{self.data.name}: the part {same[0]!r} has the name of a score of the model; rename it.")
+        for score, scores in compared.items():
             for metric, right in _right(scores).items():
                 level = np.full(n, PAIRED[metric]) if metric in PAIRED else 100 / ways
                 averages: dict[str, Any] = {metric: None}  # weights of the items

@@ -17,7 +17,7 @@ from xclip_jax.core.errors import UserError, describe
 from xclip_jax.core.imports import LazyClassTable, class_name, import_class, is_imported
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators.base import Evaluator, Layout, SetKind
+from xclip_jax.evaluators.base import Evaluator, Layout, SetKind, held_out_data
 from xclip_jax.evaluators.encoder import Encoder, TooManyUnreadable
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.results import Result
@@ -69,7 +69,7 @@ def load(
       data: group `data` of the model's run, with the columns of pairs.
     """
     kind = check(spec)
-    data = data or DataConfig()
+    data = held_out_data(spec, data or DataConfig())
     prepare = Preprocessing(prepare) if isinstance(prepare, int) else prepare
     return kind.load(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
 

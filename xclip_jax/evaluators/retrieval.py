@@ -125,6 +125,8 @@ class RetrievalSet:
 
     def __post_init__(self) -> None:
         texts = sum(map(len, self.captions))
+        if not texts:
+            raise UserError(f"{self.name}: no image has a caption; check the file, or name another split.")
         if len(self.images) * texts > MOST_SCORES:
             raise UserError(
                 f"{self.name}: {len(self.images):,} images and {texts:,} captions are too many to compare all of them; "

@@ -222,6 +222,12 @@ def test_columns_that_do_not_fit(table, columns, named):
         load(f"choice/csv:{table}{columns}", data=DataConfig(image_column="file", text_columns=("good", "bad")))
 
 
+def test_a_file_name_in_another_encoding(table):
+    table.write_bytes(table.read_bytes().replace(b"2.png", b"caf\xe9.png"))
+    with pytest.raises(UserError, match=r"not UTF-8: b'caf\\xe9\.png'"):
+        load(f"choice/csv:{table}?image=file&text=good&text=bad")
+
+
 def test_a_source_without_columns(pairs):
     with pytest.raises(UserError, match="has no columns"):
         load(f"choice/folder:{pairs}")

@@ -1,6 +1,7 @@
 """Retrieval on your own pairs and on held-out pairs."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -109,6 +110,11 @@ def test_held_out_pairs_of_the_run_and_of_another_one(pairs, run, tmp_path):
     (other / "config.json").write_text(json.dumps(content))
     same = registry.load(f"retrieval/holdout@{other}", SIZE)
     assert same.captions == own.captions and same.card.split_hash == own.card.split_hash
+    content["config"]["data"] |= {"sources": ["tfds:none/train"], "dir": "/old"}  # of another machine
+    (other / "config.json").write_text(json.dumps(content))
+    for family, place in itertools.product(("retrieval", "zeroshot"), ("/new", "")):
+        with pytest.raises(UserError, match=f"--data_dir={place or '/old'}"):
+            registry.load(f"{family}/holdout@{other}", SIZE, place, data=DataConfig(dir="/own"))
 
 
 def test_a_path_of_own_pairs_needs_no_kind_before_it(pairs, tmp_path, monkeypatch):

@@ -189,6 +189,7 @@ def test_coco_of_tfds(monkeypatch):
         ("mr@{}", None, "rt-polarity.neg"),
         ("coco_retrieval@{}/x", "[]", "is not in the published layout"),
         ("flickr30k_retrieval@{}/x", '{"images": [{"filename": "a.jpg", "split": "test", "sentences": []}]}', "a.jpg"),
+        ("flickr8k_retrieval@{}/x", '{"images": [{"filename": "a.jpg", "split": "val"}]}', "no image has a caption"),
     ],
 )
 def test_wrong_files(spec, content, message, tmp_path):

@@ -268,6 +268,7 @@ def test_numbers_and_missing_classes_are_refused_if_names_are_not_known(name, cl
         ("gtsrb", [str(i + 1) for i in range(43)], "'1'"),  # from 1, not from 0
         ("gtsrb", ["0", "00"], "'00'"),
         ("fer2013", ["angry", "disgusted", "joy"], "'joy'"),
+        ("fer2013", list("0123456"), "'0'"),  # its own 4 is sad, position 4 of the names is neutral
         ("imagenet", ["missile", "tench"], "'missile'"),  # two classes have this name
         ("dtd", ["banded", "cat"], "'cat'"),
     ],

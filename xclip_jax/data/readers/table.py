@@ -78,7 +78,8 @@ class ImageColumn(Sequence):
 
     def path(self, index: int) -> str:
         """Return the path or URL of an image; "" if the table contains the image itself, or none."""
-        value = self._value(index)
+        with _utf8():
+            value = self._value(index)
         return self._locate(index, value)[0] if isinstance(value, str) and value else ""
 
     def name(self, index: int) -> str:

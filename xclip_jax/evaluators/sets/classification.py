@@ -26,7 +26,7 @@ from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet, renumber
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.sets.custom import captioned, held_out_data, is_holdout, published_layout, read_json
+from xclip_jax.evaluators.sets.custom import captioned, is_holdout, published_layout, read_json
 from xclip_jax.evaluators.sets.known_sets import ENTRIES, PAPER, Content, Entry, read, read_tfds
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
@@ -141,7 +141,7 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
     name = spec.removeprefix(PREFIX)
     if is_holdout(spec, PREFIX):
         with imports.named_by("the config of the run that holds them out"):
-            return own_set(name, read_held_out(spec, held_out_data(spec, data)), prepare, profile)
+            return own_set(name, read_held_out(spec, data), prepare, profile)
     if sources.has_labels(name, "image"):
         return own_set(name, read_source(name, data.dir or None), prepare, profile)
     if name.startswith(TRANSLATED):

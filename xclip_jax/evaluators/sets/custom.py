@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.core import fields, imports
+from xclip_jax.core import imports
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import unreadable_as
 from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import display_name, field
@@ -48,17 +47,6 @@ def read_json(path: pathlib.Path) -> Any:
 def is_holdout(spec: str, prefix: str = PREFIX) -> bool:
     """Whether `spec` is "holdout" or "holdout@RUN" after `prefix`."""
     return spec.partition("@")[0] == prefix + HELD_OUT
-
-
-def held_out_data(spec: str, data: DataConfig) -> DataConfig:
-    """Return the `data` group of the run that holds out the pairs of `spec`."""
-    name, at, run = spec.partition("@")
-    if at:
-        content = RunReader(run).read_config() if run else None
-        data = fields.read_group(DataConfig, content["config"]["data"] if content else {}, "data", [])
-    if not data.holdout or not data.sources:
-        raise UserError(f"{spec}: the run holds out no pairs (data.holdout); name another one, {name}@RUN.")
-    return data
 
 
 def query_columns(name: str) -> tuple[str, dict[str, list[str]]]:
@@ -106,7 +94,6 @@ def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     name = spec.removeprefix(PREFIX)
     where: Any = contextlib.nullcontext()
     if is_holdout(spec):
-        data = held_out_data(spec, data)
         specs = tuple(data.sources)
         share = data.holdout
         where = imports.named_by("the config of the run that holds them out")

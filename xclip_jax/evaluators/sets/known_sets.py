@@ -231,14 +231,15 @@ def _published(
     published = [whole[i] for i in kept]
     # Without a 0, numbers may well begin at 1.
     from_zero = any(_is_number(label) and int(label) == 0 for label in classes)
-    numbers = [str(i) for i in range(len(published))] if from_zero else []
+    by_number = "" if name == "fer2013" else " or by number from 0"  # FER2013's own numbers have another order
+    numbers = [str(i) for i in range(len(published))] if from_zero and by_number else []
     try:
         of_tfds = [tfds_labels[i] for i in kept] if tfds_labels else []
         position = np.array(prompts.match(classes, published, of_tfds, numbers))
     except KeyError as error:
         raise UserError(
             f"{name}: {error.args[0]!r} is not a class of {name}, or occurs twice. Name the classes as published "
-            f"({published[0]!r}, ...) or by number from 0, or evaluate folder:PATH or csv:PATH, with their own names."
+            f"({published[0]!r}, ...){by_number}, or evaluate folder:PATH or csv:PATH, with their own names."
         ) from error
     if np.ndim(labels) == 1:
         return position[labels], published
