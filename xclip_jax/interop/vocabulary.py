@@ -95,7 +95,7 @@ def siglip(folder: epath.Path, size: int) -> str:
     if fault:
         raise UserError(f"it has {size} token ids, and {fault}; copy the files of its tokenizer into {folder}.")
     # SigLIP 2 was trained on texts in lower case only.
-    cleaning = "lower" if str(options.get("tokenizer_class")).startswith(("Gemma", "Siglip2")) else "canonical"
+    cleaning = "lower" if end == _END_OF_SIGLIP2 else "canonical"
     model.post_processor = processors.Sequence([])
     content = tokenizer.with_conventions(model.to_str(), end=end, pad=pad, size=size, cleaning=cleaning)
     path = storage.cache_dir() / "tokenizers" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
