@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from docs import pictures
 from tests.helpers import tiny
 from xclip_jax import main as cli
 from xclip_jax.commands import embed
-from xclip_jax.config import load
+from xclip_jax.config import load, recipes, schema
 from xclip_jax.data import embeddings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -88,6 +89,14 @@ def test_the_own_loop(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     losses = [float(x) for x in re.findall(r"step \d+: loss (\S+)", printed)]
     assert losses[-1] < losses[0] and "['red', 'green', 'blue', 'white']" in printed
+
+
+def test_a_recipe_takes_over_the_towers_of_weights():
+    (code,) = re.findall(r"`(config\.model\.update\([^`]+)`", (ROOT / "docs" / "formats.md").read_text())
+    saved = schema.resolve(tiny.config("siglip"))
+    config = recipes.base("siglip", "B/16")
+    exec(code, {"config": config, "model": types.SimpleNamespace(config=saved), "schema": schema})
+    assert schema.resolve({"steps": 1, "optim": {"warmup": 0}, "model": config.model.to_dict()}).model == saved.model
 
 
 @pytest.mark.long

@@ -4,12 +4,16 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.config.test_small import discs  # noqa: F401
 from tests.helpers import tiny
+from tests.helpers.util import free_address
+from xclip_jax.commands import export
 from xclip_jax.config import load, schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.train import build, weights
@@ -88,3 +92,17 @@ def test_the_objective_of_weights_is_taken_over_with_its_terms(discs, tmp_path):
     fine_tuned["config"]["objective"] |= terms
     (run / "config.json").write_text(json.dumps(fine_tuned))
     assert load.load_config(f"small:pairs={discs},weights={run}").objective.name == "clip"
+
+
+def test_a_process_joins_others_after_a_recipe_has_read_weights(tmp_path):
+    run = tiny.untrained(tmp_path / "run", "clip", data__tokenizer="clip")
+    export.export(str(run), str(tmp_path / "weights"), to="hf")
+    code = f"""from xclip_jax.config import load
+from xclip_jax.core import console
+from xclip_jax.processes import runtime
+for recipe in ("small:pairs=folder:x,count=1000,device=cpu", "finetune:data=folder:x,examples=8,classes=2"):
+    load.load_recipe(recipe + ",weights={tmp_path / "weights"}")
+console.log0("hf:lab/x is commit 0")  # as reading from the Hub prints it
+runtime.join(False, "{free_address()}", 1, 0)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "hf:lab/x is commit 0\n", done.stderr

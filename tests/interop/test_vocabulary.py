@@ -39,8 +39,9 @@ def words(path, size, end):
 
 
 @pytest.mark.parametrize(("size", "end"), [(9, 5), (vocabulary.CLIP_SIZE, vocabulary.CLIP_SIZE - 1)])
-def test_a_tokenizer_of_its_own_is_read_with_open_clips_weights(size, end, tmp_path):
-    """Also one of CLIP's size, and one whose end is not the largest id: open_clip pools at it by name."""
+def test_a_tokenizer_of_its_own_is_read_with_open_clips_weights(size, end, tmp_path, monkeypatch):
+    """Also one of CLIP's size, and one whose end is not the largest id: open_clip pools at it by name, and cleans."""
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
     text = TEXT | {"vocab_size": size} | ({"pool_type": "eos", "eos_id": end} if end < size - 1 else {})
     model = shaken(open_clip.model.CLIP(48, B32, text))
     state = {key: x.contiguous() for key, x in model.state_dict().items()}
@@ -49,9 +50,12 @@ def test_a_tokenizer_of_its_own_is_read_with_open_clips_weights(size, end, tmp_p
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": content}))
     words(tmp_path / "tokenizer.json", size, end)
     config, variables = interop.read(str(tmp_path / "x.safetensors"))
-    assert config["data"]["tokenizer"] == str(tmp_path / "tokenizer.json")
-    tokens = tokenizer.load(config["data"]["tokenizer"])(["w7 w6", "", "w1 w1 w1", "w2"], TEXT["context_length"])
+    known, length = tokenizer.load(config["data"]["tokenizer"]), TEXT["context_length"]
+    tokens = known(["w7&amp;nbsp;w6", "", "w1 w1\u00a0w1", "w2"], length)
     assert tokens[0, :4].tolist() == [7, 6, end, 0]
+    assert open_clip.tokenizer.get_clean_fn("whitespace")("w7&amp;nbsp;w6") == "w7 w6"
+    whole = tokenizers.Tokenizer.from_str(vocabulary.complete(known, length))
+    assert whole.encode(" w1\u00a0w1 w1").ids == tokens[2].tolist()
     pixels = images(28)
     assert_same(ours(config, variables, pixels, tokens), theirs_open_clip(model, pixels, tokens))
 

@@ -9,10 +9,11 @@ from xclip_jax.core.errors import redact
 
 
 def log0(message: str) -> None:
-    """Print to standard output from process 0, see `show`."""
+    """Print to standard output from process 0, and from every process that has not joined others yet, see `show`."""
     import jax  # slow, and not needed by the other functions
 
-    if jax.process_index() == 0:
+    # Asking for the index would open the devices, after which a process cannot join.
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
         show(message)
 
 

@@ -99,12 +99,17 @@ def read_file(name: str) -> bytes:
     return epath.Path(name).expanduser().read_bytes()
 
 
-def clean(text: str) -> str:
-    """CLIP's cleaning: repair encodings, resolve HTML entities twice, fold white space, and lower the case."""
+def repair(text: str) -> str:
+    """open_clip's cleaning for any tokenizer: repair encodings, resolve HTML entities twice, and fold white space."""
     # The slow repair is needless for printable ASCII without entities.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return " ".join(text.split())
+
+
+def clean(text: str) -> str:
+    """CLIP's cleaning: `repair`, and lower case."""
+    return repair(text).lower()
 
 
 def _lower_without_punctuation(text: str) -> str:
@@ -117,19 +122,21 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
     "": lambda text: text,
     "lower": str.lower,
     "canonical": _lower_without_punctuation,
+    "open_clip": repair,
 }
 
 
-def with_conventions(content: str, *, end: str, pad: str, size: int, cleaning: str) -> str:
+def with_conventions(content: str, *, end: str, pad: str, size: int, cleaning: str, start: str | None = None) -> str:
     """Wrap a tokenizer file with conventions assumed by another project's weights but missing in the file.
 
     Args:
       content: the tokenizer file.
-      end, pad: tokens after a text, and for padding. A start token is not used.
+      end, pad: tokens after a text, and for padding.
       size: number of the model's ids.
       cleaning: key of `CLEANINGS`.
+      start: token before a text; None if the weights use none.
     """
-    conventions = {"end": end, "pad": pad, "size": size, "cleaning": cleaning}
+    conventions = {"start": start, "end": end, "pad": pad, "size": size, "cleaning": cleaning}
     return json.dumps({_CONVENTIONS: conventions, "tokenizer": json.loads(content)}, ensure_ascii=False)
 
 
@@ -214,7 +221,7 @@ def _from_file(path: str, _modified: float) -> Tokenizer:
             wrapped = json.loads(content)
             content = json.dumps(wrapped["tokenizer"])
             conventions = wrapped[_CONVENTIONS]
-            end_tokens, pad_tokens, start_tokens = (conventions["end"],), (conventions["pad"],), ()
+            end_tokens, pad_tokens, start_tokens = ((conventions.get(key),) for key in ("end", "pad", "start"))
             size, cleaning = conventions["size"], conventions["cleaning"]
         cleaned = CLEANINGS[cleaning]
         model = tokenizers.Tokenizer.from_str(content)

@@ -132,8 +132,9 @@ def _shapes(group: Mapping[str, Any], vocab: int, *, sigmoid: bool) -> dict[str,
         raise ValueError(faults[0])
     img, txt = (dataclasses.replace(tower, scan=True) for tower in (config.img, config.txt))
     model = TwoTowers(img, txt, vocab, vocab - 1, (Siglip() if sigmoid else Clip()).heads(config, vocab))
-    image = jnp.zeros((1, img.image_size, img.image_size, 3))
-    made = jax.eval_shape(model.init, jax.random.key(0), image, jnp.zeros((1, txt.context_length), jnp.int32))
+    image, text = (1, img.image_size, img.image_size, 3), (1, txt.context_length)
+    # Inside, since recipes read weights before processes join, and a real array would open the devices.
+    made = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(image), jnp.zeros(text, jnp.int32)))
     return {name: x.shape for name, x in flatten_dict(nn.unbox(made["params"]), sep="/").items()}
 
 

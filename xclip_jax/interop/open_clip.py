@@ -77,7 +77,7 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
         img, txt, embed = _towers(content["model_cfg"])
         text = content["model_cfg"]["text_cfg"]
         eot = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
-        tokens = vocabulary.identify(folder, text.get("vocab_size", vocabulary.CLIP_SIZE), eot)
+        tokens = vocabulary.identify(folder, text.get("vocab_size", vocabulary.CLIP_SIZE), eot, "open_clip")
         if tokens == "clip" and text.get("hf_tokenizer_name"):
             notes = [f"its tokenizer {text['hf_tokenizer_name']!r} is assumed to be CLIP's"]
     else:

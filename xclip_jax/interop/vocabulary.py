@@ -30,18 +30,21 @@ _TEXT, _SCORE, _TYPE = 1, 2, 3  # of a piece
 _UNKNOWN = 2  # type of the piece for unknown text
 _MODEL_TYPE, _UNIGRAM, _BYTE_FALLBACK = 3, 1, 35  # of the trainer's options
 _CHARACTER_MAP = 2  # of the normalizer's options
+_REPAIRS = [NFC(), Replace(Regex("[\u02bc\u2018-\u201b]"), "'"), Replace(Regex("[\u201c-\u201f]"), '"')]
 _CLEANINGS: dict[str, list[Any]] = {
-    "clip": [NFC(), Replace(Regex("[\u02bc\u2018-\u201b]"), "'"), Replace(Regex("[\u201c-\u201f]"), '"'), Lowercase()],
+    "clip": [*_REPAIRS, Lowercase()],
+    "open_clip": [*_REPAIRS, Replace(Regex(r"\s+"), " "), Strip()],
     "lower": [Lowercase()],
     "canonical": [Lowercase(), Replace(Regex(r"[!-/:-@\[-`{-~]"), ""), Replace(Regex(r"\s+"), " "), Strip()],
 }
 
 
-def identify(folder: epath.Path, size: int, eot: int | None) -> str:
+def identify(folder: epath.Path, size: int, eot: int | None, cleaning: str = "") -> str:
     """Return the tokenizer of a text tower with `size` ids and pooling at id `eot` (None for the largest id).
 
     The result is "clip" if the folder's tokenizer.json contains CLIP's vocabulary, or is missing and the sizes are
-    CLIP's; otherwise it is the path of this file. A `UserError` says that neither fits.
+    CLIP's; otherwise it is the path of this file, or of a copy for texts cleaned by `tokenizer.CLEANINGS[cleaning]`. A
+    `UserError` says that neither fits.
     """
     end = size - 1 if eot is None else eot
     file = folder / FILE
@@ -55,7 +58,10 @@ def identify(folder: epath.Path, size: int, eot: int | None) -> str:
     if file.exists():
         stored = tokenizer.load(str(file))
         if (stored.vocab_size, stored.eot_id) == (size, end):
-            return str(file)
+            ids = {"start": stored.sot_id, "end": end, "pad": stored.pad_id}
+            tokens: Any = {key: None if i is None else stored.model.id_to_token(i) for key, i in ids.items()}
+            content = tokenizer.with_conventions(file.read_text(), **tokens, size=size, cleaning=cleaning)
+            return _cached(content) if cleaning else str(file)
         fault = f"and {file} has {stored.vocab_size} and ends texts with {stored.eot_id}"
     raise UserError(
         f"it has {size} token ids and pools texts at id {end}, unlike CLIP's tokenizer, {fault}; save the {FILE} of "
@@ -95,9 +101,14 @@ def siglip(folder: epath.Path, size: int) -> str:
     if fault:
         raise UserError(f"it has {size} token ids, and {fault}; copy the files of its tokenizer into {folder}.")
     # SigLIP 2 was trained on texts in lower case only.
-    cleaning = "lower" if str(options.get("tokenizer_class")).startswith(("Gemma", "Siglip2")) else "canonical"
+    cleaning = "lower" if end == _END_OF_SIGLIP2 else "canonical"
     model.post_processor = processors.Sequence([])
     content = tokenizer.with_conventions(model.to_str(), end=end, pad=pad, size=size, cleaning=cleaning)
+    return _cached(content)
+
+
+def _cached(content: str) -> str:
+    """Write a tokenizer file to the cache, and return its path."""
     path = storage.cache_dir() / "tokenizers" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
