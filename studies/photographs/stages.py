@@ -72,15 +72,19 @@ def arm_of(name: str, title: str, objective: str, changes: Settings, seeds: Sequ
 # --- choices from records
 
 
-def values_of(record: RunRecord) -> list[float]:
+def values_of(record: RunRecord, own: bool = False) -> list[float]:
     """Return the measures for comparing candidates: naming of unseen and known kinds, retrieval, probe of kind.
 
-    Naming is minus the logarithm of the mean rank of the right name, by the best of the model's similarities. A
-    diverged run has minus infinity.
+    Naming is minus the logarithm of the mean rank of the right name, by the best of the model's similarities or, with
+    `own`, by that of the embeddings. A diverged run has minus infinity.
     """
     values: list[float | None] = []
     for name in VALIDATION[:2]:
-        ranks = [r.value for r in record.results if (r.set, r.metric) == (name, "rank_gmean") and not r.group]
+        ranks = [
+            r.value
+            for r in record.results
+            if (r.set, r.metric) == (name, "rank_gmean") and not r.group and not (own and r.score)
+        ]
         values.append(-math.log(min(ranks)) if ranks else None)
     values += [record.mean(VALIDATION[2], BOTH_WAYS), record.mean(VALIDATION[3], PROBE)]
     return [-math.inf if value is None else value for value in values]
@@ -119,6 +123,7 @@ class Photographs(Matrix):
       to_measure: (arm, arm for comparison) whose costs decide later arms.
       length: steps of CLIP in finals; 0 while open.
       chosen: {team: settings of its winner}, as far as they are known.
+      by_own: the same if the last round's candidates were compared by the embeddings' similarity alone.
       both_heads: whether models with two similarities are read by the sum of both, which validation decides.
     """
 
@@ -136,6 +141,7 @@ class Photographs(Matrix):
         self.costs = costs
         self.to_measure: list[tuple[Arm, Arm]] = []
         self.chosen: dict[str, Settings] = {}
+        self.by_own: dict[str, Settings] = {}
         self.both_heads = False
         self.length = self._pilot_length()
         if not self.length:
@@ -177,8 +183,12 @@ class Photographs(Matrix):
             runs = [self.complete(arm) for arm in arms]
             if not all(runs):
                 return
-            means = [np.mean([values_of(run) for run in of_arm], axis=0) for of_arm in runs]
-            left = [left[i] for i in by_mean_rank(means)][:KEPT]
+            best, best_by_own = (
+                by_mean_rank([np.mean([values_of(run, own) for run in of_arm], axis=0) for of_arm in runs])
+                for own in (False, True)
+            )
+            self.by_own[team] = TEAMS[team][left[best_by_own[0]]]
+            left = [left[i] for i in best][:KEPT]
         self.chosen[team] = TEAMS[team][left[0]]
         if team == "xclip":
             winner = f"search2_{team}_{left[0] + 1}"

@@ -155,7 +155,7 @@ def test_stages_follow_from_records(monkeypatch, settled, length):
     study = finish(monkeypatch, settled)
     arms = {arm.name: arm for arm in study.study.arms}
     assert study.length == length and not study.to_measure and sum("search2" in name for name in arms) == 8
-    assert study.chosen == {team: candidates[2] for team, candidates in spaces.TEAMS.items()}
+    assert study.chosen == {team: candidates[2] for team, candidates in spaces.TEAMS.items()} == study.by_own
     steps = {name: arm.changes["steps"] for name, arm in arms.items()}
     assert steps["final_xclip"] == round(length / 1.25) and steps["batch_64_clip"] == 4 * length
     for part in (part for claim in claims.CLAIMS for part in claim.parts):
@@ -178,6 +178,8 @@ def test_validation_chooses_the_reading_of_two_heads(monkeypatch, rank, both):
     runs = [records.RunRecord("", seed, {}, "", {}, ranks) for seed in (0, 1)]
     assert stages.both_heads_are_better(runs) == both and not stages.both_heads_are_better([])
     assert not stages.both_heads_are_better([records.RunRecord("", 0, {}, "", {}, ranks[:1])])
+    values = [stages.values_of(runs[0], own)[0] for own in (False, True)]
+    np.testing.assert_allclose(np.exp(values), [1 / min(rank, 3), 1 / 3])
 
     study = stages.Photographs({}, {})
     study.both_heads = both
@@ -215,7 +217,9 @@ def test_the_page(tmp_path, monkeypatch):
     study = finish(monkeypatch, 800, arms="")
     ahead = ("xclip", "0.004_0.1")
     monkeypatch.setattr(study, "values", lambda name, _: {i: i + name.endswith(ahead) for i in study.finished(name)})
+    study.by_own["clip"] = {"lr": 0.5}
     lines = page.lines(study, page.charts_of(study))
+    assert [line for line in lines if "alone" in line] == ["By the embeddings' similarity alone: lr 0.5."]
     assert "| photographs/validation_known top1 | +0.0 | +1.5 |" in lines  # after equal shares of the time
     assert {"![differences](differences.svg)", "![validation_known_top1](validation_known_top1.svg)"} <= set(lines)
     assert "Validation chose to read models with two heads by the embeddings' similarity." in lines
