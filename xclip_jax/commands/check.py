@@ -186,11 +186,12 @@ def main(arguments: Sequence[str]) -> int:
         given = {"image": "image", "text": "text", "dir": "", "tags": ""}
         path, *pairs = re.split(rf",(?=(?:{'|'.join(given)})=)", options.source)
         given |= dict(pair.split("=", 1) for pair in pairs)
-        keys = given["dir"], given["image"], tuple(given["text"].split(",")), given["tags"]
-        source = sources.open_pairs(sources.spec_from_path(path), SourceOptions(*keys))
+        texts = tuple(loader.DataConfig(text_columns=tuple(given["text"].split(","))).text_weights)  # without weights
+        keys = SourceOptions(given["dir"], given["image"], texts, given["tags"])
+        source = sources.open_pairs(sources.spec_from_path(path), keys)
         if not len(source):
             raise UserError(f"source {path!r} has nothing in it; name another split or file.")
-        options.key = (source.fingerprint()["hash"], given["text"])  # see `holdout.read_dropped`
+        options.key = (source.fingerprint()["hash"], ",".join(texts))  # see `holdout.read_dropped`
         options.model = inference.load(options.by, trust=options.trust) if options.by else None
         if options.model:
             features(options.model.similarities)  # raises for a model without similarities
