@@ -179,3 +179,14 @@ def test_addresses_in_captions_lose_their_secrets_in_the_file_alone(tmp_path):
     file.write_text(lines[0])
     (part,) = sources.open_sources(config(f"folder:{folder}", drop=str(file), drop_threshold=0.0))
     assert len(part) == 9 and part[4]["text"] == ["one"]
+
+
+def test_weights_and_negatives_of_a_run(tmp_path):
+    """The files of negatives belong to a folder's fingerprint."""
+    folder = tiny.folder(tmp_path / "pairs", 9)
+    (folder / "004.wrong.txt").write_text("a fox")
+    keys = {"text_columns": ("text:0.5",), "negatives": 1, "negative_columns": ("wrong",)}
+    file = suspects(f"folder:{folder},text=text:0.5,negatives=wrong", tmp_path / "all.jsonl")
+    (whole,) = sources.open_sources(config(f"folder:{folder}", **keys))
+    (part,) = sources.open_sources(config(f"folder:{folder}", drop=file, **keys))
+    assert captions([part]) == [row for row in captions([whole]) if not wrong(row[1])] != captions([whole])

@@ -1,6 +1,7 @@
 """Transparent and rotated images: they are read alike wherever a model is used, and exports say how."""
 
 import io
+import struct
 
 import cv2
 import numpy as np
@@ -157,3 +158,17 @@ def test_an_exif_block_that_cannot_be_read_costs_no_image():
     damaged = whole[:start] + bytes(4) + whole[start + 4 :]
     assert images.decode(damaged).shape == (16, 24, 3)
     assert images.open_image(damaged).size == (24, 16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_damaged_tag_beside_the_orientation_costs_no_image(orientation):
+    """The resolution is a text, which Pillow reads and cannot write again."""
+    photograph = bad_tars.encode(bad_tars.picture(0, w=24, h=16), quality=100, exif=bad_tars.exif(orientation))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(photograph))))
+    start = photograph.index(b"Exif\0\0") + 6
+    entries = [(0x0112, 3, 1, struct.pack("<HH", orientation, 0)), (0x011A, 2, 4, b"abc\0")]
+    rows = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + rows + bytes(4)
+    end = start - 8 + int.from_bytes(photograph[start - 8 : start - 6], "big")
+    damaged = photograph[: start - 8] + struct.pack(">H", len(block) + 2) + block + photograph[end:]
+    assert np.abs(images.decode(damaged).astype(int) - expected).max() <= 2

@@ -158,9 +158,10 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "source",
-        metavar="SOURCE[,image=COLUMN][,text=COLUMN,...][,tags=COLUMN][,dir=FOLDER]",
+        metavar="SOURCE[,image=COLUMN][,text=COLUMN,...][,tags=COLUMN][,negatives=COLUMN,...][,dir=FOLDER]",
         help="from the list below, or the path of a folder, tars or a table; COLUMN is a table's column, a record's "
-        "feature or a .json file's field, FOLDER the root of TFDS data sets; tags are for data.caption_transform",
+        "feature or a .json file's field, FOLDER the root of TFDS data sets; tags are for data.caption_transform, "
+        "negatives for data.negative_columns",
     )
     parser.add_argument("--samples", type=int, default=2000, help="number of samples to read, 0 for all")
     parser.add_argument("--tokenizer", default="clip")
@@ -183,14 +184,16 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
         if options.suspects:  # written at the end
             check_file("--suspects", options.suspects)
-        given = {"image": "image", "text": "text", "dir": "", "tags": ""}
+        given = {"image": "image", "text": "text", "dir": "", "tags": "", "negatives": ""}
         path, *pairs = re.split(rf",(?=(?:{'|'.join(given)})=)", options.source)
         given |= dict(pair.split("=", 1) for pair in pairs)
-        keys = given["dir"], given["image"], tuple(given["text"].split(",")), given["tags"]
-        source = sources.open_pairs(sources.spec_from_path(path), SourceOptions(*keys))
+        texts = tuple(loader.DataConfig(text_columns=tuple(given["text"].split(","))).text_weights)  # without weights
+        negatives = tuple(filter(None, given["negatives"].split(",")))
+        keys = SourceOptions(given["dir"], given["image"], texts, given["tags"], negative_columns=negatives)
+        source = sources.open_pairs(sources.spec_from_path(path), keys)
         if not len(source):
             raise UserError(f"source {path!r} has nothing in it; name another split or file.")
-        options.key = (source.fingerprint()["hash"], given["text"])  # see `holdout.read_dropped`
+        options.key = (source.fingerprint()["hash"], ",".join(texts))  # see `holdout.read_dropped`
         options.model = inference.load(options.by, trust=options.trust) if options.by else None
         if options.model:
             features(options.model.similarities)  # raises for a model without similarities

@@ -58,7 +58,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     """Return the columns of a file, or folder of `files`: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
     parts = files(path)
     with _naming(path):
-        table = pyarrow.parquet.read_table(parts)
+        table = pyarrow.parquet.read_table(parts, partitioning=None)  # else a folder "kind=x" is a column
         vectors = [np.asarray(chunk.flatten()) for chunk in table["embedding"].chunks]
         size = table.schema.field("embedding").type.list_size
         rows = np.concatenate([np.empty(0, np.float32), *vectors]).reshape(-1, size)

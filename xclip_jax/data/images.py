@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
 from xclip_jax.core.errors import BadSample
 
@@ -19,6 +19,11 @@ MAX_PIXELS = 1 << 26  # 200 MB decoded; larger images are decompression bombs, o
 # Without EPS (an external program), ICO (decoded when opened) and Pillow's rare formats.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION = 0x0112
+# By the tag's value. `ImageOps.exif_transpose` also writes all other tags again, and fails if one of them is damaged.
+_TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), 2))  # fmt: skip
 
 
 def to_rgb(image: Image.Image, background: str) -> Image.Image:
@@ -59,11 +64,11 @@ def formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _has_orientation(image: Image.Image) -> bool:
+def _orientation(image: Image.Image) -> Any:
     try:
-        return image.getexif().get(_ORIENTATION, 1) != 1
+        return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a damaged tag, which browsers ignore
-        return False
+        return 1
 
 
 def _decode_jpeg(data: bytes, scaled_to: int, rotate: bool) -> np.ndarray | None:
@@ -74,7 +79,7 @@ def _decode_jpeg(data: bytes, scaled_to: int, rotate: bool) -> np.ndarray | None
         _check_pixels(w, h)
         if colors in ("CMYK", "YCCK"):
             return None
-        if rotate and b"Exif" in data and _has_orientation(Image.open(io.BytesIO(data), formats=formats())):
+        if rotate and b"Exif" in data and _orientation(Image.open(io.BytesIO(data), formats=formats())) != 1:
             return None
         if not scaled_to:
             return simplejpeg.decode_jpeg(data, "RGB")
@@ -91,7 +96,8 @@ def open_image(data: bytes | Image.Image, *, rotate: bool = True) -> Image.Image
         image = Image.open(io.BytesIO(data), formats=formats()) if isinstance(data, bytes) else data
         _check_pixels(*image.size)
         image.load()
-        return ImageOps.exif_transpose(image) if rotate and _has_orientation(image) else image
+        turn = _TURNS.get(_orientation(image)) if rotate else None
+        return image if turn is None else image.transpose(turn)
     except (BadSample, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:

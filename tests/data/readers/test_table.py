@@ -228,6 +228,9 @@ def test_classes_are_named_in_the_spec(tmp_path, images):
     source = sources.open_labelled(spec)
     assert source.names == ["fox", "dog"] and source.labels().tolist() == [1, 0]
     assert open_source(spec)[2]["image"] == images[2]  # pairs need no label
+    table = pyarrow.table({"image": images, "my/kind": ["b", "a", "b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "y.parquet")
+    assert sources.open_labelled(f"parquet:{tmp_path}/y.parquet?label=my%2Fkind").labels().tolist() == [1, 0, 1]
     with pytest.raises(UserError, match=r"'label'; its columns are .*label=COLUMN"):
         sources.open_labelled(f"parquet:{tmp_path}/x.parquet")
 

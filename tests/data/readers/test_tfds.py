@@ -3,6 +3,7 @@
 import io
 import shutil
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
@@ -120,6 +121,9 @@ def test_captions_of_tfds_that_are_empty_are_bad_samples():
     for i in (1, 2):
         with pytest.raises(BadSample, match="caption is empty"):
             source[i]
+    options = base.SourceOptions(text_columns=("title",))
+    with pytest.raises(BadSample, match="'title' has the type int64"):
+        TfdsSource([{"image": b"x", "title": np.int64(3)}], info, "train", options)[0]
 
 
 def test_images_of_tfds_that_have_another_name(tmp_path):

@@ -219,11 +219,13 @@ def path_in(folder: str, path: str) -> str:
 class TableSource(ColumnSource):
     """Rows of tables in files; paths in a table are relative to its folder."""
 
-    def __init__(self, pattern: str, options: SourceOptions, read: Callable[[str, list[str]], Any]) -> None:
-        """Read the columns that `options` names into memory; `read` is `read_csv` or `read_parquet`."""
+    def __init__(
+        self, pattern: str, options: SourceOptions, read: Callable[[str, list[str]], Any], label: str = ""
+    ) -> None:
+        """Read the columns that `options` and `label` name into memory; `read` is `read_csv` or `read_parquet`."""
         self.tables = storage.expand(pattern)
         self._read = read
-        keys = options.columns
+        keys = list(dict.fromkeys([*options.columns, *filter(None, [label])]))
         tables = []
         for path in self.tables:
             with storage.unreadable_as(f"table {path!r} cannot be read"):
@@ -321,15 +323,15 @@ class ParquetTables(SourceKind):
     suffixes = (".parquet",)
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions) -> TableSource:
+    def open(cls, rest: str, options: SourceOptions, label: str = "") -> TableSource:
         place, columns = split_columns(rest)
         options = dataclasses.replace(options, image_column=columns.get("image", options.image_column))
-        return TableSource(_files(place), options, read_parquet)
+        return TableSource(_files(place), options, read_parquet, label)
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
         label = split_columns(rest)[1].get("label", "label")
-        table = cls.open(rest, dataclasses.replace(options, text_columns=(label,), tags_key=""))
+        table = cls.open(rest, dataclasses.replace(options, text_columns=(), tags_key=""), label)
         return in_classes(f"parquet:{rest}", table.images, table.columns, label)
 
     @classmethod

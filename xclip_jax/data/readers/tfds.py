@@ -20,13 +20,13 @@ B = TypeVar("B", bound=tfds.core.DatasetBuilder)
 _FORM = "tfds:NAME/SPLIT"
 
 
-def lookup(record: Record, key: str) -> list[str]:
-    """Return the strings at `key` of a TFDS record, '/' for nested features; raise `BadSample` if not in UTF-8."""
+def lookup(record: Record, key: str) -> list[Any]:
+    """Return the values at `key` of a TFDS record, '/' for nested features; `BadSample` for texts not in UTF-8."""
     value: Any = record
     for part in key.split("/"):
         value = [item[part] for item in value] if isinstance(value, list) else value[part]
     values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
-    return [decode_utf8(item) if isinstance(item, bytes) else str(item) for item in values]
+    return [decode_utf8(item) if isinstance(item, bytes) else item for item in values]
 
 
 def open_tfds(
