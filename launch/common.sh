@@ -160,12 +160,10 @@ newest_step() {
 
 # logs_to TRACKER ARGUMENTS: whether --config.log.trackers among the arguments names this tracker.
 logs_to() {
-  local tracker=$1
+  local tracker=$1 names
   shift
-  case $(argument log.trackers "$@") in
-    "$tracker" | *[\"\']"$tracker"[\"\']*) ;;
-    *) return 1 ;;
-  esac
+  names=$(argument log.trackers "$@" | tr -d "()[]\"' ")
+  [[ ,$names, == *,"$tracker",* ]]
 }
 
 # Checks the variables of a TPU and fills the arrays WHERE and SHAPE with flags of gcloud, and NODES with the names of its

@@ -26,7 +26,7 @@
 # FAILURES  gives up, with status 1, after this many starts of a job that were stopped or hung and left no newer checkpoint
 #         than before (default: 5); `slurm_retries` in the run's folder has a line for each, of the job and that checkpoint
 #
-# What is compiled is kept in `compiled` in the run's folder; a job that resumes need not compile again.
+# What is compiled is kept in ~/.cache/xclip_jax/compiled; a job that resumes on a node that sees it need not compile again.
 #
 # One task for each GPU, as JAX expects under Slurm: change --gpus-per-node and --ntasks-per-node together. --config.run
 # has to be on a shared file system.

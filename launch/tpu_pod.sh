@@ -37,7 +37,8 @@
 # POLL           seconds between two looks at the pod (default: 60)
 # KEEP           1 to keep the pod at the end; the next command with its NAME trains on it (default: empty)
 #
-# What is compiled is kept in `compiled` in the run's folder, so that a pod that is created again need not compile again.
+# What is compiled goes with the pod; a line JAX_COMPILATION_CACHE_DIR=gs://my-bucket/compiled in ENV_FILE keeps it for the
+# next one.
 # Every pod of a run gets the package versions of its first, which are kept in `requirements.txt` in the run's folder;
 # delete that file to go on with newer ones.
 # Input that training refuses before its first step, such as a set that the workers lack, ends the script at once.

@@ -59,11 +59,12 @@ def test_a_run_that_starts_again_for_want_of_a_checkpoint_says_so(pairs, run, ca
         ("data.json", b"[{]"),
         ("data.json", b'{"samples": 3}'),
         ("results.json", b'{"results": {}, "config": 3}'),
+        ("trackers.json", b""),
     ],
 )
 def test_a_damaged_file_is_named(pairs, run, name, content):
     (run / name).write_bytes(content)
-    if name == "data.json":
+    if name in ("data.json", "trackers.json"):
         (run / "results.json").unlink()
     with pytest.raises(UserError, match=f"{name} is damaged"):
         trainer.run(tiny.short(pairs, run))

@@ -33,6 +33,12 @@ def test_header_describes_each_variable(name):
     assert {name for name in used if not re.search(rf"^# ([A-Z]+, )?{name}[ ,]", header, re.M)} == set()
 
 
+def test_headers_name_the_folder_of_compiled_programs():
+    lines = [line for path in LAUNCH.iterdir() for line in path.read_text().splitlines() if "What is compiled" in line]
+    folders = ("~/.cache/xclip_jax/compiled", "JAX_COMPILATION_CACHE_DIR")
+    assert len(lines) == 5 and all(any(folder in line for folder in folders) for line in lines)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_is_the_header(name, tmp_path):
     """Asked from anywhere, without an environment to make: the tools that would are not there."""

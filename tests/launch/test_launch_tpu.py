@@ -131,6 +131,7 @@ def test_vm_that_exists_is_used_and_training_not_started_twice(cloud):
     [
         ("tpu_vm.sh", {"LOGGED_OUT": "1"}, [], "error: this machine cannot list gs://bucket"),
         ("tpu_pod.sh", {}, [WANDB], "error: log.trackers names wandb, which the workers would lack"),
+        ("tpu_vm.sh", {}, ["--config.log.trackers=tensorboard,wandb"], "error: log.trackers names wandb, which the"),
         ("tpu_pod.sh", {"ENV_FILE": "/nowhere/keys"}, [], "error: ENV_FILE=/nowhere/keys is not a file"),
         ("tpu_vm.sh", {"PYTHON": sys.executable}, ["--config.optim.lrr=1"], "error: config key 'optim.lrr' is unknown"),
         (

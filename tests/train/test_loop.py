@@ -19,7 +19,9 @@ from xclip_jax.data import loader
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.results import Result
+from xclip_jax.processes.watchdog import STEP
 from xclip_jax.train import trainer, weights
+from xclip_jax.train.loop import Session
 
 pytestmark = pytest.mark.long
 
@@ -183,6 +185,14 @@ def test_a_signal_saves_the_last_step_while_data_do_not_come(pairs, tmp_path, fe
         trainer.run(c)
     assert stopped.value.code == EXIT_RESUMABLE
     assert RunReader(c.run).latest_step() == 2
+
+
+def test_a_signal_may_save_the_first_step_once_it_is_dispatched(pairs, tmp_path, monkeypatch):
+    """While its end is awaited, the watchdog would end a compilation without a checkpoint."""
+    phases = []
+    monkeypatch.setattr(Session, "save", lambda session, *_: phases.append(session.watch.current))
+    trainer.run(brief(pairs, tmp_path / "run", steps=1, optim__warmup=0))
+    assert phases == [STEP]
 
 
 def test_data_that_fail_do_not_cost_the_steps_before(pairs, tmp_path, feed):

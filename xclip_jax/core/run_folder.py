@@ -106,6 +106,10 @@ class RunReader:
         sources = self.read_sources() or []
         return next((tuple(source["classes"]) for source in sources if source.get("classes")), None)
 
+    def read_trackers(self) -> dict[str, str] | None:
+        """Return the content of trackers.json."""
+        return self._read(self.trackers_file, lambda content: isinstance(content["id"], str))
+
     def read_results(self) -> dict[str, Any] | None:
         """Return the content of results.json."""
         return self._read(self.results_file, lambda content: content.keys() >= {"results", "records"})

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import importlib.util
-import json
 import os
 import secrets
 import sys
@@ -162,10 +161,9 @@ class Trackers:
         self._folder = folder
         self._open = {}
         names = dict.fromkeys(config.log.trackers)
-        run_id = secrets.token_hex(4)
-        if step and folder.trackers_file.exists():
-            run_id = json.loads(folder.trackers_file.read_text())["id"]
-        elif set(names) - {"tensorboard"}:
+        saved = folder.read_trackers() if step else None
+        run_id = saved["id"] if saved else secrets.token_hex(4)
+        if not saved and set(names) - {"tensorboard"}:
             write_json(folder.trackers_file, {"id": run_id})
         for name in names:
             with self._guarded(name):

@@ -116,6 +116,7 @@ def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
             step += 1
             session.watch.step = step
             session.stop.can_save = True
+            session.watch.enter(STEP)  # not the compilation, which a signal ends without a checkpoint
             log.log_step(step, metrics)
             session.checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:
