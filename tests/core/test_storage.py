@@ -172,6 +172,7 @@ def test_names_with_commas_brackets_and_braces(tmp_path):
     (tmp_path / "d,[1]").mkdir()
     (tmp_path / "d,[1]" / "x.tar").touch()
     assert storage.expand(f"{tmp_path}/d??1]/*.tar") == [f"{tmp_path}/d,[1]/x.tar"]
+    assert storage.expand(f"{tmp_path}/d,[[]1]/*.tar") == [f"{tmp_path}/d,[1]/x.tar"]
 
 
 def test_folders_among_names(tmp_path):

@@ -183,12 +183,15 @@ def expand(pattern: str) -> list[str]:
     """List the files of a comma-separated pattern of paths, brace ranges and globs, local or remote.
 
     "a/{00000..00331}.tar,b/*.tar" is 332 files and all matches of the glob. Each file is listed once, globs are sorted
-    and skip folders. The path of an existing file is taken literally; in a glob "?" matches a comma, bracket or brace
-    ("a?b/*.tar" for the folder "a,b").
+    and skip folders. The path of an existing file is taken literally, and so are commas and braces in a glob that then
+    matches local files ("a,b/*.tar" for the folder "a,b"); "?" matches a bracket.
     `UserError` if nothing matches a glob, or a file does not exist.
     """
-    if os.path.isfile(os.path.expanduser(pattern)):
-        return [os.path.expanduser(pattern)]
+    whole = os.path.expanduser(pattern)
+    if os.path.isfile(whole):
+        return [whole]
+    if re.search("[,{]", whole) and not is_remote(whole) and (files := _glob(whole)):
+        return files
     names: dict[str, None] = {}
     # Commas inside braces, even nested ones, do not split.
     for part in filter(None, map(str.strip, re.split(r",(?![^{}]*(?:\{[^{}]*\}[^{}]*)*\})", pattern))):

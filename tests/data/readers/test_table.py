@@ -235,8 +235,9 @@ def test_classes_are_named_in_the_spec(tmp_path, images):
         sources.open_labelled(f"parquet:{tmp_path}/x.parquet")
 
 
-def test_tables_of_a_split(tmp_path, images):
-    folder = tmp_path / "set"
+@pytest.mark.parametrize("name", ["set", "{a}, b"])
+def test_tables_of_a_split(tmp_path, images, name):
+    folder = tmp_path / name
     folder.mkdir()
     for name, labels in (("train-0", ["b", "a"]), ("train-1", ["a"]), ("my_own", ["a"]), ("trainer", ["x"])):
         write_classes(folder / f"{name}.parquet", images, labels)
@@ -244,7 +245,8 @@ def test_tables_of_a_split(tmp_path, images):
     found = [kind.has_split(f"{folder}?label=kind", x, options) for x in ("train", "my_own", "test")]
     assert found == [True, True, False]
     assert sources.open_labelled(f"parquet:{folder}?label=kind/train").labels().tolist() == [1, 0, 0]
-    assert sources.open_labelled(f"parquet:{folder}/my_own?label=kind").names == ["a"]
+    for split in ("my_own", "my_own/"):
+        assert sources.open_labelled(f"parquet:{folder}/{split}?label=kind").names == ["a"]
     with pytest.raises(UserError, match=r"no file matches .*test"):
         sources.open_labelled(f"parquet:{folder}/test?label=kind")
 

@@ -341,7 +341,7 @@ class ParquetTables(SourceKind):
 
 def _files(place: str) -> str:
     """Return `place` if it is a pattern, else the pattern of SPLIT.parquet and SPLIT-*.parquet for FOLDER/SPLIT."""
-    folder, split = os.path.split(os.path.expanduser(place))
+    folder, split = os.path.split(os.path.expanduser(place).rstrip("/"))
     is_pattern = re.search(r"[^\w-]", split) or os.path.exists(place) or not os.path.isdir(folder)
     return place if is_pattern else f"{glob.escape(folder)}/{split}[.-]*parquet"
 
