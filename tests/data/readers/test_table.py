@@ -184,6 +184,8 @@ def test_a_table_in_a_bucket_names_no_files_of_this_machine(tmp_path, images):
     assert source[0]["image"] == images[0]
     source.tables[:] = ["gs://bucket/tables/0.parquet"]
     assert source.describe(1) == {"file": "gs://bucket/tables/../images/0.jpg"}
+    source.tables[:] = ["https://host/tables/0.parquet?key=a/b"]
+    assert source.describe(1) == {"file": "https://host/tables/../images/0.jpg"}
     with pytest.raises(BadSample, match="may not name it"):
         source[0]
 

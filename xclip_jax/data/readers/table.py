@@ -245,7 +245,7 @@ class TableSource(ColumnSource):
         if not storage.is_remote(table):
             return path_in(os.path.dirname(table), path), ""
         if not storage.is_remote(path) and not path.startswith("/"):
-            path = f"{table.rpartition('/')[0]}/{path}"  # a Path would turn the address's // into /
+            path = f"{table.partition('?')[0].rpartition('/')[0]}/{path}"  # a Path would turn the address's // into /
         return path, table
 
     def fingerprint(self) -> dict[str, Any]:
