@@ -137,6 +137,18 @@ def test_a_disk_that_fails_is_no_set_of_bad_images(root, straight, tmp_path, mon
     np.testing.assert_array_equal(read(out)[0]["embedding"], read(straight)[0]["embedding"])
 
 
+def test_files_missing_from_a_tables_folder_are_no_failing_disk(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "_FEW", 3)
+    shutil.copy(root / "pictures" / "000.png", tmp_path)
+    (tmp_path / "x.csv").write_text("image\n000.png\n" + "gone.png\n" * 6)
+    embed.main(flags(root, tmp_path / "x.parquet", images=tmp_path / "x.csv"))
+    columns, about = read(tmp_path / "x.parquet")
+    assert columns["id"] == [f"{tmp_path}/000.png"] and about["bad"] == 6
+    (tmp_path / "y.csv").write_text("image\n000.png\n" + "disk/0.png\n" * 6)
+    with pytest.raises(SystemExit, match=r"6 of 7 items .*disk/0\.png' \(file does not exist.*Leave them out, or"):
+        embed.main(flags(root, tmp_path / "y.parquet", images=tmp_path / "y.csv"))
+
+
 def test_samples_without_an_image_are_no_failing_disk(root, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "_FEW", 3)
     samples = [(f"{i}", {"txt": b"x"} | ({"jpg": bad_tars.jpeg(0)} if i == 2 else {})) for i in range(7)]

@@ -17,6 +17,7 @@ zeros. Both are counted, and listed in OUT.bad.jsonl.
 
 The work is done in parts, stored in OUT.parts until all are complete: after an interruption, the same command resumes
 without repeating a part. It stops with an error if the weights, the text file, or names or sizes of images changed.
+It also stops if over 5 % of a part cannot be read. A missing file in a table is unusable, unless its folder is missing.
 It does not notice images with new content but the same size, nor any change of image files in a bucket or named by a
 table.
 
@@ -189,14 +190,18 @@ def _embed(
 
 
 def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int) -> None:
-    # A listed local file does not vanish from a working disk; of a tar's sample without an image there is no detail.
+    # A working disk loses no listed local file, nor the folder of one that a table names; of a tar's sample without an
+    # image there is no detail.
     missing = [row for row, error in bad.items() if error.reason == "no image file" and error.detail]
+    absent = [row for row, error in bad.items() if error.reason == "file does not exist"]
+    missing += [row for row in absent if not pathlib.Path(names[row]).parent.is_dir()]
     gone = {row for row in missing if not storage.is_remote(names[row])}
     refused = sorted(gone | {row for row, error in bad.items() if error.reason in _REFUSED})
     if len(refused) > max(MAX_UNREADABLE * len(names), _FEW):
         raise UserError(
             f"{len(refused)} of {len(names)} items cannot be read, more than {MAX_UNREADABLE:.0%}; the first is "
-            f"{names[refused[0]]!r} ({bad[refused[0]]}). The same command resumes after {start:,} items."
+            f"{names[refused[0]]!r} ({bad[refused[0]]}). Leave them out, or restore them: the same command resumes "
+            f"after {start:,} items."
         )
 
 

@@ -60,7 +60,7 @@ def test_csv(tmp_path, images, tab, first):
     assert len(source) == 6
     assert source[0]["text"] == [first] and source[0]["tags"] == ["x", "y"] and source[1]["text"] == ["ünï"]
     assert [source[i]["image"] for i in (0, 1, 5)] == images
-    for i, reason in ((2, "caption is empty"), (3, "file cannot be read"), (4, "no image in the row")):
+    for i, reason in ((2, "caption is empty"), (3, "file does not exist"), (4, "no image in the row")):
         with pytest.raises(BadSample, match=reason):
             source[i]
     assert source.describe(3) == {"file": str(tmp_path / "images" / "9.jpg")}

@@ -110,7 +110,7 @@ class ImageColumn(Sequence):
             try:
                 value = storage.read(name, MAX_BYTES["image"], table)
             except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL with an unknown scheme
-                raise storage.unreadable(error) from error
+                raise storage.unreadable(error, "file does not exist") from error
         if not (value and isinstance(value, bytes)):
             raise BadSample("image file is empty" if name != str(index) else "no image in the row")
         return value, name
