@@ -88,6 +88,17 @@ def test_images_are_embedded_again_only_if_they_change(model, tmp_path, monkeypa
     assert answer.json()["error"] == "The file of image 2, '003.png', can no longer be read."
 
 
+def test_equal_tables_name_the_images_of_their_folders(model, pictures, tmp_path):
+    scores = []
+    for i in (1, 2):
+        part = tmp_path / str(i)
+        part.mkdir()
+        (part / "0.png").write_bytes((pictures / f"00{i}.png").read_bytes())
+        (part / "x.csv").write_text("image\n0.png\n")
+        scores.append(make_index(model, str(part / "x.csv")).by_text("a picture")[0].score)
+    assert scores[0] != scores[1]
+
+
 def test_each_image_of_a_tar_has_its_own_thumbnail(model, tmp_path):
     """Also samples with the same key, the first of which is damaged."""
     colors = [bad_tars.encode(Image.new("RGB", (20, 20), color)) for color in ("red", "lime", "blue")]

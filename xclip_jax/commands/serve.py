@@ -118,7 +118,10 @@ def make_index(model: Model, pattern: str) -> Index:
     Raises `UserError` if no image can be read.
     """
     source = open_images(pattern)
-    key = hashlib.sha256(f"{model.fingerprint()} {source.digest()}".encode()).hexdigest()[:16]
+    # A table's digest does not cover the images that it names relative to its folder.
+    tables = getattr(source.source, "tables", ())
+    places = [path if storage.is_remote(path) else os.path.abspath(path) for path in tables]
+    key = hashlib.sha256(f"{model.fingerprint()} {source.digest()} {places}".encode()).hexdigest()[:16]
     file = storage.cache_dir() / "search" / f"{key}.parquet"
     embed(model, {"image": source}, str(file))
     columns = embeddings.read(file)
