@@ -53,6 +53,12 @@ def test_a_set_of_pairs_has_the_same_columns_for_every_model(pairs, tmp_path):
         assert registry.load(f"retrieval/csv:{tmp_path}/mine.csv{columns}", SIZE, data=data).captions == [captions]
 
 
+def test_a_column_whose_name_ends_like_a_weight(pairs, tmp_path):
+    (tmp_path / "x.csv").write_text(f"image,title,title:2\n{pairs / '000.png'},one,two\n")
+    for column, caption in (("title", "one"), ("title:2", "two")):
+        assert registry.load(f"retrieval/csv:{tmp_path}/x.csv?text={column}", SIZE).captions == [[caption]]
+
+
 def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
     """Like Flickr8k's: a row per caption, all of which count, equal ones too."""
     folder, again = tiny.folder(tmp_path / "pairs", 6), tmp_path / "again.csv"

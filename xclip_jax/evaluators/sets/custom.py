@@ -68,7 +68,8 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
     if columns.keys() - {"image", "text"}:
         source_name, columns = name, {}
     image = columns.get("image", [DataConfig.image_column])[0]
-    texts = tuple(columns.get("text", DataConfig.text_columns))
+    # An unused weight, since ":2" at the end of a column's name would be taken for one.
+    texts = tuple(f"{column}:1" for column in columns.get("text", DataConfig.text_columns))
     return source_name, dataclasses.replace(data, image_column=image, text_columns=texts, caption_transform="")
 
 
