@@ -43,6 +43,10 @@ def test_synonyms_of_fer2013(tmp_path):
     assert "they look spooked." in found["openai"].prompts[6] and found["slip"].names[6] == "surprised"
     assert {len(texts) for texts in found["open_clip"].prompts} == {6}
     assert found["slip"].card.templates == "fer2013 (6, synonyms)" != found["open_clip"].card.templates
+    for name, kaggles in (("disgusted", "disgust"), ("fearful", "fear"), ("surprised", "surprise")):
+        (tmp_path / name).rename(tmp_path / kaggles)
+    data = registry.load(f"fer2013@{tmp_path}", SIZE)
+    assert data.names == found["slip"].names and list(data.labels) == list(found["slip"].labels)
 
 
 def test_templates_equal_open_clips():

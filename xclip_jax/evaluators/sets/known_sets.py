@@ -44,6 +44,7 @@ class Entry:
       split: split of the TFDS data set.
       templates: key of `prompts.templates`; for "imagenet" the profile chooses.
       names: clip-benchmark's key of the class names; "" for the data set's labels.
+      folders: other names of the classes, in the order of `names`, as in a widespread copy of the set.
       readable: whether the data set's labels need `prompts.readable`.
       metric: the published metric.
       label: feature with the label.
@@ -57,6 +58,7 @@ class Entry:
     split: str = "test"
     templates: str = ""
     names: str = ""
+    folders: tuple[str, ...] = ()
     readable: bool = False
     metric: str = "top1"
     label: str = "label"
@@ -104,7 +106,8 @@ ENTRIES: Mapping[str, Entry] = {
     # Missing in TFDS or its reader: NAME@PATH.
     "birdsnap": Entry(templates="birds"),
     "fgvc_aircraft": Entry(templates="fgvc_aircraft", metric="mean_per_class", note="by variant"),
-    "fer2013": Entry(templates="fer2013", names="fer2013"),
+    "fer2013": Entry(templates="fer2013", names="fer2013",  # and Kaggle's folders, which clip_benchmark reads
+                     folders=("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")),
     "gtsrb": Entry(templates="gtsrb", names="gtsrb"),
     "country211": Entry(templates="country211", names="country211"),
     "hatefulmemes": Entry(templates="hatefulmemes", names="hatefulmemes", metric="roc_auc"),
@@ -235,7 +238,7 @@ def _published(
     numbers = [str(i) for i in range(len(published))] if from_zero and by_number else []
     try:
         of_tfds = [tfds_labels[i] for i in kept] if tfds_labels else []
-        position = np.array(prompts.match(classes, published, of_tfds, numbers))
+        position = np.array(prompts.match(classes, published, entry.folders, of_tfds, numbers))
     except KeyError as error:
         raise UserError(
             f"{name}: {error.args[0]!r} is not a class of {name}, or occurs twice. Name the classes as published "
