@@ -165,7 +165,8 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Descri
 
     data = config.data
     data.threads = max(min(machine.cores, 16), 2)
-    data.cache = 3.0 * pairs * counts.width * counts.height < min(machine.memory / 8, 2**31)
+    size = 3.0 * pairs * counts.width * counts.height
+    data.cache = source is not None and size < min(machine.memory / 8, 2**31)  # else of unknown size
     data.holdout = share
     config.eval.batch = min(256, 8 * max(data.batch // 8, machine.devices))
     note = ""
