@@ -172,6 +172,9 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Descri
     note = ""
     if source is not None:  # training needs the same reading of all pairs, and does not repeat it
         known = holdout.find(spec, source, share, DataConfig(**data))
+        while not len(known.indices) and share < 0.9:  # the hashes of a few pairs may hold out none
+            share = data.holdout = round(share + 0.1, 1)
+            known = holdout.find(spec, source, share, DataConfig(**data))
         data.spread_duplicate_captions = known.repeats > MANY_REPEATS
         if sources.has_labels(spec, "image") and classifies(spec, args.dir, args.image, share):
             config.eval.sets = (*config.eval.sets, "zeroshot/holdout")

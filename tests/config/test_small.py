@@ -195,6 +195,14 @@ def test_the_pairs_decide_on_size_context_and_captions_apart(discs):
     assert load.load_config(f"small:pairs={discs},tokenizer=bytes").to_dict() == c.to_dict()  # so that it resumes
 
 
+def test_some_of_a_few_pairs_are_held_out_whatever_their_hashes(tmp_path, monkeypatch):
+    folder, original = tiny.folder(tmp_path / "pairs", 8), holdout.is_held_out
+    monkeypatch.setattr(holdout, "is_held_out", lambda digits, share: share >= 0.4 and original(digits, share))
+    c = load.load_config(f"small:pairs={folder},tokenizer=bytes")
+    assert c.data.holdout == 0.4
+    assert 0 < len(sources.open_sources(schema.resolve(c).data)[0]) < 8
+
+
 def test_a_table_and_its_columns(tmp_path):
     folder = tiny.folder(tmp_path / "pairs", 12)
     rows = [f"pairs/{i:03d}.png,picture {i}" for i in range(12)]
