@@ -8,6 +8,7 @@ many places there are; it has 16 clusters to use. In the second part points lie 
 captions name the side: 96 things, which 16 clusters cannot tell apart.
 """
 
+import pathlib
 import sys
 from typing import Any
 
@@ -141,6 +142,7 @@ def compare(name: str, steps: int = 1000) -> tuple[float, float, float]:
 
 def main(folder: str) -> None:
     """Train with each setting; print the last metrics, draw points and words, and the mutual information."""
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     planes = Row(470)
     curves = Row(340)
     curves.text(60, 32, "Mutual information of images and clusters in nats, over 400 steps", 22, bold=True)

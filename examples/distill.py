@@ -160,8 +160,9 @@ class PairsWithTargets(WrappedSource):
         return self.source[index] | {"target_img": image, "target_txt": functools.partial(self._target, "text")}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Add the hash of the files."""
-        return self.source.fingerprint() | {"targets": self._digest}
+        """Add the hash of the files to the pairs'."""
+        known = self.source.fingerprint()
+        return known | {"hash": f"{known['hash']}, targets {self._digest}"}
 
 
 class Pairs(SourceKind):

@@ -208,8 +208,8 @@ def test_the_contrastive_term_keeps_details():
 def test_the_figures_of_clusters_are_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(clusters, "train", functools.partial(clusters.train, steps=2))
     monkeypatch.setattr(clusters, "compare", functools.partial(clusters.compare, steps=2))
-    clusters.main(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["information.png", "words.png"]
+    clusters.main(f"{tmp_path}/new/figures")
+    assert sorted(path.name for path in (tmp_path / "new" / "figures").iterdir()) == ["information.png", "words.png"]
     first = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert first == [*clusters.SETTINGS, "clip", "nclip", "xclip"]
 

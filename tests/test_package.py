@@ -146,3 +146,4 @@ def test_help_lists_the_flags_of_the_command_and_the_keys_of_a_config(name, tmp_
     assert (done.returncode, done.stderr) == (0, "")
     flags, keys = done.stdout.split("\nkeys of a config")
     assert {"train": "--coordinator:", "plan": "--topology:"}[name] in flags and "--config.optim.lr=" in keys
+    assert "--[no]trust:" in flags

@@ -15,7 +15,7 @@ COMMANDS = {
     "train": ("xclip_jax.commands.train", "train a model by a recipe, or resume a run"),
     "evaluate": ("xclip_jax.commands.evaluate", "evaluate a run or weights of another project, or compare two runs"),
     "embed": ("xclip_jax.commands.embed", "write embeddings of images or texts to a file"),
-    "export": ("xclip_jax.commands.export", "write weights for transformers, open_clip or safetensors"),
+    "export": ("xclip_jax.commands.export", "write weights for transformers, open_clip, ONNX or safetensors"),
     "plan": ("xclip_jax.commands.plan", "show memory, traffic and time of a run before its start"),
     "doctor": ("xclip_jax.commands.doctor", "check a run before its start, or inspect the folder of one"),
     "report": ("xclip_jax.commands.report", "write the page of a run"),

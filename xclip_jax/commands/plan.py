@@ -32,6 +32,7 @@ from xclip_jax.train.cost.roofline import devices_of, roofline
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, for example v5e:4x8 or v4:2x4x4.")
 _HLO = flags.DEFINE_string("hlo", "", "Output file for the optimised program.")
 _FIT = flags.DEFINE_bool("fit", False, "Find the largest batch, and the cheapest step with this one, that fit.")
+flags.declare_key_flag("trust")  # for --help
 MOST = 64  # largest batch of `fit` over the config's
 
 

@@ -25,6 +25,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, on other systems; with the next two.")
 _PROCESSES = flags.DEFINE_integer("processes", 0, "Number of processes.")
 _PROCESS = flags.DEFINE_integer("process", -1, "Index of this process, from 0.")
+flags.declare_key_flag("trust")  # for --help
 
 
 def main(_: list[str]) -> None:

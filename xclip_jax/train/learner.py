@@ -97,7 +97,7 @@ class Learner:
         return self.experiment.tokenizer(texts, self.experiment.context_length)
 
     def save(self, path: str | os.PathLike, state: TrainState) -> None:
-        """Write a model that `xclip_jax.load` and all commands read into the folder `path`, over an earlier one.
+        """Write a model for `xclip_jax.load`, evaluate, embed, export and serve to the folder `path`, over an old one.
 
         The moving average of the parameters is written if `eval.ema` is set. To resume, save the state itself.
         """

@@ -152,6 +152,9 @@ def test_card_of_tables_changes_with_their_content_alone(tmp_path, images):
         path = write_parquet(tmp_path / "x.parquet", image=["a", "b"], text=captions)
         hashes.add(open_source(f"parquet:{path}").fingerprint()["hash"])
     assert len(hashes) == 2 and "" not in hashes
+    path = write_parquet(tmp_path / "x.parquet", front=["a"], back=["b"], text=["one"])
+    front, back = (open_source(f"parquet:{path}?image={column}").fingerprint() for column in ("front", "back"))
+    assert front["hash"] != back["hash"] and front["files"] == back["files"]
 
 
 def test_parquet(tmp_path, images):

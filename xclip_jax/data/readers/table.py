@@ -249,8 +249,9 @@ class TableSource(ColumnSource):
         return path, table
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the number of rows, and hash, names and sizes of the tables; see `storage.fingerprint`."""
-        return fingerprint(len(self), self.tables, whole=_HASHED_WHOLE if self._read is read_csv else 0)
+        """Return the number of rows, hash (and column of images), names and sizes; see `storage.fingerprint`."""
+        known = fingerprint(len(self), self.tables, whole=_HASHED_WHOLE if self._read is read_csv else 0)
+        return known | {"hash": f"{known['hash']} {self.options.image_column}"}
 
 
 def read_parquet(path: str, columns: list[str]) -> Any:
