@@ -51,6 +51,18 @@ def test_a_folder_without_a_checkpoint_takes_the_new_config(pairs, tmp_path):
             assert folder.read_config()["config"]["optim"]["lr"] == lr
 
 
+def test_metrics_before_a_first_checkpoint(pairs, tmp_path):
+    """A shorter interval, in a start that ends before it logs, does not make them those of lost checkpoints."""
+    folder = RunWriter(tmp_path)
+    for every in (1000, 100, 100):
+        with folder.claimed(schema.resolve(tiny.short(pairs, tmp_path, steps=2000, checkpoint__every=every)), []):
+            folder.metrics_file.write_text('{"step": 900, "loss": 1.0}\n')
+    folder.metrics_file.write_text('{"step": 250, "loss": 1.0}\n')
+    config = schema.resolve(tiny.short(pairs, tmp_path, steps=2000, checkpoint__every=100))
+    with pytest.raises(UserError, match="metrics up to step 250 and no checkpoint"):
+        folder.check(config)
+
+
 def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, capsys):
     vocabulary = tmp_path / "tokenizer.json"
     save_words(vocabulary, ["?", "<pad>", "<s>", "</s>", "picture", "number"])

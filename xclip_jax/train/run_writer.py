@@ -38,8 +38,9 @@ class RunWriter(RunReader):
             fault = "has checkpoints and no config.json; restore it"
         elif saved is not None and latest is None:
             step = self.last_logged_step()
-            # The second checkpoint is started when the first is on disk.
-            if self.results_file.exists() or 0 < 2 * saved["config"]["checkpoint"]["every"] < step:
+            # The second checkpoint is started when the first is on disk. An earlier start may have saved less often.
+            lost = 0 < 2 * saved["config"]["checkpoint"]["every"] < step != saved.get("unsaved_step")
+            if self.results_file.exists() or lost:
                 fault = f"has metrics up to step {step} and no checkpoint; restore {self.checkpoints}"
         elif saved is not None:
             before = schema.flatten(saved["config"])
@@ -177,7 +178,8 @@ class RunWriter(RunReader):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
         if saved is None:
-            origin = {"init_commit": hub.locate(config.init.weights).commit, "init_step": init_step}
+            commit = hub.locate(config.init.weights).commit
+            origin = {"init_commit": commit, "init_step": init_step, "unsaved_step": self.last_logged_step()}
             content = {"config": current, "environment": facts, "started": now} | chosen
             write_json(self.config_file, content | {key: value for key, value in origin.items() if value})
             return
