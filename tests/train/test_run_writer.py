@@ -61,6 +61,8 @@ def test_metrics_before_a_first_checkpoint(pairs, tmp_path):
     config = schema.resolve(tiny.short(pairs, tmp_path, steps=2000, checkpoint__every=100))
     with pytest.raises(UserError, match="metrics up to step 250 and no checkpoint"):
         folder.check(config)
+    folder.skipped_steps_file.write_text('{"step": 100, "position": 1584}\n')  # whose parameters are not saved
+    folder.check(config)
 
 
 def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, capsys):

@@ -38,9 +38,11 @@ class RunWriter(RunReader):
             fault = "has checkpoints and no config.json; restore it"
         elif saved is not None and latest is None:
             step = self.last_logged_step()
+            every = saved["config"]["checkpoint"]["every"]
+            skipped = {line["step"] for line in self.read_skipped_steps()}  # these are not saved
+            saves = [due for due in range(every, step, every) if due not in skipped] if every else []
             # The second checkpoint is started when the first is on disk. An earlier start may have saved less often.
-            lost = 0 < 2 * saved["config"]["checkpoint"]["every"] < step != saved.get("unsaved_step")
-            if self.results_file.exists() or lost:
+            if self.results_file.exists() or (len(saves) > 1 and step != saved.get("unsaved_step")):
                 fault = f"has metrics up to step {step} and no checkpoint; restore {self.checkpoints}"
         elif saved is not None:
             before = schema.flatten(saved["config"])
