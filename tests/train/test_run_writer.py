@@ -19,6 +19,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.train import checkpoint_files, trainer, weights
+from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_writer import RunWriter
 
 pytestmark = pytest.mark.long
@@ -197,6 +198,15 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(pairs, 
     with pytest.raises(UserError, match=r"has 1000 B free"):
         trainer.run(tiny.short(pairs, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_stores_that_cannot_hold_checkpoints(pairs):
+    """Orbax would refuse the first checkpoint, which may be due after hours."""
+    for run in ("s3://bucket/run", "az://box/run"):
+        with pytest.raises(UserError, match=rf"'{run}.*' cannot hold checkpoints, .* on a disk or at gs://"):
+            trainer.run(tiny.short(pairs, run))
+        with pytest.raises(UserError, match="cannot hold checkpoints"):
+            Checkpointer(run, read_only=True)
 
 
 def test_folders_that_cannot_be_written(pairs, tmp_path):

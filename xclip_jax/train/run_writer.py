@@ -18,6 +18,7 @@ from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, to_json, write_items
 from xclip_jax.interop import hub
+from xclip_jax.train.checkpoint_files import check_store
 
 # Keys of a fingerprint with a digest by `data.records.reading_digest`.
 OUTCOMES = ("data.holdout", "data.spread_duplicate_captions")
@@ -29,6 +30,7 @@ class RunWriter(RunReader):
 
     def check(self, config: Config) -> None:
         """Raise `UserError`, without writing anything, unless a run of `config` can start or resume in this folder."""
+        check_store(self.path)
         for path in () if is_remote(str(self.path)) else (self.path, self.checkpoints):  # may be on different disks
             check_writable(f"--config.run={str(self.path)!r}", path)
         saved = self.read_config()
