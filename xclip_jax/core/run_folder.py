@@ -45,7 +45,7 @@ class RunReader:
     """
 
     def __init__(self, path: str | epath.Path) -> None:
-        self.path = epath.Path(path).expanduser()
+        self.path = storage.as_path(path)
         self.config_file = self.path / "config.json"
         self.data_file = self.path / "data.json"
         self.tokenizer_file = self.path / "tokenizer.json"
