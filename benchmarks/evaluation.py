@@ -135,12 +135,18 @@ def clip_benchmark(task: str) -> Callable[[], dict[str, float]]:
     return zeroshot if task == "zeroshot" else retrieval
 
 
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    if sys.platform == "darwin":
+        return 1024 * int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())]))
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def child(program: str, task: str) -> None:
     """Print seconds, bytes and values of one evaluation."""
     run = {"ours": ours, "clip_benchmark": clip_benchmark}[program](task)
     unit = 1 if sys.platform == "darwin" else 1024
-    # Resident bytes now, since the peak so far includes making the features.
-    before = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident()  # the peak so far includes making the features
     began = time.perf_counter()
     with contextlib.redirect_stderr(open(os.devnull, "w")):  # progress bars
         values = run()

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -79,12 +80,12 @@ class RunRecord:
         return f"{self.arm}-s{self.seed}-{self.key[:8]}"
 
     def value(self, set_name: str, metric: str) -> float | None:
-        """Return a result of a set, for metric "" its headline, or None."""
-        of_set = [result for result in self.results if result.set == set_name]
+        """Return a result of a set, for metric "" its headline; None if it is missing or not finite."""
+        of_set = [result for result in self.results if result.set == set_name and math.isfinite(result.value)]
         return next((r.value for r in of_set if (r.key == metric if metric else r.headline)), None)
 
     def mean(self, set_name: str, metrics: Sequence[str]) -> float | None:
-        """Return the mean of several results of a set, or None if one is missing."""
+        """Return the mean of several results of a set, or None if one is missing or not finite."""
         values = [self.value(set_name, metric) for metric in metrics]
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if len(known) == len(values) else None
@@ -188,9 +189,9 @@ def render(record: RunRecord) -> str:
     return f"{strict_json(content, sort_keys=True)}\n"
 
 
-def rounded(value: float) -> float | None:
-    """Return a number with six digits; None if it is not finite, for JSON."""
-    return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
+def rounded(value: float) -> float:
+    """Return a number with six digits."""
+    return float(f"{value:.6g}")
 
 
 def collect(folder: str | pathlib.Path, *, arm: str, tested: bool, commit: str, workers: int, error: str) -> RunRecord:
@@ -233,5 +234,5 @@ def _evaluations(run: RunReader, every: int) -> list[dict[str, float]]:
     lines = []
     for line in run.read_evaluations() if every else ():
         values = {f"{short(r.set)} {r.key}": rounded(r.value) for r in from_json(line["records"]) if r.headline}
-        lines.append({"step": line["step"]} | {name: value for name, value in values.items() if value is not None})
+        lines.append({"step": line["step"]} | {name: value for name, value in values.items() if math.isfinite(value)})
     return lines

@@ -76,7 +76,7 @@ def values_of(record: RunRecord, own: bool = False) -> list[float]:
     """Return the measures for comparing candidates: naming of unseen and known kinds, retrieval, probe of kind.
 
     Naming is minus the logarithm of the mean rank of the right name, by the best of the model's similarities or, with
-    `own`, by that of the embeddings. A diverged run has minus infinity.
+    `own`, by that of the embeddings. A diverged run, or a value that is not finite, has minus infinity.
     """
     values: list[float | None] = []
     for name in VALIDATION[:2]:
@@ -84,6 +84,7 @@ def values_of(record: RunRecord, own: bool = False) -> list[float]:
             r.value
             for r in record.results
             if (r.set, r.metric) == (name, "rank_gmean") and not r.group and not (own and r.score)
+            if math.isfinite(r.value)
         ]
         values.append(-math.log(min(ranks)) if ranks else None)
     values += [record.mean(VALIDATION[2], BOTH_WAYS), record.mean(VALIDATION[3], PROBE)]

@@ -18,7 +18,10 @@ from etils import epath
 from tests.helpers import web
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
+from xclip_jax.core.run_folder import RunReader
+from xclip_jax.data import tokenizer
 from xclip_jax.data.readers.table import ImageColumn
+from xclip_jax.interop import hub
 from xclip_jax.interop import tensor_files as weights
 
 
@@ -173,6 +176,16 @@ def test_names_with_commas_brackets_and_braces(tmp_path):
     (tmp_path / "d,[1]" / "x.tar").touch()
     assert storage.expand(f"{tmp_path}/d??1]/*.tar") == [f"{tmp_path}/d,[1]/x.tar"]
     assert storage.expand(f"{tmp_path}/d,[[]1]/*.tar") == [f"{tmp_path}/d,[1]/x.tar"]
+
+
+@pytest.mark.parametrize("read", [RunReader, hub.locate, tokenizer.load, storage.as_path])
+def test_addresses_that_are_no_paths(read):
+    """Of weights, runs and tokenizers; of data they may be."""
+    for address in ("https://user:secret@host/x.json", "abfs://box@account.host/run"):
+        with pytest.raises(UserError, match=r"'(https|abfs)://.* is neither a local path nor in a bucket") as error:
+            read(address)
+        assert "secret" not in str(error.value)
+    assert str(storage.as_path("gs://bucket/run")) == "gs://bucket/run"
 
 
 def test_folders_among_names(tmp_path):

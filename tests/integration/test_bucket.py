@@ -24,9 +24,10 @@ TEXTS = ["picture 3", "number 4 picture"]
 
 
 @pytest.fixture
-def bucket():
+def bucket(monkeypatch):
     """Name of a bucket of this test."""
     register()
+    monkeypatch.setattr(checkpoint_files, "STORES", ("s3",))  # as for gs://, see `tests.helpers.bucket`
     yield "s3://bucket"
     epath.Path("s3://bucket").rmtree(missing_ok=True)
 

@@ -181,6 +181,10 @@ def test_validation_chooses_the_reading_of_two_heads(monkeypatch, rank, both):
     values = [stages.values_of(runs[0], own)[0] for own in (False, True)]
     np.testing.assert_allclose(np.exp(values), [1 / min(rank, 3), 1 / 3])
 
+    lost = [dataclasses.replace(result, value=np.nan) for result in ranks]  # as of features that are not finite
+    for results, value in ((lost, -np.inf), ([lost[0], ranks[1]], -np.log(rank))):
+        assert stages.values_of(records.RunRecord("", 0, {}, "", {}, results))[0] == pytest.approx(value)
+
     study = stages.Photographs({}, {})
     study.both_heads = both
     of_set = study.study.measure("unseen").set

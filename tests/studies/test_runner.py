@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 import pathlib
 import subprocess
@@ -57,7 +58,7 @@ def run(tmp_path, monkeypatch):
         if run.status:
             (folder / worker.DIVERGED).write_text(json.dumps({"error": "loss of step 3 is nan"}))
         else:
-            made.write_folder(folder, json.loads((folder / worker.REQUEST).read_text())["config"])
+            made.write_folder(folder, json.loads((folder / worker.REQUEST).read_text())["config"], run.value)
         return types.SimpleNamespace(returncode=run.status, poll=lambda: run.status)
 
     def run(*arms, **options):
@@ -67,7 +68,7 @@ def run(tmp_path, monkeypatch):
         return list(records.read_all(tmp_path / "runs.jsonl").values())
 
     run.commits = ["a"]
-    run.status = 0
+    run.status, run.value = 0, 7.0
     monkeypatch.setattr(runner.subprocess, "Popen", ended)
     monkeypatch.setattr(runner, "code_version", lambda: run.commits.pop(0) if run.commits[1:] else run.commits[0])
     monkeypatch.setattr(runner, "_POLL", 0.01)
@@ -86,6 +87,12 @@ def test_runs_leave_records_and_are_not_run_again(run):
     # To record a run again is an error; CLIP's first seed has the config of `ONE`.
     shared = [(r.arm, r.seed) for r in run(ONE, *made.ARMS, workers=2)]
     assert shared == [("clip", 1), ("one", 0), ("xclip", 0), ("xclip", 1)]
+
+
+def test_results_that_are_not_finite_are_recorded_and_have_no_value(run):
+    run.value = math.nan
+    first, second, *_ = run(*made.ARMS)
+    assert first.value(TEST_SET, "top1") is None and second.mean(TEST_SET, ("top1", "rank")) is None
 
 
 def test_commands_that_are_refused(run, tmp_path):

@@ -125,7 +125,11 @@ def test_process_0_alone_writes(calls, pairs, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     ledger = BadSampleLog(tmp_path / "run", max_bad_fraction=1.0, start=0, counters=None)
+    threads = {*threading.enumerate()}
     log.MetricLogger(prepared, 0, ledger, types.SimpleNamespace(file=ledger.file), began=0.0).end()
+    for thread in {*threading.enumerate()} - threads:  # the clock's
+        thread.join(10)
+        assert not thread.is_alive()
     assert calls == [] and not list((tmp_path / "run").iterdir())
 
 

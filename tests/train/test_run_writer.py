@@ -19,6 +19,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.train import checkpoint_files, trainer, weights
+from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_writer import RunWriter
 
 pytestmark = pytest.mark.long
@@ -49,6 +50,20 @@ def test_a_folder_without_a_checkpoint_takes_the_new_config(pairs, tmp_path):
         folder.check(config)
         with folder.claimed(config, []):
             assert folder.read_config()["config"]["optim"]["lr"] == lr
+
+
+def test_metrics_before_a_first_checkpoint(pairs, tmp_path):
+    """A shorter interval, in a start that ends before it logs, does not make them those of lost checkpoints."""
+    folder = RunWriter(tmp_path)
+    for every in (1000, 100, 100):
+        with folder.claimed(schema.resolve(tiny.short(pairs, tmp_path, steps=2000, checkpoint__every=every)), []):
+            folder.metrics_file.write_text('{"step": 900, "loss": 1.0}\n')
+    folder.metrics_file.write_text('{"step": 250, "loss": 1.0}\n')
+    config = schema.resolve(tiny.short(pairs, tmp_path, steps=2000, checkpoint__every=100))
+    with pytest.raises(UserError, match="metrics up to step 250 and no checkpoint"):
+        folder.check(config)
+    folder.skipped_steps_file.write_text('{"step": 100, "position": 1584}\n')  # whose parameters are not saved
+    folder.check(config)
 
 
 def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, capsys):
@@ -183,6 +198,15 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(pairs, 
     with pytest.raises(UserError, match=r"has 1000 B free"):
         trainer.run(tiny.short(pairs, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_stores_that_cannot_hold_checkpoints(pairs):
+    """Orbax would refuse the first checkpoint, which may be due after hours."""
+    for run in ("s3://bucket/run", "az://box/run"):
+        with pytest.raises(UserError, match=rf"'{run}.*' cannot hold checkpoints, .* on a disk or at gs://"):
+            trainer.run(tiny.short(pairs, run))
+        with pytest.raises(UserError, match="cannot hold checkpoints"):
+            Checkpointer(run, read_only=True)
 
 
 def test_folders_that_cannot_be_written(pairs, tmp_path):

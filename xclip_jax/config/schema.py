@@ -102,7 +102,7 @@ class CheckpointConfig:
 class Config:
     """The whole config of a run, made by `resolve`."""
 
-    run: str = key("runs/new", "folder of the run, also in a bucket", not_empty(), resume="free", compared=False)
+    run: str = key("runs/new", "folder of the run, also at gs://", not_empty(), resume="free", compared=False)
     seed: int = key(0, "seed of initial parameters, data order and augmentation", between(0, 2**32 - 1), card="seed")
     steps: int = key(0, "number of updates of the whole run", at_least(1))
     init: InitConfig = group(InitConfig)

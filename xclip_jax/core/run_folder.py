@@ -1,7 +1,8 @@
 """Layout of a run folder; the only module that knows its file names and formats:
 
 config.json     {"config", "environment", "started", "length_groups", "text_rows": batch rows that these groups fit,
-                 "starts": differences at later starts}
+                 "starts": differences at later starts, "unsaved_step": last step of metrics that an earlier start left
+                 without a checkpoint}
 data.json       fingerprint of each training source, and digests of the records read to order them
 tokenizer.json  copy of a tokenizer file named by data.tokenizer
 metrics.jsonl   {"step", metric: value} per line; only lines of training steps contain a "loss"
@@ -44,7 +45,7 @@ class RunReader:
     """
 
     def __init__(self, path: str | epath.Path) -> None:
-        self.path = epath.Path(path).expanduser()
+        self.path = storage.as_path(path)
         self.config_file = self.path / "config.json"
         self.data_file = self.path / "data.json"
         self.tokenizer_file = self.path / "tokenizer.json"

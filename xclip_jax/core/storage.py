@@ -47,6 +47,14 @@ def scheme(path: str) -> str:
     return path.partition("://")[0].lower() if is_remote(path) else ""
 
 
+def as_path(path: str | os.PathLike) -> epath.Path:
+    """Return a path with "~" expanded, on a disk or in a bucket; `UserError` for other addresses, such as https://."""
+    try:
+        return epath.Path(path).expanduser()
+    except KeyError as error:  # of a scheme
+        raise UserError(f"{path!r} is neither a local path nor in a bucket at gs:// or s3://; name a copy.") from error
+
+
 def file_system(path: str) -> tuple[Any, str]:
     """Return fsspec's file system of a URL, and the path in it; `UserError` for an unknown or uninstalled system."""
     import fsspec

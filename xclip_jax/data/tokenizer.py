@@ -88,7 +88,7 @@ def load(name: str) -> Tokenizer:
         return _clip()
     if name == "bytes":
         return _bytes()
-    path = epath.Path(name).expanduser()
+    path = storage.as_path(name)
     if path.is_file():
         return _from_file(str(path), path.stat().mtime)
     raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
@@ -96,7 +96,7 @@ def load(name: str) -> Tokenizer:
 
 def read_file(name: str) -> bytes:
     """Return the content of a tokenizer file; "~" is the home folder."""
-    return epath.Path(name).expanduser().read_bytes()
+    return storage.as_path(name).read_bytes()
 
 
 def repair(text: str) -> str:

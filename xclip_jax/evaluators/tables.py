@@ -249,8 +249,8 @@ def compare(a: str, b: str, *, step: int | None = None, refused: list[str] | Non
 
 def _select(path: str, step: int | None) -> tuple[list[Entry], ItemsOf]:
     """Return the entries of one step, by default the newest, of the checkpoint and model evaluated last."""
-    file = epath.Path(path)
     own = results_file(path)
+    file = epath.Path(path)
     if not (file.exists() or own.exists()):
         raise UserError(f"{str(path)!r} does not exist; name the folder of a run, weights, or a file of results.")
     file = own if file.is_dir() or own.exists() else file

@@ -23,14 +23,22 @@ import jax
 from etils import epath
 
 from xclip_jax.core import storage
+from xclip_jax.core.errors import UserError
 from xclip_jax.core.storage import is_remote, strict_json, write_json
 from xclip_jax.train.state import TrainState
 
+STORES = ("gs",)  # that Orbax writes to and reads from; it takes other addresses for local paths
 DIGEST_FILE = "digest.json"
 _HASH = "sha256"  # the fastest of hashlib on processors with instructions for it
 _THREADS = 4
 # Orbax writes these after the digest; nothing is restored from them.
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+def check_store(folder: epath.Path) -> None:
+    """Raise `UserError` if `folder` is in a store that cannot hold checkpoints."""
+    if is_remote(str(folder)) and storage.scheme(str(folder)) not in STORES:
+        raise UserError(f"{str(folder)!r} cannot hold checkpoints, which Orbax keeps on a disk or at gs://; use these.")
 
 
 def write_digest(folder: epath.Path, step: int) -> None:

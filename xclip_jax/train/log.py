@@ -314,10 +314,10 @@ class MetricLogger:
         self.write()
         for file in self._files:
             file.close()
-        self.clock.close()
 
     def end(self) -> None:
-        """Write buffered lines and close the trackers, also after an error."""
+        """Write buffered lines, and close the trackers and the clock, also after an error."""
+        self.clock.close()
         for file in self._files:
             file.flush()
         if self._trackers:

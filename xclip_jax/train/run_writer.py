@@ -18,6 +18,7 @@ from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, to_json, write_items
 from xclip_jax.interop import hub
+from xclip_jax.train.checkpoint_files import check_store
 
 # Keys of a fingerprint with a digest by `data.records.reading_digest`.
 OUTCOMES = ("data.holdout", "data.spread_duplicate_captions")
@@ -29,6 +30,7 @@ class RunWriter(RunReader):
 
     def check(self, config: Config) -> None:
         """Raise `UserError`, without writing anything, unless a run of `config` can start or resume in this folder."""
+        check_store(self.path)
         for path in () if is_remote(str(self.path)) else (self.path, self.checkpoints):  # may be on different disks
             check_writable(f"--config.run={str(self.path)!r}", path)
         saved = self.read_config()
@@ -38,8 +40,11 @@ class RunWriter(RunReader):
             fault = "has checkpoints and no config.json; restore it"
         elif saved is not None and latest is None:
             step = self.last_logged_step()
-            # The second checkpoint is started when the first is on disk.
-            if self.results_file.exists() or 0 < 2 * saved["config"]["checkpoint"]["every"] < step:
+            every = saved["config"]["checkpoint"]["every"]
+            skipped = {line["step"] for line in self.read_skipped_steps()}  # these are not saved
+            saves = [due for due in range(every, step, every) if due not in skipped] if every else []
+            # The second checkpoint is started when the first is on disk. An earlier start may have saved less often.
+            if self.results_file.exists() or (len(saves) > 1 and step != saved.get("unsaved_step")):
                 fault = f"has metrics up to step {step} and no checkpoint; restore {self.checkpoints}"
         elif saved is not None:
             before = schema.flatten(saved["config"])
@@ -177,7 +182,8 @@ class RunWriter(RunReader):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
         if saved is None:
-            origin = {"init_commit": hub.locate(config.init.weights).commit, "init_step": init_step}
+            commit = hub.locate(config.init.weights).commit
+            origin = {"init_commit": commit, "init_step": init_step, "unsaved_step": self.last_logged_step()}
             content = {"config": current, "environment": facts, "started": now} | chosen
             write_json(self.config_file, content | {key: value for key, value in origin.items() if value})
             return
