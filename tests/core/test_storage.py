@@ -82,12 +82,15 @@ def test_what_will_not_pass_is_tried_once(store, error, kind):
         assert f"status {error.status}" in str(raised.value)
 
 
-@pytest.mark.parametrize("error", [HttpError(503), TimeoutError("slow"), OSError(errno.EIO, "disk")])
+@pytest.mark.parametrize(
+    "error",
+    [HttpError(503), TimeoutError("slow"), OSError(errno.EIO, "disk"), OSError(errno.ECONNRESET, "reset")],
+)
 def test_what_may_pass_is_tried_again(store, error):
     store.answers["a"] = [error, error, b"content"]
     assert storage.read("answers://host/a", 100) == b"content"
     store.answers["a"] = [error] * 9
-    with pytest.raises(OSError, match=r"503|slow|disk"):
+    with pytest.raises(OSError, match=r"503|slow|disk|reset"):
         storage.read("answers://host/a", 100)
     assert len(store.requests) == 6
 

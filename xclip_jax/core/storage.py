@@ -12,6 +12,7 @@ import os
 import pathlib
 import platform
 import re
+import socket
 import stat as stat_modes
 import time
 import weakref
@@ -252,7 +253,7 @@ class File:
             try:
                 return self._read(offset, size)
             except OSError as error:
-                if error.errno == errno.EIO:
+                if error.errno in (errno.EIO, socket.EAI_AGAIN) or isinstance(error, ConnectionError):
                     time.sleep(wait)
                 elif error.errno != errno.ESTALE or not self._reopen():
                     raise
