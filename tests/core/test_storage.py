@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import sys
 import time
 
@@ -313,6 +314,13 @@ def test_secrets_open_a_file_and_are_not_in_the_error(site):
         assert redact(error.value.filename) == site.url(f"secret/{path}")
         printed = redact(str(error.value))
         assert web.SIGNATURE not in printed and web.PASSWORD not in printed
+
+
+def test_a_server_that_is_away_is_not_a_missing_file():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError):
+        storage.stat(f"http://127.0.0.1:{port}/pairs.tar")
 
 
 def test_http_without_its_package_names_the_package(monkeypatch):

@@ -68,12 +68,14 @@ def os_errors(path: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
             raise
-        if getattr(error.__cause__, "status", None):  # fsspec reports any answer as a missing file
-            error = error.__cause__
+        of_web = scheme(path) in ("http", "https")
+        cause = error.__cause__  # fsspec reports any answer, and a lack of one, as a missing file
+        if getattr(cause, "status", None) or (of_web and isinstance(error, FileNotFoundError) and cause):
+            error = cause
         status = getattr(error, "status", None) or getattr(error, "code", None)
         status = status if isinstance(status, int) else 0
         number = getattr(error, "errno", None) or _NUMBERS.get(type(error)) or _NUMBERS.get(status)
-        if not number and isinstance(error, TimeoutError) and scheme(path) in ("http", "https"):  # after WEB_SECONDS
+        if not number and isinstance(error, TimeoutError) and of_web:  # after WEB_SECONDS
             number = errno.ETIMEDOUT
         number = number or (errno.EINVAL if 400 <= status < 500 else errno.EIO)
         message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"
