@@ -65,6 +65,20 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     assert tokenizer.load(str(tmp_path / "out" / "tokenizer.json"))(TEXTS, 6).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("read", [lambda run: RunWriter(run).read_config(), weights.load])
+def test_a_bucket_that_refuses_or_cannot_be_opened_is_one_sentence(read, bucket, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(Bucket, "exists", refuse)
+    with pytest.raises(PermissionError) as refused:
+        read(f"{bucket}/runs/mine")
+    assert refused.value.filename.startswith(f"{bucket}/runs/mine")
+    for address, message in {"az://box/a": "pip install 'adlfs'", "https://host/a": "is not in a bucket, gs://"}.items():
+        with pytest.raises(UserError, match=message):
+            read(address)
+
+
 def test_requests_for_a_digest_do_not_grow_with_the_files(bucket):
     """Each takes some 50 ms, and a checkpoint of a large pod has a thousand files."""
     counted = []

@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 from absl import logging
-from etils import epath
 
 from xclip_jax.config import schema
 from xclip_jax.core import environment
@@ -38,7 +37,7 @@ from xclip_jax.core.errors import (
     redact,
 )
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.core.storage import is_remote
+from xclip_jax.core.storage import epath_of, is_remote
 from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.prompts import PROFILES, read_class_names
 from xclip_jax.evaluators.results import Result
@@ -84,7 +83,7 @@ def evaluate(
     dataclasses.replace(PROFILES[profile], **changes)  # raises errors before the work
     place = hub.locate(run)
     config, experiment, variables, loaded_step, classes = weights.load(place, step)
-    path = epath.Path(output) if output else hub.results_file(place.name)
+    path = epath_of(output) if output else hub.results_file(place.name)
     if not is_remote(str(path)) and jax.process_count() == 1:  # with several, only the first writes
         check_writable("--output", path.parent)
     if path.exists():

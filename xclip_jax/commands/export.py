@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import jax
 from absl import logging
-from etils import epath
 
 from xclip_jax import interop
 from xclip_jax.commands import onnx_files
@@ -23,7 +22,7 @@ from xclip_jax.config import schema
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_choice, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.core.storage import write_whole
+from xclip_jax.core.storage import epath_of, write_whole
 from xclip_jax.interop import hub
 from xclip_jax.report import card as model_card
 from xclip_jax.train import weights
@@ -46,7 +45,7 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, push
     """
     check_choice("--to", to, FORMATS)
     out = os.path.expanduser(out)
-    folder = epath.Path(out)
+    folder = epath_of(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{out!r} is not an empty folder; name another.")
     if push:

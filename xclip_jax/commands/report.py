@@ -24,7 +24,7 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_file, exit_with_message
 from xclip_jax.core.imports import add_trust, named_by, trusting
 from xclip_jax.core.run_folder import RunReader
-from xclip_jax.core.storage import is_remote
+from xclip_jax.core.storage import epath_of, is_remote
 from xclip_jax.evaluators import registry
 from xclip_jax.report import collect, page
 from xclip_jax.report.collect import Record, Run
@@ -55,7 +55,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
     names = short_names(flags.runs)
     records = [collect.read(run) for run in flags.runs]
     several = len(records) > 1
-    path = epath.Path(flags.output or ("comparison.html" if several else RunReader(flags.runs[0]).report_file))
+    path = epath_of(flags.output or ("comparison.html" if several else RunReader(flags.runs[0]).report_file))
     if not is_remote(str(path)):  # before the predictions
         check_file("--output", path)
     specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))

@@ -60,6 +60,22 @@ def file_system(path: str) -> tuple[Any, str]:
         raise UserError(f"{path!r} cannot be opened ({error}); {remedy}.") from error
 
 
+def epath_of(path: str | os.PathLike) -> epath.Path:
+    """Return a path on a disk, ~ expanded, or in a bucket; `UserError` for other and uninstalled file systems."""
+    address = os.fspath(path)
+    if is_remote(address):
+        if scheme(address) not in ("gs", "s3", "az"):
+            raise UserError(f"{address!r} is not in a bucket, gs://, s3:// or az://; copy it, and name a local path.")
+        file_system(address)
+    return epath.Path(path).expanduser()
+
+
+def read_bytes(path: epath.Path) -> bytes | None:
+    """Return the content of a file on a disk or in a bucket, None for a missing one; every `OSError` has the path."""
+    with os_errors(str(path)):
+        return path.read_bytes() if path.exists() else None
+
+
 @contextlib.contextmanager
 def os_errors(path: str) -> Iterator[None]:
     """Convert errors of storage clients, which share no class, to the `OSError` that a disk would have raised."""

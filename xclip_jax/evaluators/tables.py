@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from xclip_jax.core.errors import UserError, redact
+from xclip_jax.core.storage import epath_of
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import HELD_OUT, Column, Layout
 from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, read, read_entries
@@ -249,7 +248,7 @@ def compare(a: str, b: str, *, step: int | None = None, refused: list[str] | Non
 
 def _select(path: str, step: int | None) -> tuple[list[Entry], ItemsOf]:
     """Return the entries of one step, by default the newest, of the checkpoint and model evaluated last."""
-    file = epath.Path(path)
+    file = epath_of(path)
     own = results_file(path)
     if not (file.exists() or own.exists()):
         raise UserError(f"{str(path)!r} does not exist; name the folder of a run, weights, or a file of results.")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from xclip_jax.core import hub_client
+from xclip_jax.core import hub_client, storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.hub_client import ID, PREFIX
@@ -85,7 +85,7 @@ def locate(place: str | Place) -> Place:
     if isinstance(place, Place):
         return place
     if not is_hub(place):
-        return Place(place, epath.Path(place).expanduser())
+        return Place(place, storage.epath_of(place))
     match = re.fullmatch(rf"({ID})(?:@(.+))?", repository_of(place))
     if not match:
         raise UserError(f"{place!r} names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION.")
