@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, redact
+from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, exit_with_message, redact
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,13 @@ def test_all_texts_of_json_are_shown_so():
     secret = "https://u:p@h/a?s=1"
     content = {secret: [secret, (secret, 1, None)], "n": {"b": secret}}
     assert redact(content) == {"https://h/a": ["https://h/a", ("https://h/a", 1, None)], "n": {"b": "https://h/a"}}
+
+
+def test_a_full_disk_is_one_sentence():
+    """An error of writing to an open file does not have its name."""
+    message = r"^error: a file cannot be written: No space left on device$"
+    with pytest.raises(SystemExit, match=message), exit_with_message():
+        pathlib.Path("/dev/full").write_text("x")
 
 
 ROOT = pathlib.Path(__file__).parents[2]
