@@ -22,6 +22,7 @@ from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, exit_with_me
         (r'{"a": "[\"https://u:p@h/a?s=1\"]"}', r'{"a": "[\"https://h/a\"]"}'),
         ("Read https://h/a?s=1. Then (https://h/b?s=it's-a, b).", "Read https://h/a. Then (https://h/b, b)."),
         ("[x](https://h/a?b=c)", "[x](https://h/a)"),
+        ("tar:https://h/a?t=a:b,c:d&sig=s,tar:https://h/b", "tar:https://h/a,tar:https://h/b"),
         ("tar:https://h/a?s=1: one is bad", "tar:https://h/a: one is bad"),
         ("simplecache::HTTPS://u:p@h/a?s=1", "simplecache::HTTPS://h/a"),
         ("https://u:p@p:x@h:80/a", "https://h:80/a"),

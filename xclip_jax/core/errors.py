@@ -19,13 +19,14 @@ __all__ = ["BadSample", "Diverged", "UserError"]
 
 # The bounds keep matching linear in the length of the text, which may be an untrusted caption.
 _USER = re.compile(r"""(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]{1,40})://([^\s/"]{0,2000})@""")
-# A query, or in http a fragment: up to a space, a quote, closing marks before these, or a comma before another URL.
-# Outside http a ? without KEY= is a wildcard.
+# A query, or in http a fragment: up to a space, a quote, closing marks before these, or a comma before another URL,
+# which has no & before its ?. Outside http a ? without KEY= is a wildcard.
 _QUERY = re.compile(
     r"""
     (?<![A-Za-z0-9+.-])
     (https?://[^\s"`<>?\#]*+ (?=[?\#]) | [A-Za-z0-9+.-]{1,40}://[^\s"`<>?]*+ (?=\?[\w.-]+=))
-    ((?:(?!,\s{0,9}[A-Za-z][\w.+:-]{0,40}:) (?![?'"()\[\]{},.:;!\\]{0,9}(?:[\s"`<>]|$)) (?:[^\s"`<>\\]|\\(?!["'])))*)
+    ((?:(?!,\s{0,9}[A-Za-z][\w.+:-]{0,40}:(?![^\s"?,]*&))
+        (?![?'"()\[\]{},.:;!\\]{0,9}(?:[\s"`<>]|$)) (?:[^\s"`<>\\]|\\(?!["'])))*)
     """,
     re.IGNORECASE | re.VERBOSE,
 )
