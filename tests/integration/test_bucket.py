@@ -74,7 +74,10 @@ def test_a_bucket_that_refuses_or_cannot_be_opened_is_one_sentence(read, bucket,
     with pytest.raises(PermissionError) as refused:
         read(f"{bucket}/runs/mine")
     assert refused.value.filename.startswith(f"{bucket}/runs/mine")
-    for address, message in {"az://box/a": "pip install 'adlfs'", "https://host/a": "is not in a bucket, gs://"}.items():
+    for address, message in {
+        "az://box/a": "pip install 'adlfs'",
+        "https://host/a": "is not in a bucket, gs://",
+    }.items():
         with pytest.raises(UserError, match=message):
             read(address)
 
