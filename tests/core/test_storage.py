@@ -289,6 +289,7 @@ def test_a_part_of_a_file_is_read_and_a_server_of_whole_files_is_a_sentence(site
     site.files["a"] = b"0123456789"
     file = storage.File(site.url("a"))
     assert (file.read(2, 3), file.read(8, 5)) == (b"234", b"89")
+    assert storage.read(site.url("a").replace("http", "HTTP"), 10) == b"0123456789"
 
     def whole(handler):
         handler.send_response(200)

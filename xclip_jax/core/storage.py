@@ -53,7 +53,7 @@ def file_system(path: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(path)
+        return fsspec.core.url_to_fs(scheme(path) + path[len(scheme(path)) :])  # fsspec knows http and not HTTP
     except (ImportError, ValueError) as error:
         package = _PACKAGES.get(scheme(path))
         remedy = f"pip install '{package}'" if package else "check the address, or install its file system's package"
@@ -64,7 +64,7 @@ def epath_of(path: str | os.PathLike) -> epath.Path:
     """Return a path on a disk, ~ expanded, or in a bucket; `UserError` for other and uninstalled file systems."""
     address = os.fspath(path)
     if is_remote(address):
-        if scheme(address) not in ("gs", "s3", "az"):
+        if not address.startswith(("gs://", "s3://", "az://")):
             raise UserError(f"{address!r} is not in a bucket, gs://, s3:// or az://; copy it, and name a local path.")
         file_system(address)
     return epath.Path(path).expanduser()
