@@ -105,3 +105,5 @@ def test_requests_for_a_digest_do_not_grow_with_the_files(bucket):
 def test_a_tokenizer_that_a_bucket_lacks_is_one_sentence(bucket):
     with pytest.raises(UserError, match=r"tokenizer 's3://bucket/none\.json' must be one of .* or the path of a"):
         tokenizer.load(f"{bucket}/none.json")
+    with pytest.raises(UserError, match=r"/none\.json' is not in a bucket"):
+        tokenizer.load("https://host/none.json")

@@ -88,7 +88,7 @@ def load(name: str) -> Tokenizer:
         return _clip()
     if name == "bytes":
         return _bytes()
-    path = epath.Path(name).expanduser()
+    path = storage.epath_of(name)
     if path.is_file():
         return _from_file(str(path), path.stat().mtime)
     raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
