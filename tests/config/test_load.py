@@ -28,6 +28,7 @@ def own_flags():
     [
         (["--config", "configs/demo.py", "--config.optim.lrr=1"], "'optim.lrr' is unknown; did you mean 'optim.lr'?"),
         (["--config", "demo", "--config.steps=abc"], "flag --config.steps=abc: "),
+        (["--config", "demo", "--config.steps=https://u:p@h/a?s=1"], "flag --config.steps=https://h/a: "),
         (["--config", "configs/demo.py:objectiv=nclip"], "did you mean 'objective'?"),
         (["--config", "configs/demo.py:preset=X/1"], "it must be one of 'Ti/12', 'S/16',"),
         (["--config", "demo", "--confg.optim.lr=1"], "confg.optim.lr"),

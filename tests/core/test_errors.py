@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, redact
+from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, exit_with_message, redact
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, redact
         (r'{"a": "[\"https://u:p@h/a?s=1\"]"}', r'{"a": "[\"https://h/a\"]"}'),
         ("Read https://h/a?s=1. Then (https://h/b?s=it's-a, b).", "Read https://h/a. Then (https://h/b, b)."),
         ("[x](https://h/a?b=c)", "[x](https://h/a)"),
+        ("tar:https://h/a?t=a:b,c:d&sig=s,tar:https://h/b", "tar:https://h/a,tar:https://h/b"),
         ("tar:https://h/a?s=1: one is bad", "tar:https://h/a: one is bad"),
         ("simplecache::HTTPS://u:p@h/a?s=1", "simplecache::HTTPS://h/a"),
         ("https://u:p@p:x@h:80/a", "https://h:80/a"),
@@ -53,6 +54,13 @@ def test_all_texts_of_json_are_shown_so():
     secret = "https://u:p@h/a?s=1"
     content = {secret: [secret, (secret, 1, None)], "n": {"b": secret}}
     assert redact(content) == {"https://h/a": ["https://h/a", ("https://h/a", 1, None)], "n": {"b": "https://h/a"}}
+
+
+def test_a_full_disk_is_one_sentence():
+    """An error of writing to an open file does not have its name."""
+    message = r"^error: a file cannot be written: No space left on device$"
+    with pytest.raises(SystemExit, match=message), exit_with_message():
+        pathlib.Path("/dev/full").write_text("x")
 
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import sys
 import time
 
@@ -85,12 +86,15 @@ def test_what_will_not_pass_is_tried_once(store, error, kind):
         assert f"status {error.status}" in str(raised.value)
 
 
-@pytest.mark.parametrize("error", [HttpError(503), TimeoutError("slow"), OSError(errno.EIO, "disk")])
+@pytest.mark.parametrize(
+    "error",
+    [HttpError(503), TimeoutError("slow"), OSError(errno.EIO, "disk"), OSError(errno.ECONNRESET, "reset")],
+)
 def test_what_may_pass_is_tried_again(store, error):
     store.answers["a"] = [error, error, b"content"]
     assert storage.read("answers://host/a", 100) == b"content"
     store.answers["a"] = [error] * 9
-    with pytest.raises(OSError, match=r"503|slow|disk"):
+    with pytest.raises(OSError, match=r"503|slow|disk|reset"):
         storage.read("answers://host/a", 100)
     assert len(store.requests) == 6
 
@@ -182,10 +186,9 @@ def test_names_with_commas_brackets_and_braces(tmp_path):
 def test_addresses_that_are_no_paths(read):
     """Of weights, runs and tokenizers; of data they may be."""
     for address in ("https://user:secret@host/x.json", "abfs://box@account.host/run"):
-        with pytest.raises(UserError, match=r"'(https|abfs)://.* is neither a local path nor in a bucket") as error:
+        with pytest.raises(UserError, match=r"'(https|abfs)://.* is neither local nor in a bucket") as error:
             read(address)
         assert "secret" not in str(error.value)
-    assert str(storage.as_path("gs://bucket/run")) == "gs://bucket/run"
 
 
 def test_folders_among_names(tmp_path):
@@ -299,6 +302,7 @@ def test_a_part_of_a_file_is_read_and_a_server_of_whole_files_is_a_sentence(site
     site.files["a"] = b"0123456789"
     file = storage.File(site.url("a"))
     assert (file.read(2, 3), file.read(8, 5)) == (b"234", b"89")
+    assert storage.read(site.url("a").replace("http", "HTTP"), 10) == b"0123456789"
 
     def whole(handler):
         handler.send_response(200)
@@ -324,6 +328,13 @@ def test_secrets_open_a_file_and_are_not_in_the_error(site):
         assert redact(error.value.filename) == site.url(f"secret/{path}")
         printed = redact(str(error.value))
         assert web.SIGNATURE not in printed and web.PASSWORD not in printed
+
+
+def test_a_server_that_is_away_is_not_a_missing_file():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError):
+        storage.stat(f"http://127.0.0.1:{port}/pairs.tar")
 
 
 def test_http_without_its_package_names_the_package(monkeypatch):

@@ -66,6 +66,24 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     assert tokenizer.load(str(tmp_path / "out" / "tokenizer.json"))(TEXTS, 6).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("read", [lambda run: RunWriter(run).read_config(), weights.load])
+def test_a_bucket_that_refuses_or_cannot_be_opened_is_one_sentence(read, bucket, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("Access Denied")
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(Bucket, "exists", refuse)
+        with pytest.raises(PermissionError) as refused:
+            read(f"{bucket}/runs/mine")
+    assert refused.value.filename.startswith(f"{bucket}/runs/mine")
+    for address, message in {
+        "az://box/a": "pip install 'adlfs'",
+        "https://host/a": "is neither local nor in a bucket",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read(address)
+
+
 def test_requests_for_a_digest_do_not_grow_with_the_files(bucket):
     """Each takes some 50 ms, and a checkpoint of a large pod has a thousand files."""
     counted = []
@@ -89,3 +107,5 @@ def test_requests_for_a_digest_do_not_grow_with_the_files(bucket):
 def test_a_tokenizer_that_a_bucket_lacks_is_one_sentence(bucket):
     with pytest.raises(UserError, match=r"tokenizer 's3://bucket/none\.json' must be one of .* or the path of a"):
         tokenizer.load(f"{bucket}/none.json")
+    with pytest.raises(UserError, match=r"/none\.json' is neither local nor in a bucket"):
+        tokenizer.load("https://host/none.json")

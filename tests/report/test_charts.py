@@ -37,6 +37,12 @@ def test_a_chart_keeps_to_what_is_finite_and_short():
     assert charts.chart("T", [charts.Line("none", [1], [math.nan], 0)]) is None
 
 
+def test_equal_values_are_a_straight_line():
+    """Means of three are rounded, here up for 0.1."""
+    chart = charts.chart("T", [charts.Line("constant", range(1000), [0.1] * 1000, 0)])
+    assert len({p.split(",")[1] for p in chart.points(chart.lines[0], 1000, 400).split()}) == 1
+
+
 @pytest.mark.parametrize("name", ["siglip", "xclip", "classify-img"])
 def test_every_chart_of_a_term_is_on_the_page(name, tmp_path):
     """With the metrics of real steps, recorded in the golden file of the objectives."""

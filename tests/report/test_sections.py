@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import resource
 from html import unescape
 
 import numpy as np
@@ -162,6 +163,19 @@ def test_the_command_writes_a_page_of_runs(tmp_path, monkeypatch, capsys):
     cards = re.findall(r'<article class="card guess">.*?</article>', text)
     assert cards and all(card.count('<div class="by">') == 2 for card in cards)
     assert "None yet; evaluate with" in words and "objective.terms" in words.replace("\u200b", "")
+
+
+def test_a_page_that_the_disk_refuses_leaves_the_former_one(tmp_path):
+    folder, page = run(tmp_path / "a", 0, 40).record.folder, tmp_path / "page.html"
+    page.write_text("former")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"^error: '.*page\.html': File too large"):
+            command.main([str(folder), "--output", str(page)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert page.read_text() == "former" and list(tmp_path.glob(".*")) == []
 
 
 def test_images_that_differ_are_not_put_side_by_side(tmp_path):

@@ -24,7 +24,7 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_file, exit_with_message
 from xclip_jax.core.imports import add_trust, named_by, trusting
 from xclip_jax.core.run_folder import RunReader
-from xclip_jax.core.storage import as_path, is_remote
+from xclip_jax.core.storage import as_path, is_remote, write_whole
 from xclip_jax.evaluators import registry
 from xclip_jax.report import collect, page
 from xclip_jax.report.collect import Record, Run
@@ -69,7 +69,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
         if several:
             log0(f"predictions of {name}")
         runs.append(Run(name, color, record, *_predict(flags, record, specs, first)))
-    path.write_bytes(page.render(runs, step=flags.step).encode("utf-8", "replace"))
+    write_whole(path, page.render(runs, step=flags.step))
     return path
 
 

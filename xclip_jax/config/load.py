@@ -17,7 +17,7 @@ from xclip_jax.config import schema
 from xclip_jax.config.recipes import Describe
 from xclip_jax.core import fields, imports
 from xclip_jax.core.console import show
-from xclip_jax.core.errors import UserError, exit_with_message
+from xclip_jax.core.errors import UserError, exit_with_message, redact
 
 __all__ = ["find_recipe", "load_config", "load_recipe", "recipes"]
 
@@ -145,4 +145,4 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except (flags.Error, TypeError, ValueError, MemoryError, RecursionError) as error:
         text = " ".join(str(error).split()) or "a value is nested too deeply"  # for Python's parser
-        sys.exit(f"error: {text}; --help lists the keys with their defaults")
+        sys.exit(redact(f"error: {text}; --help lists the keys with their defaults"))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import numbers
 import os
 import pathlib
@@ -18,13 +19,14 @@ __all__ = ["BadSample", "Diverged", "UserError"]
 
 # The bounds keep matching linear in the length of the text, which may be an untrusted caption.
 _USER = re.compile(r"""(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]{1,40})://([^\s/"]{0,2000})@""")
-# A query, or in http a fragment: up to a space, a quote, closing marks before these, or a comma before another URL.
-# Outside http a ? without KEY= is a wildcard.
+# A query, or in http a fragment: up to a space, a quote, closing marks before these, or a comma before another URL,
+# which has no & before its ?. Outside http a ? without KEY= is a wildcard.
 _QUERY = re.compile(
     r"""
     (?<![A-Za-z0-9+.-])
     (https?://[^\s"`<>?\#]*+ (?=[?\#]) | [A-Za-z0-9+.-]{1,40}://[^\s"`<>?]*+ (?=\?[\w.-]+=))
-    ((?:(?!,\s{0,9}[A-Za-z][\w.+:-]{0,40}:) (?![?'"()\[\]{},.:;!\\]{0,9}(?:[\s"`<>]|$)) (?:[^\s"`<>\\]|\\(?!["'])))*)
+    ((?:(?!,\s{0,9}[A-Za-z][\w.+:-]{0,40}:(?![^\s"?,]*&))
+        (?![?'"()\[\]{},.:;!\\]{0,9}(?:[\s"`<>]|$)) (?:[^\s"`<>\\]|\\(?!["'])))*)
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -145,9 +147,9 @@ def _print_exception(kind: type[BaseException], error: BaseException, trace: Tra
 def exit_with_message() -> Iterator[None]:
     """Context of a command: a `UserError`, or an `OSError` with a filename, exits with one sentence and status 1.
 
-    Ctrl-C unwinds, so that files are closed, and exits with one sentence, notes of the `KeyboardInterrupt` included,
-    and `EXIT_INTERRUPTED`. If the reader closes the output, as `head` does, the command exits silently with
-    `EXIT_UNREAD`. Tracebacks are redacted.
+    So does an `OSError` of a full disk. Ctrl-C unwinds, so that files are closed, and exits with one sentence, notes of
+    the `KeyboardInterrupt` included, and `EXIT_INTERRUPTED`. If the reader closes the output, as `head` does, the
+    command exits silently with `EXIT_UNREAD`. Tracebacks are redacted.
     """
     sys.excepthook = _print_exception
     handled = signal.getsignal(signal.SIGINT) is interrupted
@@ -165,9 +167,10 @@ def exit_with_message() -> Iterator[None]:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
             sys.exit(EXIT_UNREAD)
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(redact(f"error: {str(error.filename)!r}: {error.strerror}"))
+        place = "a file cannot be written" if error.filename is None else repr(str(error.filename))
+        sys.exit(redact(f"error: {place}: {error.strerror}"))
     finally:
         if handled:
             signal.signal(signal.SIGINT, interrupted)

@@ -68,10 +68,11 @@ class RunReader:
 
     def is_run(self) -> bool:
         """Whether config.json belongs to a run; transformers writes other keys."""
-        if not self.config_file.exists():
+        data = storage.read_bytes(self.config_file)
+        if data is None:
             return False
         try:
-            content = json.loads(self.config_file.read_text())
+            content = json.loads(data)
         except (ValueError, RecursionError):
             return True  # damaged; `read_config` raises the error
         return isinstance(content, dict) and "config" in content
@@ -138,11 +139,12 @@ class RunReader:
         return [line for line in json_lines.read(self.skipped_steps_file) if "step" in line]
 
     def _read(self, path: epath.Path, is_sound: Callable[[Any], bool]) -> Any:
-        if not path.exists():
+        data = storage.read_bytes(path)
+        if data is None:
             return None
         fault = ""
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(data)
             if is_sound(content):
                 return content
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import platform
 import re
+import socket
 import stat as stat_modes
 import time
 import weakref
@@ -47,24 +48,32 @@ def scheme(path: str) -> str:
     return path.partition("://")[0].lower() if is_remote(path) else ""
 
 
-def as_path(path: str | os.PathLike) -> epath.Path:
-    """Return a path with "~" expanded, on a disk or in a bucket; `UserError` for other addresses, such as https://."""
-    try:
-        return epath.Path(path).expanduser()
-    except KeyError as error:  # of a scheme
-        raise UserError(f"{path!r} is neither a local path nor in a bucket at gs:// or s3://; name a copy.") from error
-
-
 def file_system(path: str) -> tuple[Any, str]:
     """Return fsspec's file system of a URL, and the path in it; `UserError` for an unknown or uninstalled system."""
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(path)
+        return fsspec.core.url_to_fs(scheme(path) + path[len(scheme(path)) :])  # fsspec knows http and not HTTP
     except (ImportError, ValueError) as error:
         package = _PACKAGES.get(scheme(path))
         remedy = f"pip install '{package}'" if package else "check the address, or install its file system's package"
         raise UserError(f"{path!r} cannot be opened ({error}); {remedy}.") from error
+
+
+def as_path(path: str | os.PathLike) -> epath.Path:
+    """Return a path on a disk, ~ expanded, or in a bucket; `UserError` for other and uninstalled file systems."""
+    address = os.fspath(path)
+    if is_remote(address):
+        if not address.startswith(("gs://", "s3://", "az://")):
+            raise UserError(f"{address!r} is neither local nor in a bucket at gs://, s3:// or az://; name a copy.")
+        file_system(address)
+    return epath.Path(path).expanduser()
+
+
+def read_bytes(path: epath.Path) -> bytes | None:
+    """Return the content of a file on a disk or in a bucket, None for a missing one; every `OSError` has the path."""
+    with os_errors(str(path)):
+        return path.read_bytes() if path.exists() else None
 
 
 @contextlib.contextmanager
@@ -75,12 +84,14 @@ def os_errors(path: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
             raise
-        if getattr(error.__cause__, "status", None):  # fsspec reports any answer as a missing file
-            error = error.__cause__
+        of_web = scheme(path) in ("http", "https")
+        cause = error.__cause__  # fsspec reports any answer, and a lack of one, as a missing file
+        if getattr(cause, "status", None) or (of_web and isinstance(error, FileNotFoundError) and cause):
+            error = cause
         status = getattr(error, "status", None) or getattr(error, "code", None)
         status = status if isinstance(status, int) else 0
         number = getattr(error, "errno", None) or _NUMBERS.get(type(error)) or _NUMBERS.get(status)
-        if not number and isinstance(error, TimeoutError) and scheme(path) in ("http", "https"):  # after WEB_SECONDS
+        if not number and isinstance(error, TimeoutError) and of_web:  # after WEB_SECONDS
             number = errno.ETIMEDOUT
         number = number or (errno.EINVAL if 400 <= status < 500 else errno.EIO)
         message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"
@@ -263,7 +274,7 @@ class File:
             try:
                 return self._read(offset, size)
             except OSError as error:
-                if error.errno == errno.EIO:
+                if error.errno in (errno.EIO, socket.EAI_AGAIN) or isinstance(error, ConnectionError):
                     time.sleep(wait)
                 elif error.errno != errno.ESTALE or not self._reopen():
                     raise

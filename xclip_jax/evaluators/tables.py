@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from xclip_jax.core.errors import UserError, redact
+from xclip_jax.core.storage import as_path
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import HELD_OUT, Column, Layout
 from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, read, read_entries
@@ -249,8 +248,8 @@ def compare(a: str, b: str, *, step: int | None = None, refused: list[str] | Non
 
 def _select(path: str, step: int | None) -> tuple[list[Entry], ItemsOf]:
     """Return the entries of one step, by default the newest, of the checkpoint and model evaluated last."""
+    file = as_path(path)
     own = results_file(path)
-    file = epath.Path(path)
     if not (file.exists() or own.exists()):
         raise UserError(f"{str(path)!r} does not exist; name the folder of a run, weights, or a file of results.")
     file = own if file.is_dir() or own.exists() else file

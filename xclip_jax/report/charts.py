@@ -166,7 +166,7 @@ def _short(line: Line) -> Line:
 
 def _range(low: float, high: float) -> tuple[float, float]:
     """Return the range of the vertical axis: from 0 if `low` is near 0, otherwise with a margin on both sides."""
-    if low == high:
+    if math.isclose(low, high):  # equal values, whose means are rounded
         if not low:
             return 0.0, 1.06
         low -= abs(low) / 2

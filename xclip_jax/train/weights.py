@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xclip_jax import interop
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
-from xclip_jax.core import imports
+from xclip_jax.core import imports, storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import as_dict
@@ -104,7 +104,9 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
 
 def _existing(place: str | Place) -> Place:
     place = hub.locate(place)
-    if not place.path.exists():
+    with storage.os_errors(place.name):
+        exists = place.path.exists()
+    if not exists:
         remedy = "name the folder of a run, a folder or file of weights, or hf:ORG/NAME of the Hub"
         raise UserError(f"{place.name!r} does not exist; {remedy}.")
     return place
