@@ -11,6 +11,7 @@ from tests.helpers.bucket import Bucket, register
 from xclip_jax.commands import export
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import tokenizer
 from xclip_jax.processes import runtime
 from xclip_jax.train import checkpoint_files, checks, prepare, weights
@@ -66,7 +67,7 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     assert tokenizer.load(str(tmp_path / "out" / "tokenizer.json"))(TEXTS, 6).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("read", [lambda run: RunWriter(run).read_config(), weights.load])
+@pytest.mark.parametrize("read", [lambda run: RunReader(run).read_config(), weights.load])
 def test_a_bucket_that_refuses_or_cannot_be_opened_is_one_sentence(read, bucket, monkeypatch):
     def refuse(*_):
         raise PermissionError("Access Denied")

@@ -72,8 +72,8 @@ class Checkpointer:
           keep: number of newest checkpoints to keep.
           read_only: touch nothing, to read a run in progress; `restore` can then leave out parts of a state.
         """
+        checkpoint_files.check_store(run)
         checkpoints = RunReader(run).checkpoints
-        checkpoint_files.check_store(checkpoints)
         # Orbax wants absolute paths; `absolute` would take a URL for a local folder's name.
         self.path = checkpoints if is_remote(str(checkpoints)) else checkpoints.absolute()
         self._keep = keep

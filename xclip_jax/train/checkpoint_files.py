@@ -35,7 +35,7 @@ _THREADS = 4
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
-def check_store(folder: epath.Path) -> None:
+def check_store(folder: str | epath.Path) -> None:
     """Raise `UserError` if `folder` is in a store that cannot hold checkpoints."""
     if is_remote(str(folder)) and storage.scheme(str(folder)) not in STORES:
         raise UserError(f"{str(folder)!r} cannot hold checkpoints, which Orbax keeps on a disk or at gs://; use these.")

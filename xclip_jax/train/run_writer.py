@@ -28,9 +28,12 @@ _SHOWN = 5  # differences that an error lists
 class RunWriter(RunReader):
     """Checks a folder before a run, claims it during the run, and writes its small files."""
 
+    def __init__(self, path: str | epath.Path) -> None:
+        check_store(path)
+        super().__init__(path)
+
     def check(self, config: Config) -> None:
         """Raise `UserError`, without writing anything, unless a run of `config` can start or resume in this folder."""
-        check_store(self.path)
         for path in () if is_remote(str(self.path)) else (self.path, self.checkpoints):  # may be on different disks
             check_writable(f"--config.run={str(self.path)!r}", path)
         saved = self.read_config()
