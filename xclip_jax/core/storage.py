@@ -45,7 +45,8 @@ def is_remote(path: str) -> bool:
 
 def scheme(path: str) -> str:
     """Return the scheme of a URL in lower case, such as "https"; "" for a path."""
-    return path.partition("://")[0].lower() if is_remote(path) else ""
+    name, found, _ = path.partition("://")
+    return name.lower() if found else ""
 
 
 def file_system(path: str) -> tuple[Any, str]:
@@ -63,7 +64,7 @@ def file_system(path: str) -> tuple[Any, str]:
 def as_path(path: str | os.PathLike) -> epath.Path:
     """Return a path on a disk, ~ expanded, or in a bucket; `UserError` for other and uninstalled file systems."""
     address = os.fspath(path)
-    if is_remote(address):
+    if scheme(address):
         if not address.startswith(("gs://", "s3://", "az://")):
             raise UserError(f"{address!r} is neither local nor in a bucket at gs://, s3:// or az://; name a copy.")
         file_system(address)

@@ -37,7 +37,7 @@ _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 def check_store(folder: str | epath.Path) -> None:
     """Raise `UserError` if `folder` is in a store that cannot hold checkpoints."""
-    if is_remote(str(folder)) and storage.scheme(str(folder)) not in STORES:
+    if storage.scheme(str(folder)) not in ("", *STORES):
         raise UserError(f"{str(folder)!r} cannot hold checkpoints, which Orbax keeps on a disk or at gs://; use these.")
 
 
