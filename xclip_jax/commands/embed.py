@@ -190,8 +190,8 @@ def _embed(
 
 
 def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int) -> None:
-    # A working disk loses no listed local file, nor the folder of one that a table names; of a tar's sample without an
-    # image there is no detail.
+    # A working disk loses no listed local file, nor the folder of a file in a table. A tar's sample without image has
+    # no detail.
     missing = [row for row, error in bad.items() if error.reason == "no image file" and error.detail]
     absent = [row for row, error in bad.items() if error.reason == "file does not exist"]
     missing += [row for row in absent if not pathlib.Path(names[row]).parent.is_dir()]

@@ -58,10 +58,12 @@ def identify(folder: epath.Path, size: int, eot: int | None, cleaning: str = "")
     if file.exists():
         stored = tokenizer.load(str(file))
         if (stored.vocab_size, stored.eot_id) == (size, end):
+            if not cleaning:
+                return str(file)
             ids = {"start": stored.sot_id, "end": end, "pad": stored.pad_id}
             tokens: Any = {key: None if i is None else stored.model.id_to_token(i) for key, i in ids.items()}
             content = tokenizer.with_conventions(file.read_text(), **tokens, size=size, cleaning=cleaning)
-            return _cached(content) if cleaning else str(file)
+            return _cached(content)
         fault = f"and {file} has {stored.vocab_size} and ends texts with {stored.eot_id}"
     raise UserError(
         f"it has {size} token ids and pools texts at id {end}, unlike CLIP's tokenizer, {fault}; save the {FILE} of "

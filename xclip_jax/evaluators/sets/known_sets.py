@@ -44,7 +44,7 @@ class Entry:
       split: split of the TFDS data set.
       templates: key of `prompts.templates`; for "imagenet" the profile chooses.
       names: clip-benchmark's key of the class names; "" for the data set's labels.
-      folders: other names of the classes, in the order of `names`, as in a widespread copy of the set.
+      folders: names of the classes in a widespread copy of the set, in the order of `names`.
       readable: whether the data set's labels need `prompts.readable`.
       metric: the published metric.
       label: feature with the label.
@@ -234,7 +234,7 @@ def _published(
     published = [whole[i] for i in kept]
     # Without a 0, numbers may well begin at 1.
     from_zero = any(_is_number(label) and int(label) == 0 for label in classes)
-    by_number = "" if name == "fer2013" else " or by number from 0"  # FER2013's own numbers have another order
+    by_number = "" if name == "fer2013" else " or by number from 0"  # FER2013 numbers its classes in another order
     numbers = [str(i) for i in range(len(published))] if from_zero and by_number else []
     try:
         of_tfds = [tfds_labels[i] for i in kept] if tfds_labels else []
