@@ -37,16 +37,16 @@ def refusal(message):
 
 def test_a_step_that_exceeds_memory_says_by_how_much(experiment, monkeypatch):
     """Vector memory depends on no key."""
-    monkeypatch.setattr(cost, "compile_for", refusal("Ran out of memory in memory space hbm. Used 17.20G of 15.75G"))
+    monkeypatch.setattr(cost, "trace", refusal("Ran out of memory in memory space hbm. Used 17.20G of 15.75G"))
     assert cost.compile_if_fits(experiment) == (None, "it needs 17.20G besides the state")
-    monkeypatch.setattr(cost, "compile_for", refusal("Ran out of memory in memory space vmem. Used 16.15M of 16.00M"))
+    monkeypatch.setattr(cost, "trace", refusal("Ran out of memory in memory space vmem. Used 16.15M of 16.00M"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
         cost.compile_if_fits(experiment)
 
 
 @pytest.fixture(scope="module")
 def peak(experiment):
-    return cost.memory_usage(experiment, cost.compile_for(experiment))["peak"]
+    return cost.memory_usage(experiment, cost.compile_if_fits(experiment)[0])["peak"]
 
 
 def has(monkeypatch, each):
@@ -77,8 +77,8 @@ def test_nothing_fits_a_state_that_is_too_large(experiment, monkeypatch):
     assert "--config.mesh.strategy=fsdp --config.mesh.fsdp=8 --config.mesh.data=-1, or use" in finding.remedy
 
 
-def remedies(**changes):
-    return cost.remedies(schema.resolve(tiny.config("clip", **changes)))
+def remedies(devices=2, **changes):
+    return cost.remedies(build.build(tiny.config("clip", **changes), jax.devices()[:devices]))
 
 
 def test_remedies_are_in_the_order_of_their_cost_and_take_nothing_back():
@@ -87,15 +87,14 @@ def test_remedies_are_in_the_order_of_their_cost_and_take_nothing_back():
         "--config.model.img.remat=full --config.model.txt.remat=full",
         "--config.optim.microbatches=4",
     ]
-    c = schema.resolve(tiny.config("clip"))
-    assert cost.remedies(c, devices=1) == remedies()[1:]  # one device has nothing to split
+    assert remedies(devices=1) == remedies()[1:]  # one device has nothing to split
     most = {"mesh__strategy": "fsdp", "model__img__remat": "full", "optim__microbatches": 2}
     assert remedies(**most) == ["--config.model.txt.remat=full", "--config.optim.microbatches=8"]
 
 
 def test_a_run_may_resume_with_every_remedy_for_its_batch(pairs, trained):
     """The folder accepts what an error recommends, and the same state is restored."""
-    folder, flags = RunWriter(trained), cost.remedies(schema.resolve(tiny.short(pairs, trained)))
+    folder, flags = RunWriter(trained), cost.remedies(build.build(tiny.short(pairs, trained)))
     changes = dict(flag.removeprefix("--config.").split("=") for line in flags for flag in line.split())
     assert changes.keys() == {"mesh.strategy", "model.img.remat", "model.txt.remat", "optim.microbatches"}
     for key, value in [*changes.items(), ("data.threads", 1)]:

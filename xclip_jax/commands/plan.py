@@ -75,7 +75,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, hlo: str = "") -> 
         "peak_ms": 1e3 * work / (chip.peak * len(devices)) if work else None,
     }
     if compiled is None:
-        facts["remedies"] = cost.remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size)
+        facts["remedies"] = cost.remedies(experiment)
     else:
         program = compiled.as_text()
         if hlo:

@@ -21,10 +21,10 @@ from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.models.two_towers import TOWERS, ModelConfig, TwoTowers
 from xclip_jax.objectives import Objective, make_objective
-from xclip_jax.parallel import sharding
-from xclip_jax.parallel.mesh import AXES, batch_shards, check_batch, make_mesh
+from xclip_jax.parallel import compiler, sharding
+from xclip_jax.parallel.mesh import AXES, batch_sharding, batch_shards, check_batch, make_mesh, replicated
 from xclip_jax.train import state
-from xclip_jax.train.step import BatchNoise, TrainStep, compile_step
+from xclip_jax.train.step import BatchNoise, TrainStep
 
 if TYPE_CHECKING:
     from xclip_jax.data.loader import Transform
@@ -76,8 +76,15 @@ class Experiment:
 
     @functools.cached_property
     def compiled(self) -> Any:
-        """`step` under `jax.jit`."""
-        return compile_step(self.step, self.abstract, self.mesh)
+        """`step` under `jax.jit`: the state is donated and stays in its layout, the batch is sharded over the mesh."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
+        return jax.jit(
+            self.step,
+            in_shardings=(shardings, batch_sharding(self.mesh)),
+            out_shardings=(shardings, replicated(self.mesh)),
+            donate_argnums=0,
+            compiler_options=dict(compiler.options(list(self.mesh.devices.flat))),
+        )
 
     @property
     def text_rows(self) -> tuple[int, int]:
@@ -85,11 +92,11 @@ class Experiment:
         draws = batch_shards(self.mesh) * self.config.optim.microbatches
         return self.config.data.batch // draws, draws
 
-    def transform(self, fields: Sequence[str] = ()) -> "Transform":
-        """Return the transform from records to rows of a batch, with the objective's fields by default."""
+    def transform(self) -> "Transform":
+        """Return the transform from records to rows of a batch with the objective's fields."""
         from xclip_jax.data.loader import Transform  # imports Grain for a quarter of a second, only for training
 
-        fields = tuple(fields or (*self.objective.fields, *["negatives"] * bool(self.config.data.negatives)))
+        fields = (*self.objective.fields, *["negatives"] * bool(self.config.data.negatives))
         return Transform(
             self.config.data, self.image_size, self.tokenizer, self.context_length, fields, self.objective.columns
         )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import tokenizer
 from xclip_jax.evaluators.base import Evaluator
+from xclip_jax.evaluators.results import digest
 from xclip_jax.processes import runtime
 from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
@@ -121,9 +121,7 @@ def check_disk(experiment: Experiment, folder: RunWriter) -> Iterator[Finding]:
 def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, str]] | None) -> Iterator[Finding]:
     """Yield whether state and step fit the devices.
 
-    Args:
-      experiment: the run's experiment.
-      compile_step: see `cost.compile_if_fits`; called if the step may come near the devices' memory; None if too slow.
+    If the step may come near their memory, `compile_step` compiles it, see `cost.compile_if_fits`; None if too slow.
     """
     device = jax.local_devices()[0]
     on_cpu = device.platform == "cpu"
@@ -147,8 +145,8 @@ def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, s
         if compiled is None or peak > limit:
             needed = trouble or f"it takes {format_bytes(peak)}"
             text = f"the step does not fit a device's {format_bytes(limit)}: {needed}"
-            remedies = cost.remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size)
-            remedy = f"change one after the other until it fits: {', '.join([*remedies, 'more devices'])}"
+            remedies = [*cost.remedies(experiment), "more devices"]
+            remedy = f"change one after the other until it fits: {', '.join(remedies)}"
             yield fail("memory", text, remedy)
         else:
             yield Finding("memory", f"a step needs {format_bytes(peak)} of {format_bytes(limit)}")
@@ -185,17 +183,12 @@ def check_same_data(
         return
     facts: dict[str, Any] = {}
     if experiment.config.data.tokenizer not in tokenizer.NAMES:
-        facts["tokenizer file"] = _hash(tokenizer.read_file(experiment.config.data.tokenizer))
+        facts["tokenizer file"] = hashlib.sha256(tokenizer.read_file(experiment.config.data.tokenizer)).hexdigest()
     for number, fingerprint in enumerate(fingerprints):
         whole = {key: value["digest"] if key in OUTCOMES else value for key, value in fingerprint.items()}
-        digest = _hash(json.dumps(whole, sort_keys=True, default=str).encode())
-        facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest}"
+        facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest([whole])}"
     # Hosts with other items would wait for each other's batches, or measure a mixture.
     for number, evaluator in enumerate(evaluators):
         facts[f"evaluation set {number}, {evaluator.name}"] = f"hash {evaluator.data.card.split_hash}"
     remedy = "all processes have to read the same data.sources, data.tokenizer and evaluation sets, and all records"
     peers.check_same(facts, remedy)
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]

@@ -85,10 +85,7 @@ def prepare(
 ) -> tuple[Run, dict[str, np.ndarray]]:
     """Open and check the parts of a run; nothing is written.
 
-    Args:
-      config: the resolved config of the run.
-      folder: the run's folder.
-      compiling: context for compiling the step, if it may not fit the devices.
+    If the step may not fit the devices, it is compiled, in the context `compiling`.
 
     Returns:
       The run, and a new run's initial tensors from `init.weights`, as large as the model.
@@ -98,7 +95,6 @@ def prepare(
     """
     checks.require(checks.check_folder(config, folder))
     experiment = open_experiment(config, folder)
-    checks.require(checks.check_model(experiment))
     checks.require(checks.check_disk(experiment, folder))
     samples, fingerprints = open_data(experiment, folder)
     encoder = make_encoder(experiment, class_names(experiment, fingerprints))
@@ -209,13 +205,13 @@ def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> L
         return WHOLE
     rows, draws = experiment.text_rows
     whole = cost.step_flops(config)
-    flops_of = cost.cut_flops(tower)
+    flops_of: Any = tower.cut_flops
 
     def saved(groups: LengthGroups) -> float:
         cut = cost.step_flops(config, groups, rows)
         return 1 - cut / whole if cut and whole else 0.0  # some custom towers report no FLOPs
 
-    if flops_of is None or not length_groups.worthwhile(saved(LengthGroups(((1, 1.0),))), config.steps):
+    if not length_groups.worthwhile(saved(LengthGroups(((1, 1.0),))), config.steps):
         return WHOLE
     counts = count_lengths(experiment, samples) if jax.process_index() == 0 else np.zeros(context + 1, np.int32)
     counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))  # a sample may be bad on one process only
@@ -237,19 +233,19 @@ def count_lengths(experiment: Experiment, samples: Sequence[Source]) -> np.ndarr
     seed = experiment.config.seed
     # Any order will do; this one avoids reading every caption.
     order = loader.sample_order(samples, dataclasses.replace(data, spread_duplicate_captions=False, cache=False), seed)
-    transform = experiment.transform(("text", *["negatives"] * bool(data.negatives)))
+    transform = experiment.transform()
     places = map(order.locate, range(min(CAPTIONS, sum(map(len, samples)))))
     # Tokenized here, as the drawn caption depends on the position.
     found = ((order.sources[number], index) for number, index in places)
     read = records.read_each(found, lambda record: record | {"image": None}, threads=data.threads)
     counts = np.zeros(length + 1, np.int32)
     rows = np.zeros((1 + data.negatives, length), np.int32)
+    row = {"text": rows[:1]} | ({"negatives": rows[None, 1:]} if data.negatives else {})
     for position, record in enumerate(read):
         if isinstance(record, BadSample):
             continue
         try:
-            views = {"text": rows[:1], "negatives": rows[None, 1:]}
-            transform(record, np.random.default_rng((seed, position)), {name: views[name] for name in transform.fields})
+            transform(record, np.random.default_rng((seed, position)), row)
         except Exception as error:
             records.as_bad_sample(error)
             continue

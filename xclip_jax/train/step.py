@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from xclip_jax import optim
 from xclip_jax.data import transforms
@@ -20,7 +19,6 @@ from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective
 from xclip_jax.parallel import compiler, sharding
-from xclip_jax.parallel.mesh import batch_sharding, replicated
 from xclip_jax.train.state import TrainState
 
 NOISE = "noise"  # key of {tower: its random inputs} among the inputs of a step
@@ -258,17 +256,3 @@ class TrainStep:
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key not in (NOISE, "texts")}
         return self._project(params, state.ema_batch_stats, self._features(params, inputs, order))
-
-
-def compile_step(
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], abstract: TrainState, mesh: Mesh
-) -> Any:
-    """Jit `step`: the state is donated and in the layout of `abstract`, the batch sharded over the mesh."""
-    state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(
-        step,
-        in_shardings=(state_shardings, batch_sharding(mesh)),
-        out_shardings=(state_shardings, replicated(mesh)),
-        donate_argnums=0,
-        compiler_options=dict(compiler.options(list(mesh.devices.flat))),
-    )

@@ -7,8 +7,7 @@ body of a loop over layers once. Causal attention counts in full, as it is compu
 import functools
 import math
 import re
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import ml_collections
@@ -18,7 +17,6 @@ from xclip_jax.core.environment import host_memory
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.models.heads import ClusterHead, Head
-from xclip_jax.models.tower import TextTower
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import make_objective
 from xclip_jax.parallel.mesh import batch_sharding, batch_shards
@@ -60,12 +58,11 @@ def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | N
     objective = make_objective(config.objective)
     vocab = tokenizer.load(config.data.tokenizer).vocab_size
     towers = {name: model.tower(name).flops(train) if name in objective.towers else 0.0 for name in TOWERS}
-    counted = {name: operations for name, operations in towers.items() if operations is not None}
-    if len(counted) < len(towers):
+    if None in towers.values():
         return None
     texts = 1 + config.data.negatives * train
-    counted["txt"] *= texts
-    return counted | objective.flops(model, vocab, texts * config.data.batch if train else 0)
+    towers["txt"] *= texts
+    return towers | objective.flops(model, vocab, texts * config.data.batch if train else 0)
 
 
 def cluster_heads(config: Config) -> list[str]:
@@ -84,23 +81,19 @@ def step_flops(config: Config, groups: LengthGroups = WHOLE, rows: int = 1) -> f
     """Return the model FLOPs of a training step on the whole batch; None if a tower reports none.
 
     They are three forward passes, plus one of a teacher; a frozen tower has no backward pass. Recomputation by
-    rematerialisation and microbatches does not count, by definition of MFU; nor do cut tokens.
-
-    Args:
-      config: the config of a run.
-      groups: length groups of its texts.
-      rows: texts per device and microbatch (`Experiment.text_rows`), to round groups to whole texts.
+    rematerialisation and microbatches does not count, by definition of MFU; nor do tokens cut by the length `groups`,
+    which are rounded to whole texts of the `rows` per device and microbatch (`Experiment.text_rows`).
     """
     parts = forward_flops(config)
     if parts is None:
         return None
     tower = config.model.tower("txt")
     if parts["txt"] and groups.cuts:
-        cut = cut_flops(tower)
-        if cut is None:
+        if tower.cut_flops(1) is None:
             return None
         if sizes := groups.sizes(rows, tower.context_length):
-            parts["txt"] = (1 + config.data.negatives) * sum(n * cut(tokens) for n, tokens in sizes) / rows
+            cut = sum(n * tower.cut_flops(tokens) for n, tokens in sizes) / rows
+            parts["txt"] = (1 + config.data.negatives) * cut
     teacher = 0.0
     if make_objective(config.objective).teacher:  # which drops nothing, and has no negatives
         captions = parts["txt"] / (1 + config.data.negatives)
@@ -112,11 +105,6 @@ def step_flops(config: Config, groups: LengthGroups = WHOLE, rows: int = 1) -> f
     return config.data.batch * (sum(passes[name] * part for name, part in parts.items()) + teacher)
 
 
-def cut_flops(tower: TextTower) -> Callable[[int], float] | None:
-    """Return a text's FLOPs as a function of the length it is cut to, or None if the tower does not report them."""
-    return None if tower.cut_flops(1) is None else cast("Callable[[int], float]", tower.cut_flops)  # none or all
-
-
 def device_memory(device: jax.Device) -> float:
     """Return the bytes of memory of a device; all devices of a CPU share the memory of its machine."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
@@ -126,11 +114,6 @@ def device_memory(device: jax.Device) -> float:
 def bytes_on_device(tree: Any) -> float:
     """Return the bytes per device of a tree of abstract arrays."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def compile_for(experiment: Experiment) -> Any:
-    """Return the compiled step of `experiment`; `jax.errors.JaxRuntimeError` if it exceeds the chips' memory."""
-    return trace(experiment).lower().compile()
 
 
 def trace(experiment: Experiment) -> Any:
@@ -166,7 +149,7 @@ def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
     Only compilers for TPUs refuse; elsewhere compare `memory_usage` with the memory of the device.
     """
     try:
-        return compile_for(experiment), ""
+        return trace(experiment).lower().compile(), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error):  # no key changes vector memory
             raise
@@ -180,24 +163,18 @@ def compile_config(config: ml_collections.ConfigDict, devices: list[Any]) -> tup
     return experiment, *compile_if_fits(experiment)
 
 
-def remedies(config: Config, rows: int = 0, devices: int = 0) -> list[str]:
-    """Return flags that reduce the memory of a step, cheapest first.
-
-    Args:
-      config: the config of a run.
-      rows: pairs per device and microbatch (`Experiment.text_rows`); 0 for one device.
-      devices: number of devices of the mesh; 0 if unknown.
-    """
+def remedies(experiment: Experiment) -> list[str]:
+    """Return flags that reduce the memory of a step, cheapest first."""
+    config = experiment.config
     steps = []
-    if config.mesh.strategy == "dp" and devices != 1:
+    if config.mesh.strategy == "dp" and experiment.mesh.size > 1:
         steps.append("--config.mesh.strategy=zero1")
     towers = [name for name in TOWERS if name not in config.model.plugins]  # custom towers may lack remat
-    towers = [name for name in towers if getattr(config.model.tower(name), "remat", "full") != "full"]
+    towers = [name for name in towers if config.model.tower(name).remat != "full"]
     if towers:
         steps.append(" ".join(f"--config.model.{name}.remat=full" for name in towers))
-    parts = config.optim.microbatches
-    rows = rows or config.data.batch // parts
-    steps += [f"--config.optim.microbatches={n * parts}" for n in (4, 2) if rows % n == 0][:1]
+    rows, _ = experiment.text_rows
+    steps += [f"--config.optim.microbatches={n * config.optim.microbatches}" for n in (4, 2) if rows % n == 0][:1]
     return steps
 
 
@@ -205,13 +182,12 @@ def activation_bytes(config: Config | ml_collections.ConfigDict) -> float:
     """Estimate the bytes of activations that the towers keep for the backward pass of one pair."""
     img = config.model.img
     txt = config.model.txt
-    total = 0.0
-    width = 4 if config.model.dtype == "float32" else 2
+    values = 12.0 * img.image_size**2
     texts = [(txt, txt.context_length)] * (1 + config.data.negatives)
     for tower, n in ((img, (img.image_size // img.patch) ** 2 + 1), *texts):
         kept = {"none": 20 * tower.width + 3 * tower.heads * n, "dots": 9 * tower.width, "full": tower.width}
-        total += tower.depth * n * kept[tower.remat] * width
-    return total + 12 * img.image_size**2 * width
+        values += tower.depth * n * kept[tower.remat]
+    return values * (4 if config.model.dtype == "float32" else 2)
 
 
 def fits_by_far(experiment: Experiment, limit: float) -> bool:

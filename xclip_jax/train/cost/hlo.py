@@ -150,8 +150,7 @@ def parse(text: str) -> Program:
     """Parse the text of a compiled program."""
     computations: dict[str, Computation] = {}
     entry = name = ""
-    for raw in _CONFIG_LINE.sub(" ", text).splitlines():
-        line = _INDEX.sub("", raw.strip()) if "/*" in raw else raw.strip()
+    for line in map(str.strip, _INDEX.sub("", _CONFIG_LINE.sub(" ", text)).splitlines()):
         match = _INSTRUCTION.match(line)
         head = None if match else _HEAD.match(line)
         if match:

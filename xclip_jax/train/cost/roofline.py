@@ -154,9 +154,7 @@ def seconds(program: Program, execution: Execution, communicates: bool, chip: Ch
     count = execution.count
     if instruction.opcode.endswith("-start"):
         return 0.0  # while other operations run
-    work = sum(
-        kernel_flops(x.instruction) / share_of(x.instruction, chip) for x in (execution, *program.inside(execution))
-    )
+    work = sum(kernel_work(x.instruction, chip) for x in (execution, *program.inside(execution)))
     if work:
         return count * work / chip.peak
     if instruction.cycles:
@@ -167,14 +165,10 @@ def seconds(program: Program, execution: Execution, communicates: bool, chip: Ch
     return count * moved / chip.bandwidth
 
 
-def share_of(kernel: hlo.Instruction, chip: Chip) -> float:
-    """Return the share of the peak that a Pallas kernel reaches."""
-    return chip.attention if kernel.name.startswith("attention") else chip.products
-
-
-def kernel_flops(instruction: hlo.Instruction) -> float:
-    """Return the declared FLOPs of a Pallas kernel, 0 for other instructions."""
+def kernel_work(instruction: hlo.Instruction, chip: Chip) -> float:
+    """Return the declared FLOPs of a Pallas kernel over the share of the peak that it reaches; 0 for others."""
     if _KERNEL not in instruction.attributes:
         return 0.0
     config = json.loads(instruction.attributes.partition("backend_config=")[2])
-    return float(config["custom_call_config"].get("cost_estimate", {}).get("flops", 0))
+    flops = float(config["custom_call_config"].get("cost_estimate", {}).get("flops", 0))
+    return flops / (chip.attention if instruction.name.startswith("attention") else chip.products)
