@@ -38,7 +38,7 @@ def test_goodput_of_one_process(now):
     """100 s of start-up, then 100 s: 12 in an evaluation, 8 in a checkpoint, 10 without data; 70 for ten steps."""
     now.now = 1000.0
     count = Clock(1000.0)
-    with count.exclude_from_goodput():  # of the start-up, which is lost anyway
+    with count.exclude():  # of the start-up, which is lost anyway
         now.now += 50.0
     now.now = 1100.0
     count.step_started(ENDED)
@@ -50,7 +50,7 @@ def test_goodput_of_one_process(now):
 
     list(count.count_waits(waits()))
     for seconds in (12.0, 8.0):
-        with count.exclude_from_goodput():
+        with count.exclude():
             now.now += seconds
     now.now = 1200.0
     assert count.goodput(10, wasted=0) == values(0.35, 200.0, 70.0)
@@ -80,14 +80,14 @@ def test_goodput_of_a_run_that_resumes(now):
 
 def test_speed_leaves_out_pauses_and_the_first_step(now):
     count = Clock(0.0)
-    with count.exclude_from_speed():  # an evaluation that a resumed run makes before its first step
+    with count.exclude(speed=True):  # an evaluation that a resumed run makes before its first step
         now.now = 40.0
     now.now = 50.0
     count.step_ended()
     assert count.steps_per_second() == 0
     now.now = 55.0
     count.step_ended()
-    with count.exclude_from_speed():
+    with count.exclude(speed=True):
         now.now = 65.0
     assert count.steps_per_second() == 1 / 5
     now.now = 75.0
@@ -137,11 +137,11 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     pairs = tiny.folder(tmp_path / "pairs")
     changes = {"steps": 6, "checkpoint__every": 3, "data__sources": (f"folder:{pairs}",), "log__trackers": ()}
     c, lost = tiny.config("clip", run=tmp_path / "run", **changes), []
-    save, exclude = Checkpointer.save, Clock.exclude_from_goodput
+    save, exclude = Checkpointer.save, Clock.exclude
 
     @contextlib.contextmanager
-    def observed(self):
-        with exclude(self):
+    def observed(self, **options):
+        with exclude(self, **options):
             lost.append("in")
             yield
             lost.append("out")
@@ -149,7 +149,7 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(schema.Config, "alarm_step", 3)
     monkeypatch.setattr(Objective, "alarms", lambda _, metrics: [f"flat: loss {metrics['loss']}"])
     monkeypatch.setattr(Checkpointer, "save", lambda *args: lost.append("save") or save(*args))
-    monkeypatch.setattr(Clock, "exclude_from_goodput", observed)
+    monkeypatch.setattr(Clock, "exclude", observed)
     began = time.perf_counter()
     with tiny.cut_off(5):
         trainer.run(c, uptime=1000.0)

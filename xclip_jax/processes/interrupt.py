@@ -26,7 +26,7 @@ class PreemptionHandler:
 
     While `can_save` is false, the first signal interrupts an evaluation, or else ends the process at once with
     `EXIT_RESUMABLE`: an exception could be lost in a callback, and would leave XLA compiling. Several processes agree
-    on the moment through JAX's preemption service: each calls `requested` equally often, and a signal to one stops all.
+    on the moment through JAX's preemption service: each calls `check` equally often, and a signal to one stops all.
 
     Attributes:
       can_save: whether a request leads to a checkpoint; set by the training loop.
@@ -70,19 +70,15 @@ class PreemptionHandler:
         if alone and not self.can_save:
             errors.exit_now(EXIT_RESUMABLE)
 
-    def requested(self) -> bool:
-        """Return whether to stop here; the answer is the same on every process."""
-        if jax.process_count() == 1:
-            return self.signal_received
-        # The service chooses the question at which all stop: the one after the last that any process has asked.
-        self._questions += 1
-        self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._questions)
-        return self._agreed
-
     def check(self) -> None:
-        """Raise `Interrupted` if the run should stop here; every process must call this."""
-        if self.requested():
-            raise Interrupted
+        """Raise `Interrupted` if the run should stop here, on every process; every process must call this."""
+        self.check_alone()
+        if jax.process_count() > 1:
+            # The service chooses the question at which all stop: the one after the last that any process has asked.
+            self._questions += 1
+            self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._questions)
+            if self._agreed:
+                raise Interrupted
 
     def check_alone(self) -> None:
         """Raise `Interrupted` if a single-process run should stop."""

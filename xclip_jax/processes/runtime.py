@@ -21,7 +21,7 @@ import jax
 # Not public in JAX: the client for messages between processes.
 from jax._src import distributed as jax_distributed
 
-from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe, exit_now, redact
+from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe, exit_now, first_line, redact
 
 HEARTBEAT_SECONDS = 25  # JAX declares a process dead without a heartbeat for this time
 _POLL_SECONDS = 1.0
@@ -126,14 +126,14 @@ class Peers:
         if lost:
             time.sleep(_LINGER_SECONDS)
         status = EXIT_RESTART if lost else 1
-        sentence = redact(describe(error) if isinstance(error, (UserError, SystemExit)) else repr(error))
+        expected = isinstance(error, (UserError, SystemExit))
+        sentence = redact(describe(error) if expected else repr(error)).removeprefix("error: ")
         gone = " (another process may be gone; start all of them again)" if lost else ""
-        name = f"process {self.index} of {self.count}"
         with contextlib.suppress(OSError):  # a full disk or a closed pipe
-            if not isinstance(error, (UserError, SystemExit)):
+            if not expected:
                 print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-            print(f"error: {name}: {sentence.removeprefix('error: ')}{gone}", file=sys.stderr)
-        self.leave(sentence.removeprefix("error: ").splitlines()[0], status)
+            print(f"error: process {self.index} of {self.count}: {sentence}{gone}", file=sys.stderr)
+        self.leave(sentence.splitlines()[0], status)
 
     def _watch(self) -> None:
         failed = 0
@@ -207,9 +207,8 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"this process cannot join the others ({reason}). If JAX cannot discover them, start each with "
+            f"this process cannot join the others ({first_line(error)}). If JAX cannot discover them, start each with "
             "--coordinator=HOST:PORT --processes=N --process=I; if a recipe calls jax.devices(), give it the device."
         ) from error
     global _peers

@@ -37,8 +37,6 @@ class Watchdog:
 
     Attributes:
       current: the current phase; None outside of phases.
-      step: the last dispatched step.
-      saved: the step of the last checkpoint, else 0.
     """
 
     def __init__(
@@ -46,7 +44,6 @@ class Watchdog:
         folder: RunReader,
         preemption: PreemptionHandler,
         clock: Callable[[], float] = time.monotonic,
-        /,
         *,
         limit: float,
     ) -> None:
@@ -62,7 +59,6 @@ class Watchdog:
         self._warned: set[str] = set()
         self._asked_at = 0.0
         self._asked = 0
-        self.step = self.saved = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -79,9 +75,7 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._previous)
-        peers = runtime.peers()
-        if peers is not None:
-            peers.status = lambda: ""
+        self.enter(None)  # the status for the other processes
         self._stop.set()
         self._thread.join()
         self._read_end.close()
@@ -120,8 +114,7 @@ class Watchdog:
             if self._asked > 1 and not self._preemption.signal_received:
                 self._end("asked to stop twice", EXIT_RESUMABLE, stacks=False)
             if self.current == COMPILATION and jax.process_count() == 1:
-                lost = f"{self.step - self.saved} steps since the last checkpoint are lost"
-                self._end(f"stopping in the compilation: {lost}", EXIT_RESUMABLE, stacks=False)
+                self._end("stopping in the compilation", EXIT_RESUMABLE, stacks=False)
         if self.current:
             self._check_progress(self.current, now - self._since)
 

@@ -119,24 +119,17 @@ class Clock:
         return share
 
     @contextlib.contextmanager
-    def exclude_from_goodput(self) -> Iterator[None]:
-        """Exclude work that training waits for, such as a checkpoint, from the goodput."""
+    def exclude(self, *, speed: bool = False) -> Iterator[None]:
+        """Exclude work other than training from the goodput and, with `speed`, also from speed and waits."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._lost += time.perf_counter() - began
-
-    @contextlib.contextmanager
-    def exclude_from_speed(self) -> Iterator[None]:
-        """Exclude work other than training, such as an evaluation, from goodput, speed and waits."""
-        began = time.perf_counter()
-        try:
-            with self.exclude_from_goodput():
-                yield
-        finally:
-            self._paused += time.perf_counter() - began
-            self.wait_share()
+            lost = time.perf_counter() - began
+            self._lost += lost
+            if speed:
+                self._paused += lost
+                self.wait_share()
 
     def steps_per_second(self) -> float:
         """Return the speed since the last call, or since the first step; 0 until the second step ends."""
@@ -147,11 +140,9 @@ class Clock:
         return self._speed
 
     def goodput(self, step: int, wasted: int) -> dict[str, float]:
-        """Return "goodput", "wall_seconds" and "useful_seconds" up to `step`.
+        """Return "goodput", "wall_seconds" and "useful_seconds" up to `step`, the last ended one.
 
-        Args:
-          step: the last ended step.
-          wasted: steps skipped or undone by this process.
+        This process skipped or undid `wasted` steps.
         """
         now = time.perf_counter()
         computing = 0.0 if self._first is None else max(0.0, now - self._first - self._lost - self._waited)
@@ -283,8 +274,6 @@ class MetricLogger:
 
     def write_results(self, step: int, results: Sequence[Result]) -> None:
         """Write evaluation results of all sets or some to the run's files and the trackers."""
-        if not results:
-            return
         # results.jsonl first: a resumed run does not repeat an evaluation listed in metrics.jsonl.
         self._results.append({"step": step, "records": to_json(results)})
         self._write(step, flat(results))

@@ -59,9 +59,8 @@ class Session:
         batch = self.run.config.data.batch
         counters = self.log.ledger.counters
         position = {"samples": step * batch, "batch": batch, "seed": self.run.config.seed, "counters": counters}
-        with self.watch.phase(CHECKPOINT), self.log.clock.exclude_from_goodput():
+        with self.watch.phase(CHECKPOINT), self.log.clock.exclude():
             self.checkpointer.save(state, position)
-        self.watch.saved = step
 
     def evaluate(
         self, evaluators: Sequence[Evaluator], step: int, variables: Variables
@@ -76,7 +75,7 @@ class Session:
         results: list[Result] = []
         failed: dict[str, str] = {}
         self.log.flush()
-        with self.log.clock.exclude_from_speed():
+        with self.log.clock.exclude(speed=True):
             for evaluator in evaluators:
                 try:
                     with self.phase(EVALUATION):
@@ -89,11 +88,12 @@ class Session:
                         log0(f"WARNING: {evaluator.name} has no result of step {step}: {error}")
                     else:
                         raise
-            self.log.write_results(step, results)
-            if results and not (last and failed):
-                self.log.end_evaluation(step, results)
-            if results and not last:
-                log0(f"step {step}: {tables.headlines(results)}")
+            if results:
+                self.log.write_results(step, results)
+                if not (last and failed):
+                    self.log.end_evaluation(step, results)
+                if not last:
+                    log0(f"step {step}: {tables.headlines(results)}")
         return results, failed
 
 
@@ -114,13 +114,12 @@ def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
         for batch in arrays:
             state, metrics = run.experiment.compiled(state, batch)
             step += 1
-            session.watch.step = step
             session.stop.can_save = True
             session.watch.enter(STEP)  # not the compilation, which a signal ends without a checkpoint
             log.log_step(step, metrics)
             session.checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:
-                with log.clock.exclude_from_goodput():
+                with log.clock.exclude():
                     state = log.skipped.rewind(state)
             session.check()
             if step == config.steps:

@@ -58,7 +58,6 @@ def run(
         if results is not None:
             log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
             return results
-        watch.step = watch.saved = folder.latest_step() or 0
         check_names(config)
         callbacks = [*callbacks, *(callback() for callback in classes(config))]
         prepared, initial = prepare.prepare(config, folder, lambda: watch.phase(COMPILATION))
@@ -76,7 +75,7 @@ def run(
                 watch.enter(COMPILATION)
                 state, position = _first_state(prepared, initial, checkpointer, watch)
                 initial.clear()  # as large as the model
-                watch.step = watch.saved = step = int(state.step)
+                step = int(state.step)
                 ledger = BadSampleLog(
                     folder.path,
                     max_bad_fraction=config.data.max_bad_fraction,
