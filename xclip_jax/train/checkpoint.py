@@ -50,7 +50,7 @@ class _Manager(ocp.CheckpointManager):
     """Checkpoint manager that does not ask JAX's preemption service: the training loop saves at a signal by itself.
 
     The service stops all processes at one more than the largest number asked about. Orbax would ask with step numbers,
-    which the count of calls in `interrupt.PreemptionHandler.requested` never reaches.
+    which the count of calls in `interrupt.PreemptionHandler.check` never reaches.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -65,12 +65,9 @@ class Checkpointer:
     """
 
     def __init__(self, run: str | epath.Path, *, keep: int = 3, read_only: bool = False) -> None:
-        """Open the checkpoints of a run's folder.
+        """Open the checkpoints of a run's folder, and keep the `keep` newest ones.
 
-        Args:
-          run: the run's folder.
-          keep: number of newest checkpoints to keep.
-          read_only: touch nothing, to read a run in progress; `restore` can then leave out parts of a state.
+        With `read_only` nothing is touched, to read a run in progress, and `restore` can leave out parts of a state.
         """
         checkpoint_files.check_store(run)
         checkpoints = RunReader(run).checkpoints
@@ -161,11 +158,10 @@ class Checkpointer:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 state, position = self._read(abstract, step)
+                if not jax.jit(all_finite)(state):
+                    raise _Damaged("it has values that are not finite")
             except _Damaged as error:
                 faults[step] = str(error)
-                continue
-            if not jax.jit(all_finite)(state):
-                faults[step] = "it has values that are not finite"
                 continue
             if faults:
                 self._move_aside(faults, step)
@@ -173,24 +169,20 @@ class Checkpointer:
         listed = "; ".join(f"{step}: {fault}" for step, fault in faults.items())
         raise UserError(f"{self.path} has no whole checkpoint ({listed}); restore one, or delete the run's folder.")
 
-    def close(self) -> None:
-        """Wait until every save is on disk; `UserError` if the last one could not be written."""
-        try:
-            self._wait()
-        finally:
-            with contextlib.suppress(Exception):  # of a save that is already reported
-                self._manager.close()
-
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait until every save is on disk; `UserError` if the last one could not be written."""
         try:
-            self.close()
+            self._wait()
         except UserError as error:
             if kind is None:
                 raise
             log0(f"WARNING: {error}")  # the exception that ended the run is raised
+        finally:
+            with contextlib.suppress(Exception):  # of a save that is already reported
+                self._manager.close()
 
     def _wait(self) -> None:
         """Wait for a save in progress; `UserError` if it failed, a warning if only an old checkpoint is not deleted."""

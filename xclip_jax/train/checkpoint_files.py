@@ -106,7 +106,6 @@ def free_bytes(path: epath.Path) -> int | None:
     """Return the free bytes on the disk of `path`, which need not exist; None for a bucket."""
     if is_remote(str(path)):
         return None
-    folder = os.path.abspath(path)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    return shutil.disk_usage(folder).free
+    folder = pathlib.Path(path).absolute()
+    existing = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    return shutil.disk_usage(existing).free

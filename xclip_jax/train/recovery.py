@@ -38,17 +38,17 @@ class SkippedSteps:
 
     @property
     def _counters(self) -> Mapping[str, int]:
-        return self._ledger.counters.get("skipped", {})
+        return {"total": 0, "in_a_row": 0, "rewound": 0} | self._ledger.counters.get("skipped", {})
 
     @property
     def total(self) -> int:
         """Number of skipped steps of the run."""
-        return self._counters.get("total", 0)
+        return self._counters["total"]
 
     @property
     def in_a_row(self) -> int:
         """Skipped steps since the last accepted step or rewind."""
-        return self._counters.get("in_a_row", 0)
+        return self._counters["in_a_row"]
 
     @property
     def exceeded(self) -> bool:
@@ -84,8 +84,7 @@ class SkippedSteps:
         numbers continue. A run killed before or after this resumes to the same end.
         """
         step = self._checked
-        rewound = self._counters.get("rewound", 0)
-        target = self._checkpoint_before(step - self.in_a_row, rewound)
+        target = self._checkpoint_before(step - self.in_a_row)
         for x in jax.tree.leaves(state):
             x.delete()  # two states may not fit the devices
         restored, _ = self._checkpointer.restore(self._run.experiment.abstract, target)
@@ -98,10 +97,10 @@ class SkippedSteps:
         self._count(in_a_row=0, rewound=step)
         return with_step(restored, step)
 
-    def _checkpoint_before(self, failed: int, rewound: int) -> int:
-        """Return the newest whole checkpoint between two steps, if possible not saved by an interrupt."""
+    def _checkpoint_before(self, failed: int) -> int:
+        """Return the newest whole checkpoint between the last rewind and `failed`, if possible not of an interrupt."""
         every = self._run.config.checkpoint.every
-        usable = [step for step in self._checkpointer.steps() if rewound < step < failed]
+        usable = [step for step in self._checkpointer.steps() if self._counters["rewound"] < step < failed]
         for step in sorted(usable, key=lambda step: (bool(every) and step % every == 0, step), reverse=True):
             if self._checkpointer.find_fault(step) is None:
                 return step
@@ -118,6 +117,5 @@ class SkippedSteps:
         )
 
     def _count(self, **changes: int) -> None:
-        counters = {"total": 0, "in_a_row": 0, "rewound": 0, **self._counters, **changes}
         # A new dict, since the old one may be on its way to a checkpoint.
-        self._ledger.counters = {**self._ledger.counters, "skipped": counters}
+        self._ledger.counters = {**self._ledger.counters, "skipped": {**self._counters, **changes}}

@@ -91,16 +91,13 @@ class RunWriter(RunReader):
         if saved is None:
             return name  # `claimed` writes the copy again
         was = saved["config"]["data"]["tokenizer"]
-        used = name
-        if {name, was} & set(tokenizer.NAMES):
-            same = name == was
-        else:
+        if name == was and name in tokenizer.NAMES:
+            return name
+        if not {name, was} & set(tokenizer.NAMES):
             given = epath.Path(name).expanduser()
-            used = str(self.tokenizer_file)
-            same = not given.exists() or given.read_bytes() == self.tokenizer_file.read_bytes()
-        if not same:
-            raise UserError(f"data.tokenizer={name!r} differs from {was!r} in {self.config_file}; use that one.")
-        return used
+            if not given.exists() or given.read_bytes() == self.tokenizer_file.read_bytes():
+                return str(self.tokenizer_file)
+        raise UserError(f"data.tokenizer={name!r} differs from {was!r} in {self.config_file}; use that one.")
 
     def length_groups(self, text_rows: tuple[int, int]) -> LengthGroups | None:
         """Return the run's length groups; None without a checkpoint, or if `Experiment.text_rows` differ."""
@@ -139,12 +136,7 @@ class RunWriter(RunReader):
     ) -> Iterator[None]:
         """Lock the folder, write config.json, data.json and the tokenizer, and delete old results.
 
-        Args:
-          config: the resolved config of the run.
-          fingerprints: one per source.
-          groups: length groups of its texts.
-          text_rows: `Experiment.text_rows` for these groups.
-          init_step: step of the initial weights in their run, else 0.
+        `text_rows` are `Experiment.text_rows` for the length `groups`, `init_step` the step of initial weights, else 0.
         """
         if jax.process_index() != 0:
             yield

@@ -119,7 +119,7 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
     groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
     with imports.named_by(path):
         saved = schema.resolve(schema.complete({"steps": 1} | groups))
-    for name in ("img", "txt"):
+    for name in TOWERS:
         tower = config.model[name]
         # remat only affects how a tower is computed.
         tower.update(as_dict(getattr(saved.model, name)) | {"remat": tower.remat})
@@ -173,11 +173,8 @@ def read_initial(
 ) -> tuple[dict[str, np.ndarray], int]:
     """Read the tensors in `config.init.weights` for a new run's state, and print omissions and conversions.
 
-    Args:
-      config: the run's config.
-      abstract: shapes of its state.
-      classes: classes of its labelled data; a classifier with other classes is left out.
-      step: step of the checkpoint, if the weights are a run; the newest by default.
+    `abstract` has the shapes of the state. A classifier is left out unless its classes are `classes`, those of the run's
+    labelled data. If the weights are a run, `step` is the step of the checkpoint; the newest by default.
 
     Returns:
       Flat {"params/img/...": array}, and the step of the weights' run, 0 for other weights.
