@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -65,6 +66,12 @@ def untrained(run, objective="xclip", noise=0.0, **changes):
     with Checkpointer(run) as checkpointer:
         checkpointer.save(state, {"samples": 0})
     return run
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of the run `trained`."""
+    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def batch(seed=0, b=BATCH, eot=257):

@@ -1,19 +1,17 @@
 """A run's folder in a bucket, which here is fsspec's file system in memory."""
 
-import types
-
 import pytest
 from etils import epath
 
 from tests.data.test_tokenizer import save_words
 from tests.helpers import tiny
 from tests.helpers.bucket import Bucket, register
+from tests.integration.test_same_data import compare
 from xclip_jax.commands import export
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import tokenizer
-from xclip_jax.processes import runtime
 from xclip_jax.train import checkpoint_files, checks, prepare, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_writer import RunWriter
@@ -51,11 +49,9 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     copy = f"{bucket}/runs/mine/tokenizer.json"
     assert again.experiment.tokenizer.name == copy
     assert again.experiment.tokenizer(TEXTS, 6).tolist() == expected.tolist()
-    compared = []
-    others = types.SimpleNamespace(check_same=lambda facts, _: compared.append(facts))
-    monkeypatch.setattr(runtime, "peers", lambda: others)
+    compared = compare(monkeypatch)
     checks.check_same_data(again.experiment, again.fingerprints, again.final_evaluators)
-    assert "tokenizer file" in compared[0]
+    assert "tokenizer file" in compared[0][0]
 
     # Orbax would read the checkpoint by a client of its own, from the real store.
     with Checkpointer(tmp_path / "local") as checkpointer:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 
 import pytest
@@ -17,10 +16,7 @@ from xclip_jax.train.run_writer import RunWriter
 
 pytestmark = pytest.mark.long
 
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+run = tiny.copied
 
 
 def steps(run):

@@ -111,7 +111,6 @@ def test_a_classifier_has_the_classes_of_labelled_items(tmp_path):
         ("tests.extension.json_lines:JsonLinesSource:/x", "JsonLinesSource' is not a class derived from .*SourceKind"),
         (f"{KIND}:/nowhere", "'/nowhere' does not exist"),
         (WAVES, rf"source '{WAVES}' has no image-text pairs; write tar:PATTERN"),
-        ("foldr:pairs", "unknown source 'foldr:pairs'; write .*folder:PATH"),
         ("folder:", "unknown source 'folder:'; write .*folder:PATH"),
     ],
 )

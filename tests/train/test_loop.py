@@ -1,7 +1,6 @@
 import itertools
 import json
 import os
-import pathlib
 import shutil
 import signal
 import threading
@@ -25,10 +24,7 @@ from xclip_jax.train.loop import Session
 
 pytestmark = pytest.mark.long
 
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+run = tiny.copied
 
 
 def go_back(run):

@@ -150,9 +150,8 @@ def test_a_run_goes_on_without_the_bad_steps(pairs, tmp_path, monkeypatch, capsy
     train(c, monkeypatch, poisoned={4, 5, 9})
     out = capsys.readouterr().out
     assert out.count("the step is skipped") == 3
-    assert (
-        "WARNING: step 5 has values that are not finite, loss nan, " in out and "skipped, 2 in a row, 2 in all" in out
-    )
+    assert "WARNING: step 5 has values that are not finite, loss nan, " in out
+    assert "skipped, 2 in a row, 2 in all" in out
     b = tiny.BATCH
     entries = [[line[key] for key in ("step", "position", "samples", "loss")]
                for line in tiny.lines(c.run, "skipped_steps.jsonl")]  # fmt: skip

@@ -24,10 +24,7 @@ from xclip_jax.train.run_writer import RunWriter
 
 pytestmark = pytest.mark.long
 
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+run = tiny.copied
 
 
 def test_a_first_command_that_fails_leaves_nothing(pairs, tmp_path):
@@ -56,10 +53,10 @@ def test_metrics_before_a_first_checkpoint(pairs, tmp_path):
     """A shorter interval, in a start that ends before it logs, does not make them those of lost checkpoints."""
     folder = RunWriter(tmp_path)
     for every in (1000, 100, 100):
-        with folder.claimed(schema.resolve(tiny.short(pairs, tmp_path, steps=2000, checkpoint__every=every)), []):
+        config = schema.resolve(tiny.short(pairs, tmp_path, steps=2000, checkpoint__every=every))
+        with folder.claimed(config, []):
             folder.metrics_file.write_text('{"step": 900, "loss": 1.0}\n')
     folder.metrics_file.write_text('{"step": 250, "loss": 1.0}\n')
-    config = schema.resolve(tiny.short(pairs, tmp_path, steps=2000, checkpoint__every=100))
     with pytest.raises(UserError, match="metrics up to step 250 and no checkpoint"):
         folder.check(config)
     folder.skipped_steps_file.write_text('{"step": 100, "position": 1584}\n')  # whose parameters are not saved

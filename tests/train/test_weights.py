@@ -95,8 +95,6 @@ def test_a_start_that_cannot_be(source, pairs, tmp_path):
     with pytest.raises(UserError, match="params/img/transformer has 2 blocks, expected 3"):
         run(model__img__depth=3)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match=r"init\.freeze is \('image',\); expected names among 'img', 'txt'"):
-        build.build(tiny.config(init__freeze=("image",)))
 
 
 def towers(size=16, length=8, embed=8, vocab=20, **img):
