@@ -173,7 +173,7 @@ def read_initial(
 ) -> tuple[dict[str, np.ndarray], int]:
     """Read the tensors in `config.init.weights` for a new run's state, and print omissions and conversions.
 
-    `abstract` has the shapes of the state. A classifier is left out unless its classes are `classes`, those of the run's
+    `abstract` has the shapes of the state. A classifier is left out unless its classes are `classes`, of the run's
     labelled data. If the weights are a run, `step` is the step of the checkpoint; the newest by default.
 
     Returns:
