@@ -41,8 +41,6 @@ class Peers:
     """The other processes, watched by a thread that ends this process when another one fails.
 
     Attributes:
-      index: index of this process.
-      count: number of processes.
       status: returns this process's current work, reported to the others; set by the watchdog.
     """
 

@@ -98,10 +98,6 @@ class TrainStep:
     """The train step as a pure function, `step`, and everything it needs besides state and batch.
 
     Attributes:
-      model: the towers and heads.
-      tx: the optimizer.
-      objective: the minimised loss.
-      batch_noise: samples the random inputs of a batch.
       momentum: momentum of the parameters' moving average as a function of the step.
       microbatches: see `_features`.
       constrain_grads: constrains gradients to the optimizer's layout.
