@@ -36,7 +36,6 @@ __all__ = ["Clusters", "Model", "ZeroShotResult", "load"]
 
 TEMPLATES = ("a photo of a {}.",)
 _SMALLER = (1, 8)  # batch sizes for few items
-_MESH = {"data": -1, "fsdp": 1, "model": 1}
 
 
 class ZeroShotResult(NamedTuple):
@@ -91,7 +90,7 @@ class Model:
         } | ({"dims": dims} if dims else {})  # fmt: skip
         self._experiment = experiment
         self.similarities = experiment.objective.similarities
-        mesh = make_mesh(_MESH)
+        mesh = make_mesh({"data": -1, "fsdp": 1, "model": 1})
         self._model = experiment.model
         if jax.default_backend() == "cpu":
             self._model, variables = unrolled(experiment, variables)

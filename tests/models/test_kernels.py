@@ -96,11 +96,11 @@ def everywhere(monkeypatch):
     platform = sharding.platform
     for module in (sharding, layers, transformer):
         monkeypatch.setattr(module, "platform", lambda: "tpu" if on["kernel"] and platform() else platform())
-    monkeypatch.setattr(kernels, "attention", lambda *args: attention(*args[:5], interpret=True))
+    monkeypatch.setattr(kernels, "attention", lambda *args: attention(*args, interpret=True))
     monkeypatch.setattr(transformer, "device", lambda: types.SimpleNamespace(num_cores=1))
     for name in ("project", "finish"):
         kernel = getattr(block_kernels, name)
-        monkeypatch.setattr(block_kernels, name, lambda *args, kernel=kernel: kernel(*args[:-1], True))
+        monkeypatch.setattr(block_kernels, name, functools.partial(kernel, interpret=True))
 
     def fuses(self, tokens, _):
         shards = sharding.shards_of("heads")

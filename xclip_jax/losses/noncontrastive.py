@@ -11,8 +11,7 @@ With p, q the softmax of image and text logits over tau, a hat for targets and H
     smoothness = 1/2 [ H(mean_i p_i) + H(mean_i q_i) ]     maximised: the batch uses all clusters
     loss       = align + lambda_sharp * sharpness - lambda_smooth * smoothness
 
-The means run over the global batch. Smoothness does not decompose over devices or microbatches: under plain
-`jax.jit` with a sharded batch XLA inserts the collectives, and an average of per-device losses is a different loss.
+The means run over the global batch. Smoothness does not decompose over devices or microbatches.
 """
 
 from collections.abc import Mapping

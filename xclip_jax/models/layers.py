@@ -216,11 +216,9 @@ class Attention(nn.Module):
         if self.fused:
             kv = d // self.heads
             axes = ("batch", None, "heads")
-
-            def on_device(qkv: Array, bias: Array) -> Array:
-                return kernels.attention(qkv, bias, kv, self.fused, self.causal, platform() != "tpu")
-
-            x = map_devices(on_device, maps, (axes, (None, "heads")), axes)
+            x = map_devices(
+                lambda *qkv: kernels.attention(*qkv, kv, self.fused, self.causal), maps, (axes, (None, "heads")), axes
+            )
             x = einops.rearrange(x, "b n (heads kv) -> b n heads kv", kv=kv)
         elif at is None and self._cudnn_accepts(maps[0]):
             axes = ("batch", "heads", None, None)

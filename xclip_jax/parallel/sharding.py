@@ -44,7 +44,6 @@ RULES: Mapping[str, Rules] = {
     "fsdp_tp": _FSDP | {"mlp": "model", "heads": "model"},
 }
 _CLUSTERS_SPLIT: Rules = {"row": None, "hidden": None, "cluster": AXES}
-STRATEGIES = tuple(RULES)
 # zero1 does not split smaller moments: their bytes are negligible, and each split array needs a collective.
 ZERO1_ELEMENTS = 1 << 14
 
@@ -59,7 +58,7 @@ class MeshConfig:
     data: int = key(-1, "copies of the model, each with a share of the batch", _SIZE)
     fsdp: int = key(1, "shards of the batch and, by strategy, of parameters (fsdp) or moments (zero1)", _SIZE)
     model: int = key(1, "devices that share clusters and, with fsdp_tp, heads and MLPs", _SIZE)
-    strategy: str = key("dp", "arrays to split in addition to the batch", choice(STRATEGIES))
+    strategy: str = key("dp", "arrays to split in addition to the batch", choice(RULES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ class MeshLayout:
     """A mesh and how arrays are split over it."""
 
     mesh: Mesh
-    strategy: str  # one of `STRATEGIES`
+    strategy: str  # one of `RULES`
     clusters_split: bool = False  # whether clusters, and not the rows of their logits, are split over all devices
     manual: tuple[str, ...] = ()  # mesh axes over which `map_microbatches` has already split the rows
 
@@ -84,8 +83,7 @@ def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout
     "model". `boxed` is a tree of logically named abstract arrays, and `batch` the size of the global batch.
     """
     arrays = zip(jax.tree.leaves(nn.unbox(boxed)), _leaf_specs(boxed), strict=True)
-    axes = [axis for x, names in arrays for axis in zip(names, x.shape, strict=False)]
-    clusters = {size for name, size in axes if name == "cluster"}
+    clusters = {size for x, names in arrays for name, size in zip(names, x.shape, strict=False) if name == "cluster"}
     fits = all(k % mesh.size == 0 and batch * mesh.shape["model"] <= k for k in clusters)
     return MeshLayout(mesh, strategy, clusters_split=bool(clusters) and fits)
 
@@ -163,7 +161,7 @@ def map_devices(
         mesh=None if layout.manual else layout.mesh,
         in_specs=tuple(_spec(layout, names) for names in axes),
         out_specs=_spec(layout, result),
-        axis_names={axis for axis in layout.mesh.axis_names if axis not in layout.manual},
+        axis_names=set(layout.mesh.axis_names) - set(layout.manual),
         check_vma=False,
     )(*arrays)
 
