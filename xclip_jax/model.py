@@ -250,9 +250,8 @@ class Model:
         similarity = cluster_similarity(self.similarities)
         if similarity is None or (images is None) == (texts is None):
             raise UserError("clusters takes either images or texts=[...], and a model trained by nclip or xclip.")
-        keys = (similarity.feature,)
-        items: Any = images if texts is None else texts
-        outputs = (self._images if texts is None else self._texts)(items, keys)
+        encode: Any = self._images if texts is None else self._texts
+        outputs = encode(images if texts is None else texts, [similarity.feature])
         p = similarity.rows(outputs[similarity.feature])
         ids = np.argsort(-p, axis=1, kind="stable")[:, :top]
         return Clusters(ids, np.take_along_axis(p, ids, axis=1))

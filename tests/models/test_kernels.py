@@ -18,6 +18,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.helpers import tiny
+from tests.helpers.util import assert_close
 from xclip_jax.config import load as config_file
 from xclip_jax.models import block_kernels, kernels, layers, transformer
 from xclip_jax.models.layers import attend
@@ -138,8 +139,7 @@ def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat)
         program = str(jax.make_jaxpr(run)(params, x))
         assert ("attention_gradient" in program) == everywhere["kernel"]
         assert ("finish_gradient" in program) == (everywhere["kernel"] and strategy != "fsdp_tp")
-    for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(jnp.abs(theirs).max()))
+    assert_close(*map(jax.tree.leaves, results), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def _sums_of_batch(logits: dict[str, Logits], target: str, tau: ArrayLike, chunk
 
     rows = {name: value.x for name, value in factors.items()}
     num_chunks = logits["s_img"].shape[0] // chunk
-    return map_microbatches(sums_of_chunk, kernels, rows, num_chunks, stack=True, clusters=True)
+    return map_microbatches(sums_of_chunk, kernels, rows, num_chunks, clusters=True)
 
 
 def _sums(s: Mapping[str, jax.Array], target: str, tau: ArrayLike) -> Sums:

@@ -167,7 +167,7 @@ def map_devices(
 
 
 def map_microbatches(
-    fn: Callable[[Any, Any], Any], shared: Any, rows: Any, microbatches: int, *, stack: bool, clusters: bool = False
+    fn: Callable[[Any, Any], Any], shared: Any, rows: Any, microbatches: int, *, clusters: bool = False
 ) -> Any:
     """Compute fn(shared, microbatch of rows) for each of `microbatches` equal microbatches, one after another.
 
@@ -179,10 +179,9 @@ def map_microbatches(
       shared: a tree of arrays independent of the batch.
       rows: a tree of arrays with the global batch as their first dimension.
       microbatches: number of microbatches; each has rows of every device, so that none is idle.
-      stack: whether to stack results, one per microbatch and device; otherwise they have the microbatch's rows, and are
-        returned in the order of the batch.
-      clusters: whether `fn` computes cluster logits. If clusters are split over all devices, each device has its
-        clusters of all rows of a microbatch, and there is one result per microbatch.
+      clusters: whether `fn` sums over cluster logits. Results are then stacked, one per microbatch and device, or one
+        per microbatch if clusters are split over all devices, each with its clusters of all rows. Otherwise results
+        have the microbatch's rows, and are returned in the order of the batch.
     """
     layout = _active.get()
 
@@ -192,7 +191,7 @@ def map_microbatches(
             lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), rows
         )
         results = jax.lax.map(jax.checkpoint(lambda part: fn(shared, part)), parts)
-        return results if stack else jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
+        return results if clusters else jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
     if layout is None or (clusters and layout.clusters_split):
         return local(shared, rows)
