@@ -82,14 +82,10 @@ def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout
     A split sends batch x hidden numbers twice; otherwise hidden x clusters numbers travel, divided by the size of axis
     "model". `boxed` is a tree of logically named abstract arrays, and `batch` the size of the global batch.
     """
-    arrays = zip(jax.tree.leaves(nn.unbox(boxed)), _leaf_specs(boxed), strict=True)
+    arrays = zip(jax.tree.leaves(nn.unbox(boxed)), jax.tree.leaves(nn.get_partition_spec(boxed)), strict=True)
     clusters = {size for x, names in arrays for name, size in zip(names, x.shape, strict=False) if name == "cluster"}
     fits = all(k % mesh.size == 0 and batch * mesh.shape["model"] <= k for k in clusters)
     return MeshLayout(mesh, strategy, clusters_split=bool(clusters) and fits)
-
-
-def _leaf_specs(boxed: Any) -> list[PartitionSpec]:
-    return jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 _active: contextvars.ContextVar[MeshLayout | None] = contextvars.ContextVar("layout", default=None)
@@ -224,7 +220,7 @@ def shardings(boxed: Any, layout: MeshLayout) -> Any:
     """
     mesh = layout.mesh
     specs = nn.get_partition_spec(boxed)
-    names = {axis for spec in _leaf_specs(boxed) for axis in spec if axis}
+    names = {axis for spec in jax.tree.leaves(specs) for axis in spec if axis}
     shardings_of = nn.logical_to_mesh_sharding(specs, mesh, [(name, layout.rules.get(name)) for name in sorted(names)])
     shapes = nn.unbox(boxed)
     shardings_of = jax.tree.map(_without_batch, shapes, shardings_of)
