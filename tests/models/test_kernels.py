@@ -93,15 +93,12 @@ def test_which_sequences_fit():
 @pytest.fixture
 def everywhere(monkeypatch):
     """The program for TPUs with its kernels interpreted, wherever sizes fit; a switch to turn them on and off."""
-    on, attention = {"kernel": True}, kernels.attention
-    platform = sharding.platform
+    on, platform = {"kernel": True}, sharding.platform
     for module in (sharding, layers, transformer):
         monkeypatch.setattr(module, "platform", lambda: "tpu" if on["kernel"] and platform() else platform())
-    monkeypatch.setattr(kernels, "attention", lambda *args: attention(*args, interpret=True))
     monkeypatch.setattr(transformer, "device", lambda: types.SimpleNamespace(num_cores=1))
-    for name in ("project", "finish"):
-        kernel = getattr(block_kernels, name)
-        monkeypatch.setattr(block_kernels, name, functools.partial(kernel, interpret=True))
+    for module, name in ((kernels, "attention"), (block_kernels, "project"), (block_kernels, "finish")):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
 
     def fuses(self, tokens, _):
         shards = sharding.shards_of("heads")

@@ -144,7 +144,7 @@ class Block(nn.Module):
 def _by_kernels(params: Params, x: Array, config: TransformerConfig, causal: bool, tokens: int) -> Array:
     """Compute a block with these parameters by kernels; see `Block`, and `kernels.attention` for `tokens`."""
     width, eps, act = config.width, config.details.eps, ACTIVATIONS[config.details.act]
-    on: Any = device()
+    on: Any = device()  # a TPU, see `fuses_products`
 
     def linear(part: Params) -> tuple[Array, Array]:
         kernel = part["kernel"].astype(x.dtype)
