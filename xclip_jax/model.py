@@ -36,7 +36,6 @@ __all__ = ["Clusters", "Model", "ZeroShotResult", "load"]
 
 TEMPLATES = ("a photo of a {}.",)
 _SMALLER = (1, 8)  # batch sizes for few items
-_MESH = {"data": -1, "fsdp": 1, "model": 1}
 
 
 class ZeroShotResult(NamedTuple):
@@ -91,7 +90,7 @@ class Model:
         } | ({"dims": dims} if dims else {})  # fmt: skip
         self._experiment = experiment
         self.similarities = experiment.objective.similarities
-        mesh = make_mesh(_MESH)
+        mesh = make_mesh({"data": -1, "fsdp": 1, "model": 1})
         self._model = experiment.model
         if jax.default_backend() == "cpu":
             self._model, variables = unrolled(experiment, variables)
@@ -251,9 +250,8 @@ class Model:
         similarity = cluster_similarity(self.similarities)
         if similarity is None or (images is None) == (texts is None):
             raise UserError("clusters takes either images or texts=[...], and a model trained by nclip or xclip.")
-        keys = (similarity.feature,)
-        items: Any = images if texts is None else texts
-        outputs = (self._images if texts is None else self._texts)(items, keys)
+        encode: Any = self._images if texts is None else self._texts
+        outputs = encode(images if texts is None else texts, [similarity.feature])
         p = similarity.rows(outputs[similarity.feature])
         ids = np.argsort(-p, axis=1, kind="stable")[:, :top]
         return Clusters(ids, np.take_along_axis(p, ids, axis=1))

@@ -152,13 +152,10 @@ def _muon_dimensions(kernels: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, kernels)
 
 
-def make_optimizer(
-    config: OptimConfig, steps: int, towers: Mapping[str, Tower], frozen: Collection[str] = ()
-) -> optax.GradientTransformation:
-    """Make the optimizer `config.name` with `schedule`, gradient clipping and layer decay.
+def make_optimizer(config: OptimConfig, steps: int, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
+    """Make the optimizer `config.name` with `schedule` over the run's `steps`, gradient clipping and layer decay.
 
-    Weight decay is decoupled: the learning rate times `weight_decay` times the parameter. The schedule covers `steps`,
-    the whole run. The towers `frozen` have no updates, weight decay or moments.
+    Weight decay is decoupled: the learning rate times `weight_decay` times the parameter.
     """
     rate = schedule(config, steps)
     tx = _muon(config, rate, towers) if config.name == "muon" else _adamw(config, rate)
@@ -168,7 +165,7 @@ def make_optimizer(
         tx = optax.chain(tx, optax.stateless(lambda x, _: jax.tree.map(operator.mul, x, scales(x))))
     if config.grad_clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), tx)
-    return freeze(tx, frozen) if frozen else tx
+    return tx
 
 
 def freeze(tx: optax.GradientTransformation, frozen: Collection[str]) -> optax.GradientTransformation:

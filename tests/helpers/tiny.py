@@ -83,6 +83,16 @@ def batch(seed=0, b=BATCH, eot=257):
     return {"image": rng.integers(0, 256, (b, SIZE, SIZE, 3), dtype=np.uint8), "text": text}
 
 
+def assert_same_step(one, other, batch, *names):
+    """The first steps of two experiments have the same loss, norm of the gradient and metrics `names`; returns them."""
+    expected, metrics = (
+        jax.device_get(p.compiled(create(p.init, p.abstract), loader.to_global(batch, p.mesh))[1]) for p in (one, other)
+    )
+    for name in ("loss", "grad_norm", *names):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
+    return metrics
+
+
 def folder(path, n=40, seed=0):
     """Writes `n` little images with captions under `path` and returns it."""
     rng = np.random.default_rng(seed)

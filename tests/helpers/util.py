@@ -17,6 +17,7 @@ from xclip_jax.models.two_towers import ModelConfig, TwoTowers
 from xclip_jax.models.vit import ImageTowerConfig
 from xclip_jax.objectives.clip import Clip, Siglip
 from xclip_jax.objectives.nclip import Nclip
+from xclip_jax.parallel.mesh import batch_sharding, make_mesh
 
 # These tests compile far more than they compute: without LLVM's optimisation they take half the time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -51,6 +52,11 @@ def random_variables(module, *args, seed=0, std=0.2):
         return jnp.asarray(value, x.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *args)))
+
+
+def rows_over(devices=8):
+    """Sharding of the first dimension over this many devices."""
+    return batch_sharding(make_mesh({"data": devices, "fsdp": 1, "model": 1}, jax.devices()[:devices]))
 
 
 def central_differences(f, args, step=1e-6):

@@ -18,6 +18,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.helpers import tiny
+from tests.helpers.util import assert_close
 from xclip_jax.config import load as config_file
 from xclip_jax.models import block_kernels, kernels, layers, transformer
 from xclip_jax.models.layers import attend
@@ -92,15 +93,12 @@ def test_which_sequences_fit():
 @pytest.fixture
 def everywhere(monkeypatch):
     """The program for TPUs with its kernels interpreted, wherever sizes fit; a switch to turn them on and off."""
-    on, attention = {"kernel": True}, kernels.attention
-    platform = sharding.platform
+    on, platform = {"kernel": True}, sharding.platform
     for module in (sharding, layers, transformer):
         monkeypatch.setattr(module, "platform", lambda: "tpu" if on["kernel"] and platform() else platform())
-    monkeypatch.setattr(kernels, "attention", lambda *args: attention(*args[:5], interpret=True))
     monkeypatch.setattr(transformer, "device", lambda: types.SimpleNamespace(num_cores=1))
-    for name in ("project", "finish"):
-        kernel = getattr(block_kernels, name)
-        monkeypatch.setattr(block_kernels, name, lambda *args, kernel=kernel: kernel(*args[:-1], True))
+    for module, name in ((kernels, "attention"), (block_kernels, "project"), (block_kernels, "finish")):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
 
     def fuses(self, tokens, _):
         shards = sharding.shards_of("heads")
@@ -138,8 +136,7 @@ def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat)
         program = str(jax.make_jaxpr(run)(params, x))
         assert ("attention_gradient" in program) == everywhere["kernel"]
         assert ("finish_gradient" in program) == (everywhere["kernel"] and strategy != "fsdp_tp")
-    for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(jnp.abs(theirs).max()))
+    assert_close(*map(jax.tree.leaves, results), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,7 @@ def test_every_parameter_names_its_axes(scan, pool):
         assert ("layers" in spec) == ("'blocks'" in key), f"{key}: {spec}"
         assert "layers" not in spec[1:], f"{key}: {spec}"
 
-    is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)  # noqa: E731
-    jax.tree_util.tree_map_with_path(check, specs, shapes, is_leaf=is_spec)
+    jax.tree_util.tree_map_with_path(check, specs, shapes)
     blocks = specs["img"]["transformer"]["blocks" if scan else "block_0"]
     assert tuple(blocks["attention"]["qkv"]["kernel"])[int(scan) :] == ("embed", None, "heads", "kv")
     assert tuple(blocks["attention"]["qkv"]["bias"])[int(scan) :] == (None, "heads", "kv")

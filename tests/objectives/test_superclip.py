@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from examples import superclip as tokens
-from tests.helpers.util import assert_close, central_differences
+from tests.helpers.util import assert_close, central_differences, rows_over
+from xclip_jax.parallel.mesh import replicated
 from xclip_jax.train.cost.hlo import collectives
 
 START, END, VOCAB = 1, 2, 19
@@ -48,20 +48,18 @@ def given(batches):
     return state
 
 
+def loss(logits, text, end, state):
+    value, metrics, state = tokens.classify(logits, text, end, state)
+    return value, (metrics, state)
+
+
 @pytest.mark.parametrize(("steps", "devices", "pad"), [(1, 1, END), (3, 8, 0), (3, 1, 5)])
 def test_equals_oracle(steps, devices, pad):
     """Starts, ends and padding have no weight, and a token that pads has one where a caption has it."""
     batches = [captions(seed=i, pad=pad) for i in range(steps)]
     logits = np.random.default_rng(7).normal(size=(8, VOCAB))
     arrays = [jnp.asarray(logits, jnp.float32), jnp.asarray(batches[-1]), ends(batches[-1])]
-    if devices > 1:
-        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-        arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
-
-    def loss(logits, text, end, state):
-        value, metrics, state = tokens.classify(logits, text, end, state)
-        return value, (metrics, state)
-
+    arrays = jax.device_put(arrays, rows_over(devices))
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, (metrics, state)), grad = step(*arrays, given(batches[:-1]))
     expected, target, frequency = oracle(batches, logits)
@@ -76,16 +74,11 @@ def test_equals_oracle(steps, devices, pad):
 def test_rows_stay_on_their_device():
     """What travels grows with the vocabulary and not with the batch; 8 devices, gradients included."""
     b, n, vocab = 64, 12, 512
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    rows = rows_over(8)
+    whole = replicated(rows.mesh)
     logits = jax.ShapeDtypeStruct((b, vocab), jnp.float32, sharding=rows)
     text, end = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((b, n), (b,)))
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tokens.initial_state(vocab))
-
-    def loss(logits, text, end, state):
-        value, metrics, state = tokens.classify(logits, text, end, state)
-        return value, (metrics, state)
-
     step = jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=((whole, (whole, whole)), rows))
     compiled = step.lower(logits, text, end, state).compile()
     found = collectives(compiled.as_text(), 8)

@@ -1,13 +1,7 @@
 """Contrastive losses over the global batch: CLIP's softmax and SigLIP's sigmoid.
 
-Under plain `jax.jit` with a sharded batch XLA inserts the collectives, so value and gradient do not depend on the
-number of devices. An average of per-device losses is a different, wrong loss.
-
 With a `chunk` a loss compares that many texts at a time with all images, and the backward pass computes each chunk
 again, so that memory never holds the logits of more texts (Inf-CL, arXiv 2410.17243). Value and gradient are the same.
-
-Pairs of a batch may share a caption or an image. By default each is a negative of the others; with `keys` they are
-positives of one another, and the target is spread over them.
 
 Sources: Radford et al., arXiv 2103.00020 (softmax, called CLIP in nCLIP's paper [paper]); Zhai et al., arXiv 2303.15343
 (sigmoid [ours]); Yang et al., arXiv 2204.03610 (UniCL: several positives [ours]); see also `robust`.
@@ -44,8 +38,8 @@ def clip(
 ) -> tuple[jax.Array, Metrics]:
     """Return CLIP's loss: cross-entropy of the matching pair, image to text and text to image, averaged, in nats.
 
-    With `keys` the target of pair i is 1 / n_i for each of the n_i pairs with its key, itself included (UniCL's
-    bidirectional loss, arXiv 2204.03610, equation 3; SupCon's L_out, arXiv 2004.11362).
+    With `keys`, for pairs that share a caption or an image, the target of pair i is 1 / n_i for each of the n_i pairs
+    with its key, itself included (UniCL's bidirectional loss, equation 3; SupCon's L_out, arXiv 2004.11362).
 
     With `exists`, k wrong texts per pair, called negatives, follow the captions. The cross-entropy of image i is then
     -s_ii + ln(sum_j exp s_ij + sum_m exp s_im) of all captions j and existing negatives m of the batch. Negatives
@@ -107,17 +101,10 @@ def clip(
 
 
 def robust(cross_entropy: ArrayLike, q: float) -> jax.Array:
-    """Return losses that tolerate wrong targets, (1 - p^q) / q, of cross-entropies -ln p.
+    """Return losses that tolerate wrong targets, (1 - p^q) / q, of cross-entropies -ln p in nats, of any shape.
 
-    This is generalised cross-entropy (arXiv 1805.07836), at most 1 / q; q = 0 is its limit, -ln p, and q = 1 half of
-    the mean absolute error. The derivative by the cross-entropy is p^q.
-
-    Args:
-        cross_entropy: array of any shape, nats.
-        q: from 0 to 1.
-
-    Returns:
-        The losses, of the shape of `cross_entropy`.
+    This is generalised cross-entropy (arXiv 1805.07836), at most 1 / q, for q from 0 to 1: q = 0 is its limit, -ln p,
+    and q = 1 half of the mean absolute error. The derivative by the cross-entropy is p^q.
 
     Example:
         >>> from xclip_jax.losses.contrastive import robust
@@ -145,7 +132,7 @@ def target_margin(
 ) -> jax.Array:
     """Return the increase of the cross-entropy by a spread target: mean matching logit minus mean target logit.
 
-    The result is an fp32 scalar, the same in both directions. For the arguments see `clip`.
+    It is the same in both directions. For the arguments see `clip`.
     """
     z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
     scale = jnp.asarray(scale, jnp.float32)
@@ -161,14 +148,9 @@ def target_margin(
 
 
 def sum_over_equal(keys: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return for each row i the sum of the rows of `x` whose keys equal key i, and their number.
+    """Return for each row i the sum of the rows of `x` (b, e) whose keys equal key i, and their number; both fp32.
 
-    Args:
-        keys: integers (b,) or (b, m).
-        x: (b, e), any float type.
-
-    Returns:
-        The sums, fp32 (b, e), and the numbers, fp32 (b,). A row with a unique key is returned unchanged.
+    For `keys` see `clip`. A row with a unique key is returned unchanged.
     """
     keys = keys.reshape(len(keys), -1)
     order = jnp.lexsort(keys.T)

@@ -11,8 +11,7 @@ With p, q the softmax of image and text logits over tau, a hat for targets and H
     smoothness = 1/2 [ H(mean_i p_i) + H(mean_i q_i) ]     maximised: the batch uses all clusters
     loss       = align + lambda_sharp * sharpness - lambda_smooth * smoothness
 
-The means run over the global batch. Smoothness does not decompose over devices or microbatches: under plain
-`jax.jit` with a sharded batch XLA inserts the collectives, and an average of per-device losses is a different loss.
+The means run over the global batch. Smoothness does not decompose over devices or microbatches.
 """
 
 from collections.abc import Mapping
@@ -112,7 +111,7 @@ def _sums_of_batch(logits: dict[str, Logits], target: str, tau: ArrayLike, chunk
 
     rows = {name: value.x for name, value in factors.items()}
     num_chunks = logits["s_img"].shape[0] // chunk
-    return map_microbatches(sums_of_chunk, kernels, rows, num_chunks, stack=True, clusters=True)
+    return map_microbatches(sums_of_chunk, kernels, rows, num_chunks, clusters=True)
 
 
 def _sums(s: Mapping[str, jax.Array], target: str, tau: ArrayLike) -> Sums:

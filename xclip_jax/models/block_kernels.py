@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from xclip_jax.models.kernels import LANES, dot
+from xclip_jax.models.kernels import LANES, clear, dot
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
@@ -64,7 +64,9 @@ class Weights(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def project(x: Array, norm: Norm, kernel: Array, eps: float, cores: int, interpret: bool) -> tuple[Array, Array]:
+def project(
+    x: Array, norm: Norm, kernel: Array, eps: float, cores: int, interpret: bool = False
+) -> tuple[Array, Array]:
     """Compute norm(x) @ kernel, (rows, d) -> (rows, outputs), and return it with `x` for the residual branch.
 
     The kernel of the backward pass adds the gradients of both, which XLA would do in a pass of its own.
@@ -99,7 +101,7 @@ def _project_backward(
     x, *weights = inputs
 
     def body(x: Any, g: Any, g_x: Any, scale: Any, offset: Any, kernel: Any, grad_x: Any, *grads: Any) -> None:
-        _clear(grads)
+        clear(grads)
         grad_scale, grad_offset, grad_kernel = grads
         y, normalised, reciprocal = _normalised(x[...], scale, offset, eps)
         grad_kernel[...] += dot(y, g[...], (0, 0))
@@ -108,7 +110,7 @@ def _project_backward(
         grad_x[...] = (g_x[...].astype(jnp.float32) + grad).astype(grad_x.dtype)
 
     products = 2 * weights[2].size
-    grad_x, *grads = _call(body, (x, *g), weights, (x,), products, cores, interpret, "project_gradient", summed=True)
+    grad_x, *grads = _call(body, (x, *g), weights, (x,), products, cores, interpret, "project_gradient", summed=weights)
     return grad_x, Norm(grads[0], grads[1]), grads[2]
 
 
@@ -117,7 +119,7 @@ project.defvjp(_project_forward, _project_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def finish(
-    x: Array, attended: Array, weights: Weights, act: Activation, eps: float, cores: int, interpret: bool
+    x: Array, attended: Array, weights: Weights, act: Activation, eps: float, cores: int, interpret: bool = False
 ) -> Array:
     """Compute the rest of a block after its attention: y = x + attended @ out, and y + down(act(up(norm(y)))).
 
@@ -126,9 +128,7 @@ def finish(
       attended: concatenated heads, like `x`.
       weights: see `Weights`.
       act: elementwise activation, computed in fp32.
-      eps: number added to the variance.
-      cores: cores of a device.
-      interpret: whether to run as plain JAX operations, on any platform.
+      eps, cores, interpret: see `project`.
     """
     return _finish_forward(x, attended, weights, act, eps, cores, interpret)[0]
 
@@ -160,7 +160,7 @@ def _finish_backward(
     def body(x: Any, attended: Any, g: Any, *rest: Any) -> None:
         w = Weights(*rest[:8])
         grad_x, grad_attended, *refs = rest[8:]
-        _clear(refs)
+        clear(refs)
         grads = Weights(*refs)
         before = x[...].astype(jnp.float32) + dot(attended[...], w.out[...], (1, 0)) + w.out_bias[...]
         y, normalised, reciprocal = _normalised(before, w.scale, w.offset, eps, x.dtype)
@@ -186,7 +186,7 @@ def _finish_backward(
 
     products = 3 * weights[0].size + 5 * weights[4].size
     grad_x, grad_attended, *grads = _call(
-        body, (x, attended, g), weights, (x, x), products, cores, interpret, "finish_gradient", summed=True
+        body, (x, attended, g), weights, (x, x), products, cores, interpret, "finish_gradient", summed=weights
     )
     return grad_x, grad_attended, Weights(*grads)
 
@@ -204,31 +204,27 @@ def _call(
     interpret: bool,
     name: str,
     *,
-    summed: bool = False,
+    summed: Sequence[Array] = (),
 ) -> list[Array]:
     """Call the kernel `body` on blocks of rows.
 
     Args:
-      body: function of references to blocks of `rows`, to `weights`, and to blocks of the results.
+      body: function of references to blocks of `rows`, to `weights`, and to blocks of results and sums.
       rows: arrays split over the blocks, (rows, channels).
       weights: arrays that every block reads, with two dimensions.
       results: shapes of results with one row per row.
       products: multiplications per row.
       cores, interpret: see `project`.
       name: name of the kernel.
-      summed: whether further results are the gradients of `weights`, to which each block adds.
+      summed: weights whose gradients are further results, to which each block adds.
     """
     size = math.gcd(len(rows[0]) // cores, ROWS)
     blocks = len(rows[0]) // cores // size
     by_row = [pl.BlockSpec((size, x.shape[1]), lambda core, i: (core * blocks + i, 0)) for x in (*rows, *results)]
-    # One buffer, since the array is the same for all blocks.
-    shared = [pl.BlockSpec(w.shape, lambda core, i: (0, 0), pipeline_mode=pl.Buffered(1)) for w in weights]
-    sums = [
-        pl.BlockSpec((None, *w.shape), lambda core, i: (core, 0, 0), pipeline_mode=pl.Buffered(1))
-        for w in weights
-        if summed
-    ]
-    shapes = [jax.ShapeDtypeStruct((cores, *w.shape), jnp.float32) for w in weights if summed]
+    single = pl.Buffered(1)  # the array is the same for all blocks
+    shared = [pl.BlockSpec(w.shape, lambda core, i: (0, 0), pipeline_mode=single) for w in weights]
+    sums = [pl.BlockSpec((None, *w.shape), lambda core, i: (core, 0, 0), pipeline_mode=single) for w in summed]
+    shapes = [jax.ShapeDtypeStruct((cores, *w.shape), jnp.float32) for w in summed]
     arrays = (*rows, *weights, *results, *shapes)
     outputs = pl.pallas_call(
         body,
@@ -248,18 +244,8 @@ def _call(
         interpret=interpret,
         name=name,
     )(*rows, *weights)
-    kept = list(outputs[: len(results)])
-    gradients = zip(outputs[len(results) :], weights, strict=False)
-    return [*kept, *(grad.sum(0).astype(w.dtype) for grad, w in gradients)]
-
-
-def _clear(sums: Sequence[Any]) -> None:
-    """Set sums to zero before the first block of a core."""
-
-    @pl.when(pl.program_id(1) == 0)
-    def _() -> None:
-        for total in sums:
-            total[...] = jnp.zeros_like(total)
+    gradients = zip(outputs[len(results) :], summed, strict=True)
+    return [*outputs[: len(results)], *(grad.sum(0).astype(w.dtype) for grad, w in gradients)]
 
 
 def _normalised(x: Array, scale: Any, offset: Any, eps: float, dtype: Any = None) -> tuple[Array, Array, Array]:

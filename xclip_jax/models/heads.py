@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xclip_jax.core.fields import at_least, key
-from xclip_jax.models.layers import ACTIVATIONS, dense, named
+from xclip_jax.models.layers import ACTIVATIONS, NORM, dense, named
 from xclip_jax.parallel.sharding import FactoredLogits, constrain
 
 Array = jax.Array
@@ -112,14 +112,7 @@ class ClusterHead(nn.Module):
             # wrong gradients from XLA (jaxlib 0.10.2) if data, fsdp and model are all above 1.
             std = x.shape[-1] ** -0.5
             x = dense(self.hidden, ("embed", None), std=std, dtype=self.dtype, use_bias=False, name=f"hidden_{i}")(x)
-            norm = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=self.momentum,
-                dtype=jnp.float32,
-                scale_init=named(nn.initializers.ones, "norm"),
-                bias_init=named(nn.initializers.zeros, "norm"),
-                name=f"norm_{i}",
-            )
+            norm = nn.BatchNorm(use_running_average=not train, momentum=self.momentum, **NORM, name=f"norm_{i}")
             x = ACTIVATIONS["gelu"](norm(x)).astype(self.dtype)
         kernel, bias = _Clusters(self.clusters, name="clusters")(x.shape[-1])
         if not logits:

@@ -14,7 +14,7 @@ orders its weights). Lane masks separate two heads in 128 lanes, at a lower cost
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import einops
@@ -129,6 +129,15 @@ def _call(
     )(*inputs)
 
 
+def clear(sums: Sequence[Any]) -> None:
+    """Set sums to zero in the first of the blocks that add to them."""
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        for total in sums:
+            total[...] = jnp.zeros_like(total)
+
+
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     """Multiply matrices over the dimensions `contract` of `a` and `b`, and return fp32."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
@@ -185,10 +194,7 @@ def _forward_kernel(qkv: Any, bias: Any, out: Any, *, kv: int, tokens: int, caus
 def _backward_kernel(
     qkv: Any, bias: Any, out: Any, g: Any, grad_qkv: Any, grad_bias: Any, *, kv: int, tokens: int, causal: bool
 ) -> None:
-    @pl.when(pl.program_id(1) == 0)
-    def _() -> None:
-        grad_bias[...] = jnp.zeros_like(grad_bias)
-
+    clear([grad_bias])
     for i in range(qkv.shape[0]):
         query, key, value = _operands(qkv, bias, i, kv)
         g_out = g[i].astype(jnp.float32)

@@ -128,6 +128,13 @@ STYLES = {
 }
 
 
+NORM: dict[str, Any] = {  # options of Flax's norms
+    "dtype": jnp.float32,
+    "scale_init": named(nn.initializers.ones, "norm"),
+    "bias_init": named(nn.initializers.zeros, "norm"),
+}
+
+
 class LayerNorm(nn.Module):
     """LayerNorm computed in fp32 and returned in `dtype`. CLIP's eps is 1e-5, timm's 1e-6."""
 
@@ -136,14 +143,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        norm = nn.LayerNorm(
-            epsilon=self.eps,
-            dtype=jnp.float32,
-            scale_init=named(nn.initializers.ones, "norm"),
-            bias_init=named(nn.initializers.zeros, "norm"),
-            name="norm",
-        )
-        return norm(x).astype(self.dtype)
+        return nn.LayerNorm(epsilon=self.eps, **NORM, name="norm")(x).astype(self.dtype)
 
 
 def token_at(x: Array, at: Array) -> Array:
@@ -216,11 +216,9 @@ class Attention(nn.Module):
         if self.fused:
             kv = d // self.heads
             axes = ("batch", None, "heads")
-
-            def on_device(qkv: Array, bias: Array) -> Array:
-                return kernels.attention(qkv, bias, kv, self.fused, self.causal, platform() != "tpu")
-
-            x = map_devices(on_device, maps, (axes, (None, "heads")), axes)
+            x = map_devices(
+                lambda *qkv: kernels.attention(*qkv, kv, self.fused, self.causal), maps, (axes, (None, "heads")), axes
+            )
             x = einops.rearrange(x, "b n (heads kv) -> b n heads kv", kv=kv)
         elif at is None and self._cudnn_accepts(maps[0]):
             axes = ("batch", "heads", None, None)

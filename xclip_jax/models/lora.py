@@ -31,7 +31,7 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
     Raises:
       UserError: a tower would have no adapters, or a kernel is smaller than the rank.
     """
-    adapters: dict[tuple[str, ...], jax.Array] = {}
+    adapters: dict[tuple[str, ...], dict[str, jax.Array]] = {}
     for path, kernel in flatten_dict(params).items():
         if path[-1] != "kernel" or path[-2] not in KERNELS or "transformer" not in path:
             continue
@@ -47,7 +47,7 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
             )
         random_key, factor_key = jax.random.split(random_key)
         inputs = jax.random.normal(factor_key, (*stacked, rows, config.rank)) * rows**-0.5
-        adapters |= {(*path, "inputs"): inputs, (*path, "outputs"): jnp.zeros((*stacked, config.rank, columns))}
+        adapters[path] = {"inputs": inputs, "outputs": jnp.zeros((*stacked, config.rank, columns))}
     bare = sorted({"img", "txt"} & params.keys() - {path[0] for path in adapters})
     if bare:
         raise UserError(
@@ -67,9 +67,7 @@ def merged(params: Params) -> Params:
     if not adapters or isinstance(jax.tree.leaves(adapters)[0], jax.ShapeDtypeStruct):
         return params
     kernels = flatten_dict({name: jax.lax.stop_gradient(params[name]) for name in adapters})
-    factors = flatten_dict(adapters)
-    for path in dict.fromkeys(path[:-1] for path in factors):  # a set's order would differ between processes
-        inputs, outputs = (factors[*path, name] for name in ("inputs", "outputs"))
-        change = jnp.matmul(inputs, outputs, precision=jax.lax.Precision.HIGHEST)
+    for path, factors in flatten_dict(adapters, is_leaf=lambda _, tree: "inputs" in tree).items():
+        change = jnp.matmul(factors["inputs"], factors["outputs"], precision=jax.lax.Precision.HIGHEST)
         kernels[path] = kernels[path] + change.reshape(kernels[path].shape)
     return params | unflatten_dict(kernels)

@@ -144,9 +144,7 @@ class Block(nn.Module):
 def _by_kernels(params: Params, x: Array, config: TransformerConfig, causal: bool, tokens: int) -> Array:
     """Compute a block with these parameters by kernels; see `Block`, and `kernels.attention` for `tokens`."""
     width, eps, act = config.width, config.details.eps, ACTIVATIONS[config.details.act]
-    on = device()
-    interpret = platform() != "tpu"
-    cores = on.num_cores if on is not None and not interpret else 1
+    on: Any = device()  # a TPU, see `fuses_products`
 
     def linear(part: Params) -> tuple[Array, Array]:
         kernel = part["kernel"].astype(x.dtype)
@@ -163,10 +161,10 @@ def _by_kernels(params: Params, x: Array, config: TransformerConfig, causal: boo
     )
 
     def on_device(x: Array, norm: block_kernels.Norm, heads: Array, bias: Array, rest: block_kernels.Weights) -> Array:
-        qkv, rows = block_kernels.project(x.reshape(-1, width), norm, heads, eps, cores, interpret)
+        qkv, rows = block_kernels.project(x.reshape(-1, width), norm, heads, eps, on.num_cores)
         qkv = qkv.reshape(*x.shape[:2], -1)
-        attended = kernels.attention(qkv, bias, width // config.heads, tokens, causal, interpret).reshape(-1, width)
-        return block_kernels.finish(rows, attended, rest, act, eps, cores, interpret).reshape(x.shape)
+        attended = kernels.attention(qkv, bias, width // config.heads, tokens, causal).reshape(-1, width)
+        return block_kernels.finish(rows, attended, rest, act, eps, on.num_cores).reshape(x.shape)
 
     axes = ("batch", None, None)
     return map_devices(on_device, (x, norm(params["norm_1"]), heads, bias, rest), (axes, (), (), (), ()), axes)

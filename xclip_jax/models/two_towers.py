@@ -72,8 +72,7 @@ class ModelConfig:
         """Return the options of the tower "img" or "txt"; `UserError` for a wrong type or option of a plug-in."""
         tower: Any = self.img if name == "img" else self.txt
         if name in self.plugins:
-            base = ImageTower if name == "img" else TextTower
-            what = "image tower" if name == "img" else "text tower"
+            base, what = (ImageTower, "image tower") if name == "img" else (TextTower, "text tower")
             tower = read_plugin(self.plugins[name], f"model.plugins.{name}", TYPES[name], base, what)
         return dataclasses.replace(tower, scan=self.scan) if isinstance(tower, TransformerConfig) else tower
 

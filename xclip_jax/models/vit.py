@@ -59,12 +59,10 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
     drop_path: float = key(0.0, "probability that training leaves out a branch of the last block", fraction_below_one())
 
     def conflicts(self) -> Iterator[str]:
-        """Yield values that contradict each other."""
         # Published SigLIPs split 384 pixels into patches of 14 and ignore the border; elsewhere it is likely a mistake.
         if self.image_size % self.patch and (self.pool != "map" or not self.grid):
-            sides = [side for side in (self.grid * self.patch, (self.grid + 1) * self.patch) if side]
-            nearest = f"set it to {' or '.join(map(str, sides))}"
-            yield f"image_size {self.image_size} must be a multiple of patch {self.patch}; {nearest}"
+            nearest = max(round(self.image_size / self.patch), 1) * self.patch
+            yield f"image_size {self.image_size} must be a multiple of patch {self.patch}; the nearest is {nearest}"
         yield from super().conflicts()
 
     @property

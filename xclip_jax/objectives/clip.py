@@ -28,8 +28,6 @@ class Contrastive(Term):
     form: ClassVar[str] = "clip"  # a function of `losses.contrastive`
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale")  # its arguments
     initial_scale: ClassVar[float] = 1 / 0.07  # of the logits
-    initial_bias: ClassVar[float] = -10.0  # of the logits, if the loss takes one
-    max_scale: ClassVar[float] = math.inf  # bound of the logit scale
     gce_q = 0.0  # of `Clip`
 
     positives: str = key(
@@ -56,13 +54,12 @@ class Contrastive(Term):
             heads["proj_img"] = Head(Projection(0, dtype), "img", "z_img")
         heads["log_scale"] = Scalar("scale", math.log(self.initial_scale), jax.numpy.exp)
         if "bias" in self.outputs:
-            heads["bias"] = Scalar("bias", self.initial_bias)
+            heads["bias"] = Scalar("bias", -10.0)
         return heads
 
     def __call__(
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
     ) -> Result:
-        """Compute the loss, see `Term.__call__`."""
         loss_of = getattr(contrastive, self.form)
         options = self._options(batch)
         if "negatives" in batch:
@@ -78,30 +75,12 @@ class Contrastive(Term):
         key = _KEYS[options.pop("positives")]
         return options | ({"keys": batch[key]} if key else {})
 
-    def constrain(self, params: Any) -> Any:
-        """Limit the logit scale to `max_scale`.
-
-        With clipping in the forward pass the gradient would vanish, and the scale could not leave the bound again.
-        """
-        if self.max_scale == math.inf:
-            return params
-        return params | {"log_scale": jax.numpy.minimum(params["log_scale"], math.log(self.max_scale))}
-
     def flops(self, model: ModelConfig, batch: int) -> float:
         return 2 * batch * model.embed
 
     def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Return the loss of the best input-independent guess, its cross-entropy reduced by the fraction `less`."""
         return (1 - less) * metrics["ln_b"]
-
-    @property
-    def is_robust(self) -> bool:
-        """Whether the loss of a pair is `contrastive.robust` of its cross-entropy."""
-        return self.gce_q > 0
-
-    def progress(self, metrics: Mapping[str, float]) -> str:
-        blind = f"blind {metrics['blind']:.2f}" if "blind" in metrics else f"ln b {metrics.get('ln_b', 0):.2f}"
-        return super().progress(metrics) + f" ({blind})" * (self.form == "clip" and "loss" in metrics)
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
         empty = "negatives: no pair of the batch has one. Check data.negative_columns."
@@ -111,7 +90,7 @@ class Contrastive(Term):
         accuracy = (("acc_img", "image to text"), ("acc_txt", "text to image"))
         note = "ln b, with b the batch size, is the loss of CLIP for a guess that does not depend on the inputs."
         loss = Curve(f"{self.title} loss", (("loss", "contrastive"),), "nats", (("ln b", "ln_b"),), note)
-        if self.is_robust:
+        if self.gce_q:
             note = "A blind guess does not depend on the inputs."
             loss = loss._replace(unit="", levels=(("blind guess", "blind"),), note=note)
         return (
@@ -144,7 +123,7 @@ class Clip(Contrastive):
     """Config group `objective.clip`: options of `losses.contrastive.clip`."""
 
     title: ClassVar[str] = "CLIP"
-    max_scale: ClassVar[float] = 100.0  # arXiv 2103.00020, section 2.5
+    max_scale: ClassVar[float] = 100.0  # of the logits; arXiv 2103.00020, section 2.5
 
     label_smoothing: float = key(0.0, "fraction of the target spread over the batch", fraction_below_one())
     gce_q: float = key(0.0, "generalised cross-entropy: loss (1 - p^q) / q of a pair; 0 for -ln p", between(0, 1))
@@ -154,6 +133,13 @@ class Clip(Contrastive):
         options["q"] = options.pop("gce_q")
         return options
 
+    def constrain(self, params: Any) -> Any:
+        """Limit the logit scale to `max_scale`.
+
+        With clipping in the forward pass the gradient would vanish, and the scale could not leave the bound again.
+        """
+        return params | {"log_scale": jax.numpy.minimum(params["log_scale"], math.log(self.max_scale))}
+
     def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Return the loss of equal logits: ln b, with negatives more for images, or `contrastive.robust` of both."""
         share = 1 - less * (1 - self.label_smoothing)
@@ -161,8 +147,12 @@ class Clip(Contrastive):
         return sum(float(contrastive.robust(share * x, self.gce_q)) for x in (texts, metrics["ln_b"])) / 2
 
     def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        if self.is_robust and (self.label_smoothing or self.positives != "pair"):
+        if self.gce_q and (self.label_smoothing or self.positives != "pair"):
             yield "objective.clip.gce_q is for one target per pair; set label_smoothing to 0, and positives to 'pair'"
+
+    def progress(self, metrics: Mapping[str, float]) -> str:
+        blind = f"blind {metrics['blind']:.2f}" if "blind" in metrics else f"ln b {metrics.get('ln_b', 0):.2f}"
+        return super().progress(metrics) + f" ({blind})" * ("loss" in metrics)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,9 +72,8 @@ class Nclip(Term):
     def __call__(
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
     ) -> Result:
-        """Compute the loss, see `Term.__call__`."""
         teacher = {} if teacher is None else teacher
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        options = dataclasses.asdict(self)
         if options.pop("shuffle_targets"):
             # Targets of other pairs have no gradient, like a teacher's.
             options["target"] = "ema"

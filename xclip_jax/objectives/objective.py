@@ -8,7 +8,7 @@ import jax
 
 from xclip_jax.core import fields
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.fields import Check, find_class, group, key, not_empty, read_plugin
+from xclip_jax.core.fields import Check, group, key, not_empty, read_plugin
 from xclip_jax.models.heads import Head, Heads, Scalar
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.classify import Classify
@@ -205,11 +205,10 @@ class ObjectiveConfig:
 
     def term(self, name: str) -> Term:
         """Return the term `name` with its options; `UserError` for an unknown term or a wrong option of a plug-in."""
-        if name not in self.plugins:
-            term = find_class(name, TERMS, Term, "objective term")
-            return getattr(self, name, None) or term()
+        if name in TERMS and name not in self.plugins:
+            return getattr(self, name)
         path = f"objective.plugins.{name}"
-        return read_plugin(self.plugins[name], path, TERMS, Term, "objective term", type_name=name)
+        return read_plugin(self.plugins.get(name, {}), path, TERMS, Term, "objective term", type_name=name)
 
     def conflicts(self) -> Iterator[str]:
         """Yield contradictory values."""

@@ -143,23 +143,14 @@ class Term(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One possible failure of a term, detected from the metrics of one step.
+    """One possible failure of a term, detected from the metrics of one step."""
 
-    Attributes:
-      name: name of the failure.
-      value: the measured value.
-      threshold: the check fails if `value` is below it.
-      meaning: a sentence about the failure, for reports.
-      remedy: the warning: the fault, and the config keys to change.
-      applies: whether all other conditions of the failure hold.
-    """
-
-    name: str
-    value: float
-    threshold: float
-    meaning: str
-    remedy: str
-    applies: bool = True
+    name: str  # of the failure
+    value: float  # measured
+    threshold: float  # the check fails if `value` is below it
+    meaning: str  # a sentence about the failure, for reports
+    remedy: str  # the warning: the fault, and the config keys to change
+    applies: bool = True  # whether all other conditions of the failure hold
 
     @property
     def failed(self) -> bool:

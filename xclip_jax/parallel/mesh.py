@@ -72,14 +72,14 @@ def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:
     rows: dict[int, set[int]] = {}
     for device, index in batch_sharding(mesh).devices_indices_map((shards,)).items():
         rows.setdefault(device.process_index, set()).add(index[0].indices(shards)[0])
-    parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    shards_of = {process: tuple(sorted(held)) for process, held in sorted(rows.items())}
+    parts = sorted(set(shards_of.values()))
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != shards:
         sizes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
         raise UserError(
             f"mesh {sizes} splits the batch unevenly over {len(rows)} processes; choose a mesh.model that divides the "
             "number of devices of a process, or is a multiple of it."
         )
-    shards_of = {process: tuple(sorted(held)) for process, held in sorted(rows.items())}
     return {process: BatchPart(parts.index(held), len(parts), held) for process, held in shards_of.items()}
 
 

@@ -44,7 +44,6 @@ RULES: Mapping[str, Rules] = {
     "fsdp_tp": _FSDP | {"mlp": "model", "heads": "model"},
 }
 _CLUSTERS_SPLIT: Rules = {"row": None, "hidden": None, "cluster": AXES}
-STRATEGIES = tuple(RULES)
 # zero1 does not split smaller moments: their bytes are negligible, and each split array needs a collective.
 ZERO1_ELEMENTS = 1 << 14
 
@@ -59,7 +58,7 @@ class MeshConfig:
     data: int = key(-1, "copies of the model, each with a share of the batch", _SIZE)
     fsdp: int = key(1, "shards of the batch and, by strategy, of parameters (fsdp) or moments (zero1)", _SIZE)
     model: int = key(1, "devices that share clusters and, with fsdp_tp, heads and MLPs", _SIZE)
-    strategy: str = key("dp", "arrays to split in addition to the batch", choice(STRATEGIES))
+    strategy: str = key("dp", "arrays to split in addition to the batch", choice(RULES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ class MeshLayout:
     """A mesh and how arrays are split over it."""
 
     mesh: Mesh
-    strategy: str  # one of `STRATEGIES`
+    strategy: str  # one of `RULES`
     clusters_split: bool = False  # whether clusters, and not the rows of their logits, are split over all devices
     manual: tuple[str, ...] = ()  # mesh axes over which `map_microbatches` has already split the rows
 
@@ -83,15 +82,10 @@ def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout
     A split sends batch x hidden numbers twice; otherwise hidden x clusters numbers travel, divided by the size of axis
     "model". `boxed` is a tree of logically named abstract arrays, and `batch` the size of the global batch.
     """
-    arrays = zip(jax.tree.leaves(nn.unbox(boxed)), _leaf_specs(boxed), strict=True)
-    axes = [axis for x, names in arrays for axis in zip(names, x.shape, strict=False)]
-    clusters = {size for name, size in axes if name == "cluster"}
+    arrays = zip(jax.tree.leaves(nn.unbox(boxed)), jax.tree.leaves(nn.get_partition_spec(boxed)), strict=True)
+    clusters = {size for x, names in arrays for name, size in zip(names, x.shape, strict=False) if name == "cluster"}
     fits = all(k % mesh.size == 0 and batch * mesh.shape["model"] <= k for k in clusters)
     return MeshLayout(mesh, strategy, clusters_split=bool(clusters) and fits)
-
-
-def _leaf_specs(boxed: Any) -> list[PartitionSpec]:
-    return jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 _active: contextvars.ContextVar[MeshLayout | None] = contextvars.ContextVar("layout", default=None)
@@ -163,13 +157,13 @@ def map_devices(
         mesh=None if layout.manual else layout.mesh,
         in_specs=tuple(_spec(layout, names) for names in axes),
         out_specs=_spec(layout, result),
-        axis_names={axis for axis in layout.mesh.axis_names if axis not in layout.manual},
+        axis_names=set(layout.mesh.axis_names) - set(layout.manual),
         check_vma=False,
     )(*arrays)
 
 
 def map_microbatches(
-    fn: Callable[[Any, Any], Any], shared: Any, rows: Any, microbatches: int, *, stack: bool, clusters: bool = False
+    fn: Callable[[Any, Any], Any], shared: Any, rows: Any, microbatches: int, *, clusters: bool = False
 ) -> Any:
     """Compute fn(shared, microbatch of rows) for each of `microbatches` equal microbatches, one after another.
 
@@ -181,10 +175,9 @@ def map_microbatches(
       shared: a tree of arrays independent of the batch.
       rows: a tree of arrays with the global batch as their first dimension.
       microbatches: number of microbatches; each has rows of every device, so that none is idle.
-      stack: whether to stack results, one per microbatch and device; otherwise they have the microbatch's rows, and are
-        returned in the order of the batch.
-      clusters: whether `fn` computes cluster logits. If clusters are split over all devices, each device has its
-        clusters of all rows of a microbatch, and there is one result per microbatch.
+      clusters: whether `fn` sums over cluster logits. Results are then stacked, one per microbatch and device, or one
+        per microbatch if clusters are split over all devices, each with its clusters of all rows. Otherwise results
+        have the microbatch's rows, and are returned in the order of the batch.
     """
     layout = _active.get()
 
@@ -194,7 +187,7 @@ def map_microbatches(
             lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), rows
         )
         results = jax.lax.map(jax.checkpoint(lambda part: fn(shared, part)), parts)
-        return results if stack else jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
+        return results if clusters else jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
     if layout is None or (clusters and layout.clusters_split):
         return local(shared, rows)
@@ -227,7 +220,7 @@ def shardings(boxed: Any, layout: MeshLayout) -> Any:
     """
     mesh = layout.mesh
     specs = nn.get_partition_spec(boxed)
-    names = {axis for spec in _leaf_specs(boxed) for axis in spec if axis}
+    names = {axis for spec in jax.tree.leaves(specs) for axis in spec if axis}
     shardings_of = nn.logical_to_mesh_sharding(specs, mesh, [(name, layout.rules.get(name)) for name in sorted(names)])
     shapes = nn.unbox(boxed)
     shardings_of = jax.tree.map(_without_batch, shapes, shardings_of)

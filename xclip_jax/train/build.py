@@ -151,10 +151,8 @@ def build(
     model = make_model(config.model, objective, tokens)
     towers = {name: getattr(model, name) for name in TOWERS}
     fixed = objective.towers if config.finetune.lora.rank else tuple(config.init.freeze)
-    if optimizer is None:
-        tx = optim.make_optimizer(config.optim, config.steps, towers, fixed)
-    else:
-        tx = optim.freeze(optimizer, fixed) if fixed else optimizer
+    tx = optim.make_optimizer(config.optim, config.steps, towers) if optimizer is None else optimizer
+    tx = optim.freeze(tx, fixed) if fixed else tx
     init = state.init_fn(
         model,
         tx,

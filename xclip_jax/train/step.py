@@ -204,7 +204,7 @@ class TrainStep:
             split = {name: order.split(x) for name, x in noise.get("txt", {}).items()}
             inputs = inputs | {"text": order.split(inputs["text"], cut=True), NOISE: noise | {"txt": split}}
         if self.microbatches > 1:
-            h_img, h_txt = sharding.map_microbatches(self._encode, params, inputs, self.microbatches, stack=False)
+            h_img, h_txt = sharding.map_microbatches(self._encode, params, inputs, self.microbatches)
         else:
             h_img, h_txt = self._encode(params, inputs)
         h_txt = h_txt if order is None else order.join(h_txt)
