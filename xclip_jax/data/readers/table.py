@@ -25,14 +25,13 @@ from xclip_jax.data.base import (
     Source,
     SourceKind,
     SourceOptions,
-    captions_of,
     check_columns,
     choose,
     decode_utf8,
     json_strings,
     json_values,
-    no_caption,
     open_binary,
+    pair,
     read_csv,
     split_columns,
     strip_texts,
@@ -40,21 +39,6 @@ from xclip_jax.data.base import (
 from xclip_jax.data.tokenizer import clip_captions
 
 _HASHED_WHOLE = 1 << 30  # bytes of the largest CSV table whose fingerprint covers all of its content
-
-
-def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], Any]) -> Record:
-    """Return a record with "id" `name`; raise `BadSample` if it lacks a caption that `options` require.
-
-    `read` returns the values, or the only value, in a column; a single string of keywords is split at commas.
-    """
-    columns = {key: read(key) for key in options.text_columns}
-    captions = captions_of(map(strip_texts, columns.values()))
-    if options.captions and not captions["text"]:
-        raise no_caption(columns)
-    tags = read(options.tags_key) if options.tags_key else []
-    tags = strip_texts(tags.split(",") if isinstance(tags, str) else tags)
-    negatives = [wrong for key in options.negative_columns for wrong in strip_texts(read(key))]
-    return {"image": image, **captions, "negatives": negatives, "tags": tags, "id": name}
 
 
 class ImageColumn(Sequence):
@@ -140,13 +124,12 @@ class ColumnSource(Source):
     def __len__(self) -> int:
         return len(self.images)
 
-    def _values(self, key: str, index: int) -> Any:
+    def _values(self, key: str, index: int) -> list[Any]:
         name = key.partition("/")[0]
         value = self.columns[name][index].as_py()
         if isinstance(value, list) and value and isinstance(value[0], int | float):
             return clip_captions(value)
-        values = json_values({name: value}, key)
-        return values[0] if len(values) == 1 else values
+        return json_values({name: value}, key)
 
     def texts(self, index: int) -> list[list[str]]:
         """Return the strings in each caption column of a row, without reading the image."""
@@ -162,12 +145,7 @@ class ColumnSource(Source):
     def __getitem__(self, index: int) -> Record:
         with _utf8():
             image, name = self.images.read(index)
-            try:
-                return pair(image, name, self.options, lambda key: self._values(key, index))
-            except (UnicodeDecodeError, BadSample):
-                if self.options.captions:
-                    raise
-                return {"image": image, "text": [], "tags": [], "id": name}
+            return pair(image, name, self.options, lambda key: self._values(key, index))
 
     def describe(self, index: int) -> dict[str, str]:
         try:
