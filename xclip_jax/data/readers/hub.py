@@ -17,6 +17,7 @@ import pyarrow
 
 from xclip_jax.core import hub_client
 from xclip_jax.core.errors import UserError
+from xclip_jax.core.imports import import_extra
 from xclip_jax.data import labelled
 from xclip_jax.data.base import SourceKind, SourceOptions, check_columns, split_columns
 from xclip_jax.data.readers.table import ColumnSource, ImageColumn, in_classes, path_in
@@ -30,15 +31,12 @@ _MAX_MESSAGE = 300  # letters of an error message of `datasets`
 @contextlib.contextmanager
 def _package(spec: str) -> Iterator[Any]:
     """Provide the package `datasets` and convert its errors to `UserError`."""
+    package = import_extra("datasets", "datasets", spec)
     try:
-        import datasets
-
-        yield datasets
+        yield package
     except Exception as error:  # an unknown split or configuration, no connection, a full disk, ...
         message = " ".join(str(error).split())[:_MAX_MESSAGE].rstrip(".") or type(error).__name__
         remedy = f"check the name, or {hub_client.LOG_IN}"
-        if isinstance(error, ImportError):
-            remedy = "pip install 'xclip_jax[datasets]'"
         raise UserError(f"{spec}: datasets cannot open it: {message}; {remedy}.") from error
 
 
@@ -52,11 +50,10 @@ def _repository(rest: str) -> tuple[str, str, dict[str, Any]]:
 
 
 def open_split(rest: str) -> Any:
-    """Return the `datasets.Dataset` of a spec, or raise `UserError`.
+    """Return the `datasets.Dataset` of the spec "hf:" + `rest`, or raise `UserError`.
 
-    Args:
-      rest: the spec after "hf:": "ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT", or a path that begins with /, ./, ../ or
-        ~: a folder written by `Dataset.save_to_disk`.
+    `rest` is "ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT", or a path that begins with /, ./, ../ or ~: a folder written
+    by `Dataset.save_to_disk`.
     """
     if rest.startswith(_LOCAL):
         with _package(f"{PREFIX}{rest}") as package:
@@ -104,15 +101,14 @@ class HubPairs(ColumnSource):
         self._fingerprint: dict[str, Any] = {}
         options = dataclasses.replace(options, image_column=columns.get("image", options.image_column))
         check_columns(f"{PREFIX}{rest}", rows.features, options.columns)
-        self._texts_table = _arrow(rows, options.caption_columns)
-        super().__init__(_images(rows, options.image_column, rest), self._texts_table, options)
+        super().__init__(_images(rows, options.image_column, rest), _arrow(rows, options.caption_columns), options)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, the columns, and a hash of captions and image sizes."""
         if self._fingerprint:
             return self._fingerprint
         digest = hashlib.blake2b(digest_size=16)
-        for batch in self._texts_table.to_batches():
+        for batch in self.columns.to_batches():
             is_list, is_number = pyarrow.types.is_list, pyarrow.types.is_primitive
             if all(is_list(kind) and is_number(kind.value_type) for kind in batch.schema.types):  # as text: an hour
                 for column in batch.columns:
