@@ -305,9 +305,9 @@ def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], li
         if options.captions:
             raise
         texts, tags, negatives = {}, [], []
-    captions = [caption for captions in texts.values() for caption in captions]
+    text = [caption for captions in texts.values() for caption in captions]
     numbers = [number for number, captions in enumerate(texts.values()) for _ in captions]
-    return {"image": image, "text": captions, "columns": numbers, "negatives": negatives, "tags": tags, "id": name}
+    return {"image": image, "text": text, "columns": numbers, "negatives": negatives, "tags": tags, "id": name}
 
 
 def _no_caption(columns: Mapping[str, list[Any]]) -> BadSample:

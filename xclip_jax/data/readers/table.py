@@ -21,6 +21,7 @@ from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data import labelled
 from xclip_jax.data.base import (
     MAX_BYTES,
+    LazySequence,
     Record,
     Source,
     SourceKind,
@@ -41,7 +42,7 @@ from xclip_jax.data.tokenizer import clip_captions
 _HASHED_WHOLE = 1 << 30  # bytes of the largest CSV table whose fingerprint covers all of its content
 
 
-class ImageColumn(Sequence):
+class ImageColumn(LazySequence):
     """Encoded images in an Arrow column: bytes, paths or URLs, or {"bytes", "path"} as Hugging Face writes them."""
 
     def __init__(self, column: Any, locate: Callable[[int, str], tuple[str, str]]) -> None:
@@ -52,9 +53,7 @@ class ImageColumn(Sequence):
         """
         self.column = column
         self._locate = locate
-
-    def __len__(self) -> int:
-        return len(self.column)
+        super().__init__(len(column), lambda i: self.read(i)[0], lambda i: self.path(i) or f"row {i}", self._listed)
 
     def _value(self, index: int) -> Any:
         value = self.column[index].as_py()
@@ -66,10 +65,7 @@ class ImageColumn(Sequence):
             value = self._value(index)
         return self._locate(index, value)[0] if isinstance(value, str) and value else ""
 
-    def name(self, index: int) -> str:
-        return self.path(index) or f"row {index}"
-
-    def sizes(self) -> Iterator[tuple[str, int]]:
+    def _listed(self) -> Iterator[tuple[str, int]]:
         """Yield the row and size in bytes of each image, or its file name and 0."""
         column = self.column
         paths = None
@@ -98,9 +94,6 @@ class ImageColumn(Sequence):
         if not (value and isinstance(value, bytes)):
             raise BadSample("image file is empty" if name != str(index) else "no image in the row")
         return value, name
-
-    def __getitem__(self, index: int) -> bytes:  # ty: ignore[incompatible-method-override] no slices
-        return self.read(index)[0]
 
 
 @contextlib.contextmanager

@@ -18,16 +18,7 @@ import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
-from xclip_jax.data.base import (
-    Record,
-    Source,
-    SourceKind,
-    SourceOptions,
-    decode_text,
-    decode_utf8,
-    json_values,
-    pair,
-)
+from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, decode_text, decode_utf8, json_values, pair
 from xclip_jax.data.readers import tar_index
 
 _GAP = 1 << 16  # bytes; one request reads all files of a sample if the gaps between them are at most this large
