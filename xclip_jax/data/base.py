@@ -301,7 +301,7 @@ def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], li
         tags = strip_texts(read(options.tags_key)) if options.tags_key else []
         tags = strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
         negatives = [wrong for key in options.negative_columns for wrong in strip_texts(read(key))]
-    except (UnicodeDecodeError, BadSample):
+    except BadSample:
         if options.captions:
             raise
         texts, tags, negatives = {}, [], []

@@ -56,13 +56,12 @@ class ImageColumn(LazySequence):
         super().__init__(len(column), lambda i: self.read(i)[0], lambda i: self.path(i) or f"row {i}", self._listed)
 
     def _value(self, index: int) -> Any:
-        value = self.column[index].as_py()
+        value = _cell(self.column, index)
         return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
 
     def path(self, index: int) -> str:
         """Return the path or URL of an image; "" if the table contains the image itself, or none."""
-        with _utf8():
-            value = self._value(index)
+        value = self._value(index)
         return self._locate(index, value)[0] if isinstance(value, str) and value else ""
 
     def _listed(self) -> Iterator[tuple[str, int]]:
@@ -96,13 +95,12 @@ class ImageColumn(LazySequence):
         return value, name
 
 
-@contextlib.contextmanager
-def _utf8() -> Iterator[None]:
-    """Raise `BadSample` for a cell in another encoding."""
+def _cell(column: Any, index: int) -> Any:
+    """Return a value of an Arrow column; `BadSample` for a text in another encoding."""
     try:
-        yield
+        return column[index].as_py()
     except UnicodeDecodeError as error:
-        decode_utf8(error.object)
+        return decode_utf8(error.object)  # which raises
 
 
 class ColumnSource(Source):
@@ -117,28 +115,29 @@ class ColumnSource(Source):
     def __len__(self) -> int:
         return len(self.images)
 
-    def _values(self, key: str, index: int) -> list[Any]:
+    def _row(self, key: str, index: int) -> dict[str, Any]:
+        """Return {COLUMN: value} of a row for the key COLUMN or COLUMN/FIELD."""
         name = key.partition("/")[0]
-        value = self.columns[name][index].as_py()
+        return {name: _cell(self.columns[name], index)}
+
+    def _values(self, key: str, index: int) -> list[Any]:
+        row = self._row(key, index)
+        (value,) = row.values()
         if isinstance(value, list) and value and isinstance(value[0], int | float):
             return clip_captions(value)
-        return json_values({name: value}, key)
+        return json_values(row, key)
 
     def texts(self, index: int) -> list[list[str]]:
         """Return the strings in each caption column of a row, without reading the image."""
-        with _utf8():
-            return [strip_texts(self._values(key, index)) for key in self.options.text_columns]
+        return [strip_texts(self._values(key, index)) for key in self.options.text_columns]
 
     def values(self, key: str, index: int) -> list[str]:
         """Return the values of a row in one column as strings, also numbers and booleans."""
-        name = key.partition("/")[0]
-        with _utf8():
-            return json_strings({name: self.columns[name][index].as_py()}, key, scalars=True)
+        return json_strings(self._row(key, index), key, scalars=True)
 
     def __getitem__(self, index: int) -> Record:
-        with _utf8():
-            image, name = self.images.read(index)
-            return pair(image, name, self.options, lambda key: self._values(key, index))
+        image, name = self.images.read(index)
+        return pair(image, name, self.options, lambda key: self._values(key, index))
 
     def describe(self, index: int) -> dict[str, str]:
         try:
