@@ -87,8 +87,7 @@ def spec_from_path(text: str) -> str:
     if is_spec(text):
         return text
     if os.path.isdir(path):
-        tars = glob.glob(os.path.join(glob.escape(path), "*.tar"))
-        return f"tar:{text}" if tars else f"folder:{text}"
+        return f"tar:{text}" if glob.glob("*.tar", root_dir=path) else f"folder:{text}"
     for name, kind in SOURCES.items():
         if redact(path).lower().endswith(kind.suffixes):
             return f"{name}:{text}"

@@ -173,12 +173,9 @@ def _clip() -> Tokenizer:
     words, merges = clip_vocabulary()
     vocab = {word: i for i, word in enumerate([*words, _CLIP_START, _CLIP_END])}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, end_of_word_suffix=_WORD_END))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True)
+    spell = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, spell])
     special = {_CLIP_START: vocab[_CLIP_START], _CLIP_END: vocab[_CLIP_END]}
 
     def encode(text: str) -> list[int]:
