@@ -252,7 +252,7 @@ def open_binary(path: str, **options: Any) -> IO[bytes]:
 def read_csv(path: str, columns: Sequence[str]) -> Any:
     """Return a local or remote CSV or TSV file in UTF-8 as a `pyarrow.Table` in which `columns` are strings.
 
-    Bytes that are not UTF-8 are found on access. The first line decides between tabs, semicolons and commas. With tabs,
+    Bytes invalid in UTF-8 are found on access. The first line decides between tabs, semicolons and commas. With tabs,
     quotes are ordinary letters, since captions and titles contain unpaired ones; else a field may have several lines.
     """
     import pyarrow.compute  # only tables need it

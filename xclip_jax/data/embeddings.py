@@ -27,7 +27,7 @@ def write(path: pathlib.Path, columns: Mapping[str, Any]) -> None:
     """Write a part: lists of strings, and an array (n, e)."""
     rows = np.asarray(columns["embedding"], np.float32)
     vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), rows.shape[1])
-    # File names may contain bytes that are not UTF-8.
+    # File names may contain bytes invalid in UTF-8.
     strings = [[text.encode("utf-8", "replace").decode() for text in columns[key]] for key in COLUMNS[:-1]]
     arrays = [pyarrow.array(texts, pyarrow.string()) for texts in strings]
     table = pyarrow.table([*arrays, vectors], names=list(COLUMNS))

@@ -98,7 +98,7 @@ def spec_from_path(text: str) -> str:
 
 
 def parse(text: str) -> SourceSpec:
-    """Parse a spec without opening it; `UserError` for an unknown kind, only a kind, or a module that is missing."""
+    """Parse a spec without opening it; `UserError` for an unknown kind, only a kind, or a missing module."""
     prefix, _, rest = text.partition(":")
     cause = None
     if prefix in SOURCES and is_spec(text):
