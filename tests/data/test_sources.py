@@ -17,6 +17,11 @@ def test_an_unknown_source_is_named(spec):
         sources.open_pairs(spec)
 
 
+def test_a_kind_is_chosen_by_the_end_of_an_address():
+    for address in ("s3://x/0.tar", "hf://datasets/x/0.tar"):
+        assert not sources.is_spec(address) and sources.spec_from_path(address) == f"tar:{address}"
+
+
 def test_a_spec_without_a_split_is_named():
     with pytest.raises(UserError, match="does not name a split"):
         sources.open_pairs("tfds:cifar10")
