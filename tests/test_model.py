@@ -19,6 +19,7 @@ from tests.helpers.util import jit, random_variables
 from xclip_jax import model as inference
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer, transforms
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.train import build, weights
 from xclip_jax.train.build import make_encoder
@@ -54,7 +55,7 @@ def test_a_run_gives_what_its_evaluators_see(run, model):
     _, found, variables, *_ = weights.load(str(run))
     encoder = make_encoder(found)
     images = pictures()
-    prepared = [transforms.evaluation_image(encoded(p), tiny.SIZE) for p in images]
+    prepared = list(map(Preprocessing(tiny.SIZE), map(encoded, images)))
     np.testing.assert_allclose(model.encode_image(images), encoder.images(variables, prepared)["embedding"], atol=2e-6)
     np.testing.assert_allclose(model.encode_text(TEXTS), encoder.texts(variables, TEXTS)["embedding"], atol=2e-6)
     assert model._encoder.sizes == [8, 16]  # on eight devices
@@ -74,7 +75,7 @@ def test_embeddings_are_those_of_the_towers(objective):
     """Against `TwoTowers.apply` and NumPy; nCLIP's are its distributions, of unit length."""
     towers, variables, model = random_model(objective)
     mean, std = (np.asarray(x, np.float32) for x in transforms.STATISTICS["half"])
-    pixels = np.stack([transforms.evaluation_image(p, tiny.SIZE) for p in pictures()])
+    pixels = np.stack(list(map(Preprocessing(tiny.SIZE), pictures())))
     pixels = ((pixels / 255 - mean) / std).astype(np.float32)
     tokens = tokenizer.load("bytes")(TEXTS, tiny.LENGTH)
     out = jax.device_get(jit(towers.apply)(variables, pixels, tokens))

@@ -16,7 +16,7 @@ from xclip_jax.commands import embed, inputs
 from xclip_jax.commands.export import export
 from xclip_jax.config import recipes
 from xclip_jax.config.schema import resolve
-from xclip_jax.data import images, loader, sources, tokenizer, transforms
+from xclip_jax.data import images, loader, sources, tokenizer
 from xclip_jax.data.embeddings import read as read_embeddings
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.train import weights
@@ -79,7 +79,7 @@ def test_every_kind_of_transparency_is_laid_on_white(name):
     expected = on_white(data)
     assert (expected == 255).all(axis=2).any()
     assert np.abs(images.decode(data) - expected).max() <= 1
-    there = transforms.evaluation_image(images.decode(data), tiny.SIZE)
+    there = Preprocessing(tiny.SIZE)(images.decode(data))
     assert np.array_equal(Preprocessing(tiny.SIZE, background=images.WHITE)(data), there)
     # What lies under it is read only where that is asked for.
     assert not np.array_equal(images.decode(data, background=images.DROPPED), images.decode(data))

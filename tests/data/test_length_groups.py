@@ -23,15 +23,10 @@ pytestmark = pytest.mark.long
 GROUPS = LengthGroups(((4, 0.5), (8, 0.75)))
 
 
-def text(rows, length, eot, lengths):
-    tokens = np.random.default_rng(0).integers(1, 200, (rows, length), np.int32)
-    tokens[np.arange(rows), np.array(lengths) - 1] = eot
-    return tokens
-
-
 def batch_of(experiment, lengths):
-    batch = tiny.batch(0, eot=experiment.tokenizer.eot_id)
-    return batch | {"text": text(tiny.BATCH, tiny.LENGTH, experiment.tokenizer.eot_id, lengths)}
+    text = np.random.default_rng(0).integers(1, 200, (tiny.BATCH, tiny.LENGTH), np.int32)
+    text[np.arange(tiny.BATCH), np.array(lengths) - 1] = experiment.tokenizer.eot_id
+    return tiny.batch(0, eot=experiment.tokenizer.eot_id) | {"text": text}
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,6 @@ def counts_of_draws(weighted, missing):
         (("synthetic:0.8", "alt:0.2"), 2, {"c": 1}),  # those of the columns that are there
         (("synthetic:1", "alt:0"), 0, {"a": 0.5, "b": 0.5, "c": 0}),
         (("synthetic:1", "alt:0"), 2, {"c": 1}),  # weight 0: for want of others
-        (("synthetic", "alt"), 0, {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}),
     ],
 )
 def test_captions_are_drawn_by_the_weights_of_their_columns(weighted, missing, expected):
@@ -296,14 +295,3 @@ def test_weights_of_columns_in_tables_and_tars(tmp_path):
         drawn = sum(text.startswith(first) for text in texts(whole))
         assert abs(drawn - n * share) <= 5 * np.sqrt(n * share * (1 - share))
         assert texts(read(opened, c, start=97, stop=103)) == texts(whole[97:103])
-
-
-@pytest.mark.parametrize("columns", [("a:0.5", "b"), ("a:0.5", "a:1"), ("a", "a"), ("a:1", "a:1:0.5")])
-def test_weights_that_are_not_clear_are_refused(columns):
-    assert [fault for fault in config(text_columns=columns).conflicts() if "all or none with COLUMN:WEIGHT" in fault]
-
-
-def test_names_with_colons():
-    names = {("og:title", "b"): {"og:title": 0, "b": 0}, ("a:1:0.5", "og:t:.2"): {"a:1": 0.5, "og:t": 0.2}}
-    for columns, weights in names.items():
-        assert config(text_columns=columns).text_weights == weights and not [*config(text_columns=columns).conflicts()]

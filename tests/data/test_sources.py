@@ -1,4 +1,4 @@
-"""Folders, TFDS data sets, specs of sources, and the cards that say which data a run reads."""
+"""Specs of sources, and captions that are no text in any kind of source."""
 
 import json
 
@@ -11,19 +11,20 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
 
 
-def open_source(spec, data_dir="", **keys):
-    return sources.open_pairs(spec, base.SourceOptions(data_dir, **keys))
-
-
 @pytest.mark.parametrize("spec", ["what:x", "pairs", "tfds:", "hf://datasets/x/0.tar", "a.tar", "my_lab:Jsn:x"])
 def test_an_unknown_source_is_named(spec):
     with pytest.raises(UserError, match=rf"'{spec}'; write tar:PATTERN, .* or package.module:Class:REST\.$"):
-        open_source(spec)
+        sources.open_pairs(spec)
+
+
+def test_a_kind_is_chosen_by_the_end_of_an_address():
+    for address in ("s3://x/0.tar", "hf://datasets/x/0.tar"):
+        assert not sources.is_spec(address) and sources.spec_from_path(address) == f"tar:{address}"
 
 
 def test_a_spec_without_a_split_is_named():
     with pytest.raises(UserError, match="does not name a split"):
-        open_source("tfds:cifar10")
+        sources.open_pairs("tfds:cifar10")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "hf", "tar"])
@@ -46,5 +47,6 @@ def test_a_number_is_not_a_caption_in_any_kind_of_source(tmp_path, kind, value, 
         fields = json.dumps({"n": value, "text": "a fox"}).encode()
         bad_tars.shard(path, [("0", {"jpg": image, "json": fields, "txt": b"a hen"})])
     with pytest.raises(BadSample, match=reason):
-        open_source(f"{kind}:{path}", text_columns=("n",))[0]
-    assert len(open_source(f"{kind}:{path}", text_columns=("n", "text"))[0]["text"]) == 1
+        sources.open_pairs(f"{kind}:{path}", base.SourceOptions(text_columns=("n",)))[0]
+    both = base.SourceOptions(text_columns=("n", "text"))
+    assert len(sources.open_pairs(f"{kind}:{path}", both)[0]["text"]) == 1

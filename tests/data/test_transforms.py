@@ -10,6 +10,7 @@ from PIL import Image
 from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample
 from xclip_jax.data import images, transforms
+from xclip_jax.data.preprocessing import Preprocessing
 
 # Pillow cuts 16 bits to 8.
 ODD = {name: data for name, (_, data) in bad_tars.odd_images().items() if name != "sixteen"}
@@ -18,18 +19,19 @@ ODD = {name: data for name, (_, data) in bad_tars.odd_images().items() if name !
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_evaluation_pixels_are_open_clips(resample):
     theirs = open_clip.image_transform(24, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), interpolation=resample)
+    ours = Preprocessing(24, interpolation=resample)
     for name, data in ODD.items():
         there = theirs(Image.open(io.BytesIO(data))).numpy().transpose(1, 2, 0)
-        here = transforms.evaluation_image(data, 24, resample) / 255
+        here = ours(data) / 255
         assert np.abs(here - there).max() < 2 / 255, name
         if data[:2] == b"\xff\xd8" or name == "webp":
             pixels = images.decode(data, rotate=False)
-            np.testing.assert_array_equal(transforms.evaluation_image(pixels, 24, resample), here * 255)
+            np.testing.assert_array_equal(ours(pixels), here * 255)
 
 
 def test_very_long_pictures_take_little_memory():
     line = np.zeros((1, 1_000_000, 3), np.uint8)
-    assert transforms.evaluation_image(line, 224).shape == (224, 224, 3)
+    assert Preprocessing(224)(line).shape == (224, 224, 3)
     for resample in transforms.RESAMPLE:
         crop = transforms.random_resized_crop(line, 224, np.random.default_rng(0), resample=resample)
         assert crop.shape == (224, 224, 3)
@@ -61,7 +63,7 @@ def test_exif_turns_and_others_take_the_fast_way(monkeypatch):
 
 def test_a_pillow_image_without_pixels_is_a_bad_sample():
     with pytest.raises(BadSample, match="image is empty: 0 x 3 pixels"):
-        transforms.evaluation_image(bad_tars.picture(0).crop((5, 5, 5, 8)), 8)
+        Preprocessing(8)(bad_tars.picture(0).crop((5, 5, 5, 8)))
 
 
 def test_bounds_hold_before_anything_is_decoded():
@@ -76,7 +78,7 @@ def test_formats_that_start_a_program_are_no_images(monkeypatch):
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("started a program"))
     postscript, icon = (bad_tars.encode(bad_tars.picture(0), kind) for kind in ("EPS", "ICO"))
     assert postscript.startswith(b"%!PS")
-    for decode in (images.decode, lambda data: transforms.evaluation_image(data, 8)):
+    for decode in (images.decode, Preprocessing(8)):
         for data in (postscript, icon):
             with pytest.raises(BadSample, match="not an image"):
                 decode(data)

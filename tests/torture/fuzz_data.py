@@ -18,6 +18,7 @@ from xclip_jax.core.errors import BadSample
 from xclip_jax.data import loader, records, tokenizer, transforms
 from xclip_jax.data.base import Source, SourceOptions
 from xclip_jax.data.config import DataConfig
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import table as table_reader
 from xclip_jax.data.readers.tar import TarSource
 
@@ -65,7 +66,7 @@ def _train(item: dict) -> None:
 
 def read_image(data: bytes, _: Path) -> None:
     for mode in transforms.RESIZE_MODES:
-        transforms.evaluation_image(data, 32, mode=mode)
+        Preprocessing(32, resize_mode=mode)(data)
     _train({"image": data, "text": ["a fox"], "tags": []})
 
 

@@ -199,11 +199,7 @@ class SourceKind:
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> Source:
-        """Open image-text pairs; `rest` is the spec after the kind's name.
-
-        Raises:
-          UserError: `rest`, an option or a file is wrong.
-        """
+        """Open image-text pairs; `rest` is the spec after the kind's name. `UserError` if it or a file is wrong."""
         raise NotImplementedError
 
     @classmethod
@@ -256,7 +252,7 @@ def open_binary(path: str, **options: Any) -> IO[bytes]:
 def read_csv(path: str, columns: Sequence[str]) -> Any:
     """Return a local or remote CSV or TSV file in UTF-8 as a `pyarrow.Table` in which `columns` are strings.
 
-    Bytes that are not UTF-8 are found on access. The first line decides between tabs, semicolons and commas. With tabs,
+    Bytes invalid in UTF-8 are found on access. The first line decides between tabs, semicolons and commas. With tabs,
     quotes are ordinary letters, since captions and titles contain unpaired ones; else a field may have several lines.
     """
     import pyarrow.compute  # only tables need it
@@ -265,9 +261,7 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
     with open_binary(path) as file:
         head = file.readline()
         file.seek(0)
-        # Spreadsheets with decimal commas write semicolons.
-        mark = ";" if b";" in head and b"," not in head else ","
-        mark = "\t" if b"\t" in head else mark
+        mark = next((mark for mark in "\t,;" if mark.encode() in head), ",")
         quote = False if mark == "\t" else '"'
         parsing = pyarrow.csv.ParseOptions(delimiter=mark, quote_char=quote, newlines_in_values=bool(quote))
         strings = dict.fromkeys(columns, pyarrow.string())
@@ -287,23 +281,39 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
     return table
 
 
-def strip_texts(value: Any) -> list[str]:
-    """Return the non-empty strings in a string or a list, without surrounding white space, see `join_surrogates`."""
-    values = value if isinstance(value, list) else [value]
+def strip_texts(values: Iterable[Any]) -> list[str]:
+    """Return the non-empty strings among `values`, without surrounding white space, see `join_surrogates`."""
     texts = [join_surrogates(item.strip()) for item in values if isinstance(item, str)]
     return [text for text in texts if text]
 
 
-def captions_of(columns: Iterable[list[str]]) -> Record:
-    """Return "text" and "columns" of a record with these captions in its columns."""
-    numbered = [(number, caption) for number, captions in enumerate(columns) for caption in captions]
-    return {"text": [caption for _, caption in numbered], "columns": [number for number, _ in numbered]}
+def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], list[Any]]) -> Record:
+    """Return a record with "id" `name`, whose texts are the strings that `read` returns for each key of `options`.
+
+    A single string of keywords is split at commas. `BadSample` for unreadable texts or no caption, if `options` require
+    captions; else the record has no texts.
+    """
+    try:
+        columns = {key: read(key) for key in options.text_columns}
+        texts = {key: strip_texts(values) for key, values in columns.items()}
+        if options.captions and not any(texts.values()):
+            raise _no_caption(columns)
+        tags = strip_texts(read(options.tags_key)) if options.tags_key else []
+        tags = strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
+        negatives = [wrong for key in options.negative_columns for wrong in strip_texts(read(key))]
+    except BadSample:
+        if options.captions:
+            raise
+        texts, tags, negatives = {}, [], []
+    text = [caption for captions in texts.values() for caption in captions]
+    numbers = [number for number, captions in enumerate(texts.values()) for _ in captions]
+    return {"image": image, "text": text, "columns": numbers, "negatives": negatives, "tags": tags, "id": name}
 
 
-def no_caption(columns: Mapping[str, Any]) -> BadSample:
-    """Return the reason why columns or fields, {key: value or list of values}, contain no text."""
+def _no_caption(columns: Mapping[str, list[Any]]) -> BadSample:
+    """Return the reason why the values of columns or fields contain no text."""
     for key, values in columns.items():
-        for value in values if isinstance(values, list) else [values]:
+        for value in values:
             missing = value is None or (isinstance(value, float) and math.isnan(value))
             if not missing and not isinstance(value, str):
                 remedy = "name a column or field of strings, or convert it"

@@ -7,14 +7,15 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from xclip_jax.core.errors import UserError, first_line
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.storage import unreadable_as
 
 __all__ = ["about", "files", "read"]
 
@@ -26,7 +27,7 @@ def write(path: pathlib.Path, columns: Mapping[str, Any]) -> None:
     """Write a part: lists of strings, and an array (n, e)."""
     rows = np.asarray(columns["embedding"], np.float32)
     vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), rows.shape[1])
-    # File names may contain bytes that are not UTF-8.
+    # File names may contain bytes invalid in UTF-8.
     strings = [[text.encode("utf-8", "replace").decode() for text in columns[key]] for key in COLUMNS[:-1]]
     arrays = [pyarrow.array(texts, pyarrow.string()) for texts in strings]
     table = pyarrow.table([*arrays, vectors], names=list(COLUMNS))
@@ -72,13 +73,5 @@ def about(path: str | os.PathLike) -> dict[str, Any]:
         return json.loads(metadata.get(_ABOUT.encode(), b"{}"))
 
 
-@contextlib.contextmanager
-def _naming(path: str | os.PathLike) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # of any class
-        raise UserError(
-            f"{path} is damaged or another program's ({first_line(error)}); delete it, or name another file."
-        ) from error
+def _naming(path: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
+    return unreadable_as(f"{path} is damaged or another program's, or cannot be read; name another file, or delete it")

@@ -109,12 +109,13 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
             captions_of.append(result[0])
             if result[1] is not None:
                 held.append((index, *result[1]))
+        _, counts = np.unique(np.array(captions_of), return_counts=True)
         _known[key] = Pairs(
             indices=np.array([index for index, _, _ in held], int),
             captions=[texts for _, texts, _ in held],
             hashes=[digits for _, _, digits in held],
             bad=len(source) - len(captions_of),
-            repeats=records.repeated_share(np.array(captions_of)),
+            repeats=float(counts[counts > 1].sum() / max(len(captions_of), 1)),
         )
     return _known[key]
 

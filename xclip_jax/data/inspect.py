@@ -1,14 +1,13 @@
 """Measures a few samples of training data, for the command check and the recipe small."""
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from xclip_jax.core.errors import BadSample
-from xclip_jax.data import images, records, transforms
+from xclip_jax.data import holdout, images, records, transforms
 from xclip_jax.data.base import Record, Source
 
 FEWEST = 8  # pairs required by the recipe small
@@ -21,7 +20,7 @@ class Sample:
     reason: str = ""
     detail: str = ""
     size: tuple[int, int] = (0, 0)
-    digest: bytes = b""
+    digest: str = ""
     captions: tuple[str, ...] = ()
     index: int = -1
 
@@ -30,13 +29,11 @@ def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tup
     """Read pairs and crop their images to `size`; return the samples and the elapsed seconds."""
 
     def examine(record: Record) -> Sample:
-        image = record["image"]
-        data = image if isinstance(image, bytes) else image.tobytes()
-        digest = hashlib.blake2b(data, digest_size=16).digest()
-        pixels = images.decode(image)
+        pixels = images.decode(record["image"])
         height, width = pixels.shape[:2]
-        transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
-        return Sample("", "", (width, height), digest, tuple(record["text"]))
+        digest = holdout.image_hash(record["image"])
+        transforms.random_resized_crop(pixels, size, np.random.default_rng(int(digest, 16)), resample="area")
+        return Sample(size=(width, height), digest=digest, captions=tuple(record["text"]))
 
     began = time.perf_counter()
     results = records.read_each(((source, index) for index in indices), examine, threads=threads)

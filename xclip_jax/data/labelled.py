@@ -67,8 +67,8 @@ def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[s
     return Paths([image for inside in images for image in inside], path), labels, names
 
 
-def images_in(folder: pathlib.Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[pathlib.Path]:
-    """Return the files with these suffixes in `folder` and visible folders below it, in ImageFolder's order.
+def images_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the images in `folder` and visible folders below it, in ImageFolder's order.
 
     Raises `OSError` if a folder cannot be listed, since the set would be incomplete.
     """
@@ -80,7 +80,7 @@ def images_in(folder: pathlib.Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) 
     inside = []
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not (name.startswith(".") or _leads_back(root, name))]
-        inside.append((root, sorted(n for n in files if n.lower().endswith(suffixes) and not n.startswith("."))))
+        inside.append((root, sorted(n for n in files if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith("."))))
     return [pathlib.Path(root, file) for root, files in sorted(inside) for file in files]
 
 
@@ -143,13 +143,10 @@ class Labelled(Source):
         identity: Sequence[str] = (),
         read: Callable[[int], tuple[Any, Any]] | None = None,
     ) -> None:
-        """Hold items and labels, which may be read on access.
+        """Hold items, and as `labels` the number of each item's class, or bool (n, classes); see also the attributes.
 
-        Args:
-          key, items, names, metrics: see the attributes.
-          labels: number of each item's class, or bool (n, classes).
-          identity: identifies the items; by default it is a digest of items and labels.
-          read: returns an item and its label, if one access gives both.
+        `identity` stands for the items in fingerprints, for which they are else hashed. `read` returns an item and its
+        label, if one access gives both.
         """
         self.key = key
         self.items = items
@@ -219,15 +216,9 @@ def count_classes(spec: str, source: Labelled) -> int:
 def check_sources(
     specs: Sequence[str], sources: Sequence[Labelled], classes: int, fields: Sequence[str] | None = None
 ) -> None:
-    """Check that all sources fit a classifier.
+    """Raise `UserError` unless the sources `specs` fit a classifier with this number of classes, 1 for regression.
 
-    Args:
-      specs, sources: labelled items, and their specs for messages.
-      classes: number of classes of the classifier, 1 for regression.
-      fields: fields of the batches, with "image" or "text"; None for any.
-
-    Raises:
-      UserError: one class, several per image, another number of classes, the other modality, or different classes.
+    Each needs items of one of the `fields` of batches, if any are given, one class for each item, and the same classes.
     """
     for spec, source in zip(specs, sources, strict=True):
         check_one_class(spec, source)

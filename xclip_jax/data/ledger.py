@@ -67,13 +67,9 @@ class BadSampleLog:
     def __init__(
         self, folder: epath.Path, *, max_bad_fraction: float, start: int = 0, counters: Mapping[str, Any] | None = None
     ) -> None:
-        """Open the ledger of the run in `folder`; lines for samples from `start` on are removed.
+        """Open the ledger of the run in `folder`, which has read `start` samples and had these counters then.
 
-        Args:
-          folder: the run's folder.
-          max_bad_fraction: a larger share of bad samples stops the run.
-          start: samples that the run has read.
-          counters: the counters at `start`.
+        Lines for later samples are removed. A larger share of bad samples than `max_bad_fraction` fails a `check`.
         """
         self.path = RunReader(folder).bad_samples_file
         self.max_bad_fraction = max_bad_fraction
@@ -91,14 +87,10 @@ class BadSampleLog:
         self._last_window = (0, 0)  # bad samples and all samples of the last whole window
 
     def add(self, end: int, tokens: int, bad: Sequence[Entry], part: int | None = None) -> None:
-        """Record this process's rows of a batch.
+        """Record the number of tokens and the replaced samples of this process's rows of a batch.
 
-        Args:
-          end: the run's samples up to the end of the global batch.
-          tokens: number of tokens in the rows.
-          bad: replaced samples of the rows.
-          part: part of the global batch, see `mesh.batch_part`; processes that load the same one count once. By default
-            each process has another one.
+        `end` is the number of the run's samples up to the end of the global batch. Processes that load the same `part`
+        of it, see `mesh.batch_part`, count once; by default each process has another one.
         """
         self._part = self._part if part is None else part
         self._pending.append((end, tokens, list(bad)))
@@ -106,8 +98,7 @@ class BadSampleLog:
     def sync(self, samples: int) -> None:
         """Count and write the records of the run's first `samples`; all processes call this at the same steps.
 
-        Raises:
-          UserError: processes that load the same rows read different samples.
+        `UserError` if processes that load the same rows read different samples.
         """
         tokens = 0
         bad = []

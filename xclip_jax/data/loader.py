@@ -3,7 +3,6 @@
 import bisect
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
 import threading
@@ -16,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import images, records, sources, transforms
+from xclip_jax.data import holdout, images, records, sources, transforms
 from xclip_jax.data.base import Record, Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.ledger import BadSampleLog, Entry
@@ -114,8 +113,7 @@ class Transform:
 
 def _hash(content: bytes | np.ndarray) -> np.ndarray:
     """Return 64 bits as int32 (2,)."""
-    data = content if isinstance(content, bytes) else np.ascontiguousarray(content).tobytes()
-    return np.frombuffer(hashlib.blake2b(data, digest_size=8).digest(), np.int32)
+    return np.frombuffer(bytes.fromhex(holdout.image_hash(content)), np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,10 +258,7 @@ def batches(
     Row r of global batch g is sample g * batch + r of the run: the global batches are the same on any number of hosts
     and from any start. Host h reads the h-th of `hosts` contiguous parts or, with `shards`, these parts of
     hosts * len(shards), one after another, see `mesh.BatchPart`. A bad sample is replaced by another one of its
-    source, which depends only on the seed and the position.
-
-    Raises:
-      UserError: a bad sample without a `ledger`, or no usable sample for a position.
+    source, which depends only on the seed and the position; without a `ledger` it raises `UserError`.
     """
     shards = shards or (host,)
     n = batch // (hosts * len(shards))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import images
-from xclip_jax.data.transforms import STATISTICS, evaluation_image, evaluation_mask
+from xclip_jax.data.transforms import STATISTICS, fit
 
 Triple = tuple[float, float, float]
 
@@ -42,12 +42,13 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
 class Preprocessing:
     """Resizes an image to a square on the host, and stores the arguments of `transforms.normalize` for the device.
 
-    The defaults are OpenAI CLIP's, also in open_clip; see `transforms.evaluation_image`. `UserError` for a wrong size.
+    The defaults are OpenAI CLIP's, also in open_clip. `UserError` for a wrong size.
 
     Attributes:
       size: side of the result in pixels.
       mean, std: for each channel, for pixels between 0 and 1.
-      resize_mode, resize_size, interpolation: config keys `eval.resize`, `.resize_size`, `.interpolation`.
+      resize_mode, resize_size, interpolation: see `transforms.fit`; config keys `eval.resize`, `.resize_size`,
+        `.interpolation`.
       background, exif_rotation: see `images.decode`; config key `data.decoding`.
     """
 
@@ -120,11 +121,21 @@ class Preprocessing:
         return f"{self.resizing}, {self.size} px, {self.normalization}"
 
     def __call__(self, data: bytes | np.ndarray | Image.Image) -> np.ndarray:
-        """Convert an encoded image, an RGB array (h, w, 3) or a Pillow image to uint8 (size, size, 3)."""
-        return evaluation_image(
-            data, self.size, self.interpolation, self.resize_mode, self.resize_size, self.background, self.exif_rotation
-        )
+        """Convert an encoded image, an RGB array (h, w, 3) or a Pillow image to uint8 (size, size, 3).
+
+        A white background is laid before resizing. With dropped transparency and without rotation, the pixels equal
+        open_clip's evaluation transform, which resizes before converting to RGB, but for 16 bits. See `images.decode`
+        for errors.
+        """
+        if isinstance(data, np.ndarray) or images.is_jpeg(data) or self.background == images.WHITE:
+            image = Image.fromarray(images.decode(data, background=self.background, rotate=self.exif_rotation))
+        elif (image := images.open_image(data, rotate=self.exif_rotation)).mode.startswith("I"):
+            image = images.to_rgb(image, self.background)
+        return np.asarray(images.to_rgb(self._fit(image, self.interpolation), self.background))
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """Convert class numbers uint8 (h, w) of an image's pixels to uint8 (size, size); 255 for no class."""
-        return evaluation_mask(mask, self.size, self.resize_mode, self.resize_size)
+        return np.asarray(self._fit(Image.fromarray(mask), "nearest"))
+
+    def _fit(self, image: Image.Image, resample: str) -> Image.Image:
+        return fit(image, self.size, resample, self.resize_mode, self.resize_size)

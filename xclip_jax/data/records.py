@@ -25,11 +25,7 @@ T = TypeVar("T")
 
 
 def read(source: Source, index: int) -> Record | BadSample:
-    """Return record `index` of `source`, or a `BadSample` with the reason why it is unusable.
-
-    Raises:
-      UserError, MemoryError: errors that affect more than this record.
-    """
+    """Return record `index` of `source`, or a `BadSample` with the reason why it is unusable, see `as_bad_sample`."""
     try:
         return source[index]
     except Exception as error:
@@ -111,17 +107,10 @@ def reading_digest(numbers: np.ndarray, unreadable: int) -> dict[str, Any]:
     return {"digest": digest, "unreadable": unreadable}
 
 
-def repeated_share(values: np.ndarray) -> float:
-    """Return the share of numbers (n,) or rows of tokens (n, m) with a duplicate; 0 for n = 0."""
-    _, counts = np.unique(values, axis=0, return_counts=True)
-    return float(counts[counts > 1].sum() / max(counts.sum(), 1))
-
-
 def as_bad_sample(error: Exception) -> BadSample:
     """Convert an error of reading or decoding a record to a `BadSample`, with the error's class as its reason.
 
-    Raises:
-      UserError, MemoryError: `error` itself, if it affects more than the record.
+    A `UserError` or `MemoryError` is raised, since it affects more than the record.
     """
     if isinstance(error, BadSample):
         return error
@@ -217,7 +206,7 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None]) -> 
                     getattr(elements, "close", lambda: None)()
 
 
-def init_worker(*_: int) -> None:
+def init_worker() -> None:
     """Initialise a worker process: ignore signals to the process group, and exit with the parent."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

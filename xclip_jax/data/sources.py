@@ -75,8 +75,10 @@ class SourceSpec(NamedTuple):
 
 def is_spec(text: str) -> bool:
     """Whether `text` has the form of a spec, without importing or opening anything."""
-    prefix, colon, _ = text.partition(":")
-    return (bool(colon) and prefix in SOURCES) or _IMPORTED.fullmatch(text) is not None
+    prefix, _, rest = text.partition(":")
+    if prefix in SOURCES:
+        return bool(rest) and not text.startswith("hf://")  # an address
+    return _IMPORTED.fullmatch(text) is not None
 
 
 def spec_from_path(text: str) -> str:
@@ -85,8 +87,7 @@ def spec_from_path(text: str) -> str:
     if is_spec(text):
         return text
     if os.path.isdir(path):
-        tars = glob.glob(os.path.join(glob.escape(path), "*.tar"))
-        return f"tar:{text}" if tars else f"folder:{text}"
+        return f"tar:{text}" if glob.glob("*.tar", root_dir=path) else f"folder:{text}"
     for name, kind in SOURCES.items():
         if redact(path).lower().endswith(kind.suffixes):
             return f"{name}:{text}"
@@ -97,17 +98,12 @@ def spec_from_path(text: str) -> str:
 
 
 def parse(text: str) -> SourceSpec:
-    """Parse a spec without opening it.
-
-    Raises:
-      UserError: an unknown kind, only a kind, or a module that cannot be imported.
-    """
+    """Parse a spec without opening it; `UserError` for an unknown kind, only a kind, or a missing module."""
     prefix, _, rest = text.partition(":")
     cause = None
-    if prefix in SOURCES:
-        if rest and not text.startswith("hf://"):
-            return SourceSpec(SOURCES[prefix], rest)
-    elif match := _IMPORTED.fullmatch(text):
+    if prefix in SOURCES and is_spec(text):
+        return SourceSpec(SOURCES[prefix], rest)
+    if match := _IMPORTED.fullmatch(text):
         try:
             return SourceSpec(import_class(match["class"], SourceKind, "source"), match["rest"] or "")
         except UserError as error:
@@ -127,8 +123,7 @@ def parse_all(specs: Sequence[str]) -> list[SourceSpec]:
 
 def has_labels(text: str, items: str) -> bool:
     """Whether `text` is the spec of a source of labelled `items`, "image" or "text", without opening it."""
-    prefix, _, rest = text.partition(":")
-    if not is_spec(text) or (prefix in SOURCES and not rest):
+    if not is_spec(text):
         return False
     kind = parse(text).kind
     return overrides(kind, "open_labelled") and kind.labelled_items == items

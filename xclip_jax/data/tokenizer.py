@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import ftfy
 import numpy as np
 import tokenizers
-from etils import epath
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
@@ -56,10 +55,8 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Return int32 (len(texts), length): start, text, end, padding. Longer texts are cut before their end token.
 
-        Only the first 65,536 letters of a text count, or 256 for each token if this is more.
-
-        Raises:
-          UserError: `texts` is a string, or `length` is below 2, for a start and an end.
+        Only the first 65,536 letters of a text count, or 256 for each token if this is more. `UserError` if `texts` is
+        a string, or `length` is below 2, for a start and an end.
         """
         if isinstance(texts, str) or length < 2:
             raise UserError(
@@ -81,8 +78,7 @@ class Tokenizer:
 def load(name: str) -> Tokenizer:
     """Return a tokenizer: "clip" (49,408 ids), "bytes" (259), or the path of a Hugging Face `tokenizers` JSON file.
 
-    Raises:
-      UserError: unknown name, unreadable file, a vocabulary without an end token.
+    `UserError` for an unknown name, an unreadable file, or a vocabulary without an end token.
     """
     if name == "clip":
         return _clip()
@@ -177,12 +173,9 @@ def _clip() -> Tokenizer:
     words, merges = clip_vocabulary()
     vocab = {word: i for i, word in enumerate([*words, _CLIP_START, _CLIP_END])}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, end_of_word_suffix=_WORD_END))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True)
+    spell = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, spell])
     special = {_CLIP_START: vocab[_CLIP_START], _CLIP_END: vocab[_CLIP_END]}
 
     def encode(text: str) -> list[int]:
@@ -216,7 +209,7 @@ def _from_file(path: str, _modified: float) -> Tokenizer:
     size = 0
     cleaning = ""
     try:
-        content = epath.Path(path).read_bytes().decode()
+        content = read_file(path).decode()
         if content.startswith(f'{{"{_CONVENTIONS}"'):
             wrapped = json.loads(content)
             content = json.dumps(wrapped["tokenizer"])

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from xclip_jax.data.images import DROPPED, WHITE, decode, is_jpeg, open_image, to_rgb
-
 cv2.setNumThreads(0)  # the loader already uses threads
 
 RESAMPLE = ("area", "bicubic")  # for training crops
@@ -28,8 +26,14 @@ STATISTICS = {
 }
 
 
-def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", resize_size: int = 0) -> Image.Image:
-    """Resize and crop to the square of `evaluation_image` without changing the image's mode."""
+def fit(
+    image: Image.Image, size: int, resample: str = "bicubic", mode: str = "shortest", resize_size: int = 0
+) -> Image.Image:
+    """Resize an image of any kind of pixels, and cut out the central square of `size` pixels.
+
+    The mode "shortest" resizes the shorter side to `resize_size` pixels, 0 for `size`, and "squash" both sides.
+    `resample` is Pillow's name of a filter, which is antialiased.
+    """
     side = resize_size or size
     w, h = image.size
     # Resizing all of a very long image could take any amount of memory.
@@ -44,40 +48,6 @@ def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", r
         image = image.resize(new, Image.Resampling[resample.upper()])
     left, top = (round((x - size) / 2) for x in new)
     return image.crop((left, top, left + size, top + size))
-
-
-def evaluation_image(
-    data: bytes | np.ndarray | Image.Image,
-    size: int,
-    resample: str = "bicubic",
-    mode: str = "shortest",
-    resize_size: int = 0,
-    background: str = DROPPED,
-    exif_rotation: bool = False,
-) -> np.ndarray:
-    """Resize and crop an image, a file's content, an RGB array or a Pillow image, to uint8 (size, size, 3).
-
-    A white background is laid before resizing. With dropped transparency and without rotation, the pixels equal
-    open_clip's evaluation transform, which resizes before converting to RGB, but for 16 bits. See `decode` for errors.
-
-    Args:
-      data: the image.
-      size: side of the result, pixels.
-      resample: one of `INTERPOLATIONS`, antialiased.
-      mode: "shortest" resizes the shorter side and keeps the central square, "squash" resizes both sides alike.
-      resize_size: side after resizing, before the central `size` pixels are cropped; 0 for `size`.
-      background, exif_rotation: see `decode`.
-    """
-    if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
-        image = Image.fromarray(decode(data, background=background, rotate=exif_rotation))
-    elif (image := open_image(data, rotate=exif_rotation)).mode.startswith("I"):
-        image = to_rgb(image, background)
-    return np.asarray(to_rgb(_fit(image, size, resample, mode, resize_size), background))
-
-
-def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:
-    """Resize and crop class numbers uint8 (h, w) to the nearest pixel, see `evaluation_image`."""
-    return np.asarray(_fit(Image.fromarray(mask), size, "nearest", mode, resize_size))
 
 
 def random_resized_crop(
@@ -123,7 +93,7 @@ def random_resized_crop(
                 resized = Image.fromarray(image).resize((size, size), Image.Resampling[resample.upper()], box)
                 out[:] = np.asarray(resized)
             return out
-    out[:] = evaluation_image(image, size)
+    out[:] = np.asarray(fit(Image.fromarray(image), size))
     return out
 
 

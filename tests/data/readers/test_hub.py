@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import pretrain
+from tests.data.readers.test_table import record
 from tests.helpers import bad_tars
 from tests.helpers.bad_tars import jpeg
 from tests.helpers.encoding import PREPARE
@@ -29,10 +30,8 @@ def cache(tmp_path, monkeypatch):
 
 
 def rows(n=12, image="image", text="text"):
-    columns = {
-        image: [{"bytes": jpeg(i), "path": f"{i}.png"} for i in range(n)],
-        text: [f"picture {i} " for i in range(n)],
-    }
+    columns = {image: [{"bytes": jpeg(i), "path": f"{i}.png"} for i in range(n)]}
+    columns[text] = [f"picture {i} " for i in range(n)]
     features = {image: datasets.Image(), text: datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)}
     return datasets.Dataset.from_dict(columns | {"label": [i % 3 for i in range(n)]}, datasets.Features(features))
 
@@ -50,14 +49,7 @@ def parquet(made):
 
 def test_a_folder_of_save_to_disk(tmp_path):
     source = sources.open_pairs(f"hf:{saved(tmp_path / 'set')}")
-    assert len(source) == 12 and source[3] == {
-        "image": jpeg(3),
-        "text": ["picture 3"],
-        "columns": [0],
-        "negatives": [],
-        "tags": [],
-        "id": "3",
-    }
+    assert len(source) == 12 and source[3] == record(jpeg(3), ["picture 3"], "3")
     with pytest.raises(IndexError):
         source[12]
     source = sources.open_pairs(f"hf:{tmp_path / 'set'}", SourceOptions(image_column="label"))
@@ -84,8 +76,8 @@ def test_columns_are_those_of_the_config(tmp_path):
     fields = [{"alt": f"alt {i}", "words": ["a", "b"]} for i in range(12)]
     made = rows().add_column("json", fields).add_column("tags", ["red, blue,"] * 12)
     keys = SourceOptions(text_columns=("text", "json/alt", "json/words"), tags_key="tags")
-    record = sources.open_pairs(f"hf:{saved(tmp_path / 'nested', made)}", keys)[5]
-    assert record["text"] == ["picture 5", "alt 5", "a", "b"] and record["tags"] == ["red", "blue"]
+    fifth = sources.open_pairs(f"hf:{saved(tmp_path / 'nested', made)}", keys)[5]
+    assert fifth["text"] == ["picture 5", "alt 5", "a", "b"] and fifth["tags"] == ["red", "blue"]
     with pytest.raises(UserError, match="has no column 'alt'; its columns are 'image', 'text'"):
         sources.open_pairs(f"hf:{tmp_path / 'nested'}", SourceOptions(text_columns=("text", "alt")))
 

@@ -34,6 +34,11 @@ def write(path, rows, tab=","):
     path.write_text("\n".join(tab.join(row) if isinstance(row, tuple) else row for row in rows), encoding="utf-8-sig")
 
 
+def record(image, text, name, tags=()):
+    numbers = [0] * len(text)
+    return {"image": image, "text": text, "columns": numbers, "negatives": [], "tags": [*tags], "id": name}
+
+
 def write_parquet(path, metadata=None, **columns):
     pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(metadata), path)
     return path
@@ -160,21 +165,12 @@ def test_card_of_tables_changes_with_their_content_alone(tmp_path, images):
 def test_parquet(tmp_path, images):
     path = write_parquet(tmp_path / "0.parquet", image=["images/0.jpg", None], text=[["one", "two"], ["x"]])
     source = open_source(f"parquet:{path}")
-    file = str(tmp_path / "images" / "0.jpg")
-    assert source[0] == {
-        "image": images[0],
-        "text": ["one", "two"],
-        "columns": [0, 0],
-        "negatives": [],
-        "tags": [],
-        "id": file,
-    }
+    assert source[0] == record(images[0], ["one", "two"], str(tmp_path / "images" / "0.jpg"))
     with pytest.raises(BadSample, match="no image in the row"):
         source[1]
     inside = [{"bytes": images[1], "path": "x"}]
     path = write_parquet(tmp_path / "1.parquet", image=inside, text=["t"], tags=[["a", "b"]])
-    record = open_source(f"parquet:{path}", tags="tags")[0]
-    assert record == {"image": images[1], "text": ["t"], "columns": [0], "negatives": [], "tags": ["a", "b"], "id": "0"}
+    assert open_source(f"parquet:{path}", tags="tags")[0] == record(images[1], ["t"], "0", ["a", "b"])
     sentences = [[{"raw": "one"}, {"raw": "two"}]]
     path = write_parquet(tmp_path / "2.parquet", image=[images[1]], sentences=sentences)
     assert open_source(f"parquet:{path}", text=("sentences/raw",))[0]["text"] == ["one", "two"]
@@ -260,13 +256,10 @@ def test_damaged_parquet_is_a_sentence(tmp_path):
     write_parquet(tmp_path / "x.parquet", image=["a"] * 50, text=["x"] * 50)
     whole = (tmp_path / "x.parquet").read_bytes()
     rng = np.random.default_rng(0)
+    cut = [whole[: rng.integers(len(whole))] for _ in range(20)]
+    hurt = [whole[:i] + rng.bytes(9) + whole[i + 9 :] for i in rng.integers(len(whole), size=100)]
     refused = 0
-    for content in [
-        b"",
-        b"rubbish" * 9,
-        *(whole[: rng.integers(len(whole))] for _ in range(20)),
-        *(whole[:i] + rng.bytes(9) + whole[i + 9 :] for i in rng.integers(len(whole), size=100)),
-    ]:
+    for content in (b"", b"rubbish" * 9, *cut, *hurt):
         (tmp_path / "x.parquet").write_bytes(content)
         try:
             source = open_source(f"parquet:{tmp_path}/x.parquet")
@@ -300,12 +293,11 @@ def test_array_record(tmp_path, images):
 
     writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
     pair = example(image=[images[0]], text=[b"one", b"two"])
-    for record in (pair, example(image=[images[1]]), example(text=[b"x"]), b"\xff\xff"):
-        writer.write(record)
+    for content in (pair, example(image=[images[1]]), example(text=[b"x"]), b"\xff\xff"):
+        writer.write(content)
     writer.close()
     source = open_source(f"array_record:{tmp_path}/*.array_record")
-    expected = {"image": images[0], "text": ["one", "two"], "columns": [0, 0], "negatives": [], "tags": [], "id": "0"}
-    assert source[0] == expected
+    assert source[0] == record(images[0], ["one", "two"], "0")
     for i, reason in ((1, "caption is empty"), (2, "no image in the record"), (3, "DecodeError")):
         assert records.read(source, i).reason == reason
     card = source.fingerprint()

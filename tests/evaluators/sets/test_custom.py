@@ -13,7 +13,7 @@ from tests.helpers import tiny
 from tests.helpers.encoding import SIZE, make_encoder, small_model
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import holdout, sources, transforms
+from xclip_jax.data import holdout, sources
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry, retrieval
@@ -69,7 +69,7 @@ def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
     expected = [[f"side of {i}", f"top of {i}"] for i in range(6)]
     expected[0].append("side of 0")
     assert data.captions == expected and len(data.images) == 6
-    np.testing.assert_array_equal(data.images[1], transforms.evaluation_image(images[1].read_bytes(), SIZE))
+    np.testing.assert_array_equal(data.images[1], Preprocessing(SIZE)(images[1].read_bytes()))
     match = retrieval.Matches(data.captions).of_images()
     assert match.shape == (6, 13) and (match.sum(axis=0) == 1).all() and match.sum(axis=1).tolist() == [3, *[2] * 5]
     copied = shutil.copytree(folder, tmp_path / "copied")  # the same images in another source of the same run

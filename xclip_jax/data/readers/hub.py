@@ -17,6 +17,7 @@ import pyarrow
 
 from xclip_jax.core import hub_client
 from xclip_jax.core.errors import UserError
+from xclip_jax.core.imports import import_extra
 from xclip_jax.data import labelled
 from xclip_jax.data.base import SourceKind, SourceOptions, check_columns, split_columns
 from xclip_jax.data.readers.table import ColumnSource, ImageColumn, in_classes, path_in
@@ -30,15 +31,12 @@ _MAX_MESSAGE = 300  # letters of an error message of `datasets`
 @contextlib.contextmanager
 def _package(spec: str) -> Iterator[Any]:
     """Provide the package `datasets` and convert its errors to `UserError`."""
+    package = import_extra("datasets", "datasets", spec)
     try:
-        import datasets
-
-        yield datasets
+        yield package
     except Exception as error:  # an unknown split or configuration, no connection, a full disk, ...
         message = " ".join(str(error).split())[:_MAX_MESSAGE].rstrip(".") or type(error).__name__
         remedy = f"check the name, or {hub_client.LOG_IN}"
-        if isinstance(error, ImportError):
-            remedy = "pip install 'xclip_jax[datasets]'"
         raise UserError(f"{spec}: datasets cannot open it: {message}; {remedy}.") from error
 
 
@@ -52,11 +50,10 @@ def _repository(rest: str) -> tuple[str, str, dict[str, Any]]:
 
 
 def open_split(rest: str) -> Any:
-    """Return the `datasets.Dataset` of a spec, or raise `UserError`.
+    """Return the `datasets.Dataset` of the spec "hf:" + `rest`, or raise `UserError`.
 
-    Args:
-      rest: the spec after "hf:": "ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT", or a path that begins with /, ./, ../ or
-        ~: a folder written by `Dataset.save_to_disk`.
+    `rest` is "ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT", or a path that begins with /, ./, ../ or ~: a folder written
+    by `Dataset.save_to_disk`.
     """
     if rest.startswith(_LOCAL):
         with _package(f"{PREFIX}{rest}") as package:
@@ -66,23 +63,23 @@ def open_split(rest: str) -> Any:
         return package.load_dataset(repository, split=split, **options)
 
 
-def _images(rows: Any, column: str, rest: str) -> ImageColumn:
-    """Return the images of a split.
+def _images(rows: Any, column: str, place: str) -> ImageColumn:
+    """Return the images of the split that a spec names.
 
     Paths in a saved set are relative to its folder. Paths in a set of the Hub may point into the Hub's caches; other
     files of this machine are bad samples.
     """
 
     def locate(_: int, path: str) -> tuple[str, str]:
-        if rest.startswith(_LOCAL):
-            return path_in(os.path.expanduser(split_columns(rest)[0]), path), ""
+        if place.startswith(_LOCAL):
+            return path_in(os.path.expanduser(place), path), ""
         from datasets import config
         from huggingface_hub import constants
 
         caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
         file = pathlib.Path(path).resolve()
         is_cached = any(file.is_relative_to(pathlib.Path(cache).resolve()) for cache in caches)
-        return path, "" if is_cached else f"{PREFIX}{rest}"
+        return path, "" if is_cached else f"{PREFIX}{place}"
 
     return ImageColumn(_arrow(rows, [column])[column], locate)
 
@@ -95,24 +92,18 @@ def _arrow(rows: Any, columns: Iterable[str]) -> Any:
 class HubPairs(ColumnSource):
     """Image-text pairs of a split."""
 
-    def __init__(self, rest: str, options: SourceOptions, rows: Any) -> None:
-        """Read the `rows` of `open_split`; raise `UserError` if columns are missing.
-
-        "?image=COLUMN" at the end of `rest` names the images, "?label=COLUMN" the labels for evaluations.
-        """
-        columns = split_columns(rest)[1]
+    def __init__(self, place: str, options: SourceOptions, rows: Any) -> None:
+        """Read the `rows` of `open_split(place)`; raise `UserError` if columns are missing."""
         self._fingerprint: dict[str, Any] = {}
-        options = dataclasses.replace(options, image_column=columns.get("image", options.image_column))
-        check_columns(f"{PREFIX}{rest}", rows.features, options.columns)
-        self._texts_table = _arrow(rows, options.caption_columns)
-        super().__init__(_images(rows, options.image_column, rest), self._texts_table, options)
+        check_columns(f"{PREFIX}{place}", rows.features, options.columns)
+        super().__init__(_images(rows, options.image_column, place), _arrow(rows, options.caption_columns), options)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, the columns, and a hash of captions and image sizes."""
         if self._fingerprint:
             return self._fingerprint
         digest = hashlib.blake2b(digest_size=16)
-        for batch in self._texts_table.to_batches():
+        for batch in self.columns.to_batches():
             is_list, is_number = pyarrow.types.is_list, pyarrow.types.is_primitive
             if all(is_list(kind) and is_number(kind.value_type) for kind in batch.schema.types):  # as text: an hour
                 for column in batch.columns:
@@ -135,7 +126,9 @@ class HubSets(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> HubPairs:
-        return HubPairs(rest, options, open_split(split_columns(rest)[0]))
+        place, columns = split_columns(rest)
+        options = dataclasses.replace(options, image_column=columns.get("image", options.image_column))
+        return HubPairs(place, options, open_split(place))
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
@@ -145,7 +138,7 @@ class HubSets(SourceKind):
         label = columns.get("label", "label")
         key = columns.get("image", options.image_column)
         check_columns(f"{PREFIX}{rest}", rows.features, [key, label])
-        return in_classes(f"{PREFIX}{rest}", _images(rows, key, rest), _arrow(rows, [label]), label)
+        return in_classes(f"{PREFIX}{rest}", _images(rows, key, place), _arrow(rows, [label]), label)
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:

@@ -21,18 +21,18 @@ from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data import labelled
 from xclip_jax.data.base import (
     MAX_BYTES,
+    LazySequence,
     Record,
     Source,
     SourceKind,
     SourceOptions,
-    captions_of,
     check_columns,
     choose,
     decode_utf8,
     json_strings,
     json_values,
-    no_caption,
     open_binary,
+    pair,
     read_csv,
     split_columns,
     strip_texts,
@@ -42,22 +42,7 @@ from xclip_jax.data.tokenizer import clip_captions
 _HASHED_WHOLE = 1 << 30  # bytes of the largest CSV table whose fingerprint covers all of its content
 
 
-def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], Any]) -> Record:
-    """Return a record with "id" `name`; raise `BadSample` if it lacks a caption that `options` require.
-
-    `read` returns the values, or the only value, in a column; a single string of keywords is split at commas.
-    """
-    columns = {key: read(key) for key in options.text_columns}
-    captions = captions_of(map(strip_texts, columns.values()))
-    if options.captions and not captions["text"]:
-        raise no_caption(columns)
-    tags = read(options.tags_key) if options.tags_key else []
-    tags = strip_texts(tags.split(",") if isinstance(tags, str) else tags)
-    negatives = [wrong for key in options.negative_columns for wrong in strip_texts(read(key))]
-    return {"image": image, **captions, "negatives": negatives, "tags": tags, "id": name}
-
-
-class ImageColumn(Sequence):
+class ImageColumn(LazySequence):
     """Encoded images in an Arrow column: bytes, paths or URLs, or {"bytes", "path"} as Hugging Face writes them."""
 
     def __init__(self, column: Any, locate: Callable[[int, str], tuple[str, str]]) -> None:
@@ -68,24 +53,18 @@ class ImageColumn(Sequence):
         """
         self.column = column
         self._locate = locate
-
-    def __len__(self) -> int:
-        return len(self.column)
+        super().__init__(len(column), lambda i: self.read(i)[0], lambda i: self.path(i) or f"row {i}", self._listed)
 
     def _value(self, index: int) -> Any:
-        value = self.column[index].as_py()
+        value = _cell(self.column, index)
         return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
 
     def path(self, index: int) -> str:
         """Return the path or URL of an image; "" if the table contains the image itself, or none."""
-        with _utf8():
-            value = self._value(index)
+        value = self._value(index)
         return self._locate(index, value)[0] if isinstance(value, str) and value else ""
 
-    def name(self, index: int) -> str:
-        return self.path(index) or f"row {index}"
-
-    def sizes(self) -> Iterator[tuple[str, int]]:
+    def _listed(self) -> Iterator[tuple[str, int]]:
         """Yield the row and size in bytes of each image, or its file name and 0."""
         column = self.column
         paths = None
@@ -115,17 +94,13 @@ class ImageColumn(Sequence):
             raise BadSample("image file is empty" if name != str(index) else "no image in the row")
         return value, name
 
-    def __getitem__(self, index: int) -> bytes:  # ty: ignore[incompatible-method-override] no slices
-        return self.read(index)[0]
 
-
-@contextlib.contextmanager
-def _utf8() -> Iterator[None]:
-    """Raise `BadSample` for a cell in another encoding."""
+def _cell(column: Any, index: int) -> Any:
+    """Return a value of an Arrow column; `BadSample` for a text in another encoding."""
     try:
-        yield
+        return column[index].as_py()
     except UnicodeDecodeError as error:
-        decode_utf8(error.object)
+        return decode_utf8(error.object)  # which raises
 
 
 class ColumnSource(Source):
@@ -140,34 +115,29 @@ class ColumnSource(Source):
     def __len__(self) -> int:
         return len(self.images)
 
-    def _values(self, key: str, index: int) -> Any:
+    def _row(self, key: str, index: int) -> dict[str, Any]:
+        """Return {COLUMN: value} of a row for the key COLUMN or COLUMN/FIELD."""
         name = key.partition("/")[0]
-        value = self.columns[name][index].as_py()
+        return {name: _cell(self.columns[name], index)}
+
+    def _values(self, key: str, index: int) -> list[Any]:
+        row = self._row(key, index)
+        (value,) = row.values()
         if isinstance(value, list) and value and isinstance(value[0], int | float):
             return clip_captions(value)
-        values = json_values({name: value}, key)
-        return values[0] if len(values) == 1 else values
+        return json_values(row, key)
 
     def texts(self, index: int) -> list[list[str]]:
         """Return the strings in each caption column of a row, without reading the image."""
-        with _utf8():
-            return [strip_texts(self._values(key, index)) for key in self.options.text_columns]
+        return [strip_texts(self._values(key, index)) for key in self.options.text_columns]
 
     def values(self, key: str, index: int) -> list[str]:
         """Return the values of a row in one column as strings, also numbers and booleans."""
-        name = key.partition("/")[0]
-        with _utf8():
-            return json_strings({name: self.columns[name][index].as_py()}, key, scalars=True)
+        return json_strings(self._row(key, index), key, scalars=True)
 
     def __getitem__(self, index: int) -> Record:
-        with _utf8():
-            image, name = self.images.read(index)
-            try:
-                return pair(image, name, self.options, lambda key: self._values(key, index))
-            except (UnicodeDecodeError, BadSample):
-                if self.options.captions:
-                    raise
-                return {"image": image, "text": [], "tags": [], "id": name}
+        image, name = self.images.read(index)
+        return pair(image, name, self.options, lambda key: self._values(key, index))
 
     def describe(self, index: int) -> dict[str, str]:
         try:

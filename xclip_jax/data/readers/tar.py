@@ -18,19 +18,7 @@ import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
-from xclip_jax.data.base import (
-    Record,
-    Source,
-    SourceKind,
-    SourceOptions,
-    captions_of,
-    decode_text,
-    decode_utf8,
-    json_strings,
-    json_values,
-    no_caption,
-    strip_texts,
-)
+from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, decode_text, decode_utf8, json_values, pair
 from xclip_jax.data.readers import tar_index
 
 _GAP = 1 << 16  # bytes; one request reads all files of a sample if the gaps between them are at most this large
@@ -105,36 +93,24 @@ class TarSource(Source):
         parts = self._read(tar, row, self._parts)
         if not parts["image"]:
             raise BadSample("image file is empty")
-        try:
-            texts = self._texts(parts)
-        except BadSample:
-            if self.options.captions:
-                raise
-            texts = {"text": [], "negatives": [], "tags": []}
-        name = f"{redact(tar)}#{row['key'].decode(errors='replace')}"
-        return {"image": parts["image"], **texts, "id": name}
 
-    def _texts(self, parts: dict[str, bytes | None]) -> Record:
-        fields = {}
-        if "json" in self._parts:
+        @functools.cache
+        def fields() -> Any:
             content = decode_utf8(parts["json"] or b"{}")
             try:
-                fields = json.loads(content)
+                return json.loads(content)
             except (ValueError, RecursionError) as error:
                 raise BadSample("JSON file is damaged", str(error)) from error
-        captions = captions_of(
-            json_strings(fields, key) if key != "text" else strip_texts(decode_text(parts["text"] or b""))
-            for key in self.options.text_columns
-        )
-        if not captions["text"]:
-            fault = no_caption({key: json_values(fields, key) for key in self.options.text_columns if key != "text"})
-            if parts.get("text", b"") is None:
-                fault = BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
-            raise fault
-        tags = json_strings(fields, self.options.tags_key) if self.options.tags_key else []
-        tags = strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
-        negatives = [wrong for key in self.options.negative_columns for wrong in json_strings(fields, key)]
-        return {**captions, "negatives": negatives, "tags": tags}
+
+        def values(key: str) -> list[Any]:
+            if key != "text" or key not in parts:
+                return json_values(fields(), key)
+            if parts["text"] is None and len(self.options.text_columns) == 1:
+                raise BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
+            return [decode_text(parts["text"] or b"")]
+
+        name = f"{redact(tar)}#{row['key'].decode(errors='replace')}"
+        return pair(parts["image"], name, self.options, values)
 
     def _read(self, tar: str, row: np.void, parts: Sequence[str]) -> dict[str, bytes | None]:
         """Return the content of some files of a sample, None for missing ones."""

@@ -248,5 +248,5 @@ def load(tars: Sequence[str]) -> list[pathlib.Path]:
 def find(pattern: str) -> list[str]:
     """Return the tars in a local folder with any name, or the files of a pattern, see `storage.expand`."""
     folder = os.path.expanduser(pattern)
-    tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar"))) if os.path.isdir(folder) else []
+    tars = [os.path.join(folder, name) for name in sorted(glob.glob("*.tar", root_dir=folder))]
     return tars or storage.expand(pattern)

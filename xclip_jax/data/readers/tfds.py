@@ -13,8 +13,7 @@ import tensorflow_datasets as tfds
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, check_columns, decode_utf8, field
-from xclip_jax.data.readers.table import pair
+from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, check_columns, decode_utf8, field, pair
 
 B = TypeVar("B", bound=tfds.core.DatasetBuilder)
 _FORM = "tfds:NAME/SPLIT"
@@ -36,20 +35,16 @@ def open_tfds(
 
     `UserError` for an unknown data set or split, or one not prepared for random access.
     """
-    try:
+    folder = f" --data_dir={data_dir}" if data_dir else ""
+    with storage.unreadable_as(
+        f"TFDS data set {spec!r}, split {split!r}, cannot be read; check both names, or prepare the set once, with "
+        f"`pip install 'xclip_jax[tfds-prepare]'` and `tfds build {spec} --file_format=array_record{folder}`"
+    ):
         builder: Any = tfds.builder(spec, data_dir=data_dir)
         features = builder.info.features
         encoded = image_column in features and isinstance(features[image_column], tfds.features.Image)
         decoders = {image_column: tfds.decode.SkipDecoding()} if encoded else None
         return builder.as_data_source(split, decoders=decoders), builder.info
-    except Exception as error:  # unknown, not prepared, prepared without random access, an unknown split, ...
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")  # it may have several lines
-        folder = f" --data_dir={data_dir}" if data_dir else ""
-        raise UserError(
-            f"TFDS data set {spec!r}, split {split!r}, cannot be read ({reason}). Are name and split right? A set is "
-            f"prepared once, with `pip install 'xclip_jax[tfds-prepare]'` and `tfds build {spec} "
-            f"--file_format=array_record{folder}`."
-        ) from error
 
 
 class TfdsSource(Source):

@@ -94,10 +94,10 @@ def read(split: Split) -> tuple[LazySequence, list[bytes]]:
     for tar in split.tars():
         with storage.unreadable_as(f"{split.spec}: a tar cannot be read"):
             version = storage.stat(tar)
-            file = storage.open_file(tar, version)
-        size = version[0]
+            size = version[0]
+            members = list(tar_index.members(tar, size))
         samples: dict[str, dict[str, tuple[int, int]]] = {}
-        for path, offset, length in tar_index.members(tar, size):
+        for path, offset, length in members:
             stem, ending = tar_index.split_name(path)
             key = stem.decode("utf-8", "replace")
             files = samples.setdefault(key, {})
@@ -115,7 +115,7 @@ def read(split: Split) -> tuple[LazySequence, list[bytes]]:
                     f"{', '.join(files)}; type {split.type} needs {suffix} and one of {', '.join(_IMAGES)}."
                 )
             images.append((tar, version, key, *span))
-            answers.append(file.read(*files[suffix]))
+            answers.append(tar_reader.read_span(tar, version, *files[suffix]))
 
     def read_image(index: int) -> bytes:
         tar, version, _, offset, size = images[index]
