@@ -257,7 +257,6 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys, mo
         ({"share": "4/3"}, "--share is '4/3'"),
         ({"share": "0/3"}, "--share is '0/3'"),
         ({"share": "3"}, "--share is '3'"),
-        ({"share": "1/3/3"}, "--share is '1/3/3'"),
         ({"share": "-1/3"}, "--share is '-1/3'"),
         ({"share": "1/99"}, "fewer shares than items"),
         ({"share": "1/3", "out": "{}/straight.parquet"}, "straight.parquet' is not a folder"),
