@@ -58,8 +58,8 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, push
         else:
             variables = jax.device_get(loaded.variables)
             notes = interop.write(variables, schema.to_dict(loaded.config), out, to, classes=loaded.classes)
-        facts = (str(place), out, to, loaded.experiment, loaded.step, notes)
-        write_whole(folder / CARD, card.render(*facts, run=place.run, repository=push))
+        text = card.render(str(place), out, to, loaded, notes, run=place.run, repository=push)
+        write_whole(folder / CARD, text)
         for note in notes:
             log0(note)
     log0(f"{path}, step {loaded.step}, as {to}: {out}")

@@ -18,7 +18,7 @@ from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import make_objective
 from xclip_jax.train.build import Experiment
-from xclip_jax.train.weights import run_config
+from xclip_jax.train.weights import Loaded, run_config
 
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "onnx": "onnxruntime", "safetensors": "xclip_jax"}
 # A library's prefixes for folders and for Hub repositories.
@@ -35,26 +35,19 @@ _PATH = re.compile(r"""(?:^|(?<=[\s=:@,;("'\[]))(?:~[\w.-]*/|/(?![/\s]|$)|(?!htt
 
 
 def render(
-    source: str,
-    out: str,
-    to: str,
-    experiment: Experiment,
-    step: int,
-    notes: Sequence[str],
-    *,
-    run: RunReader | None,
-    repository: str = "",
+    source: str, out: str, to: str, loaded: Loaded, notes: Sequence[str], *, run: RunReader | None, repository: str = ""
 ) -> str:
     """Return the card in Markdown; paths of this machine are shortened to their last part.
 
     Args:
       source: directory of a run (`run`), or weights of another project.
       out, to: folder and format of the exported weights.
-      experiment, step: the loaded source, see `weights.load`.
+      loaded: the weights at `source`.
       notes: sentences on facts not expressible in the format.
       run: the run at `source`; None for other weights.
       repository: "ORG/NAME" on the Hub; "" if the card's code loads the folder.
     """
+    experiment = loaded.experiment
     config = experiment.config
     objective = experiment.objective
     local, remote = _PREFIXES[to]
@@ -62,7 +55,7 @@ def render(
     towers = {name: dataclasses.asdict(getattr(experiment.model, name)) for name in objective.towers}
     keys = dict.fromkeys(key for tower in towers.values() for key in tower)
     options = [[key, *(tower.get(key, "") for tower in towers.values())] for key in keys]
-    known = measured(run, config.steps, step) if run else []
+    known = measured(run, config.steps, loaded.step) if run else []
     context = {
         "metadata": metadata(experiment, to, known),
         "experiment": experiment,
@@ -82,7 +75,7 @@ def render(
         "made": ({"trained": _machine(trained)} if trained else {}) | {"exported": _machine(environment.capture())},
     }
     if run:
-        context |= data(run, experiment) | {"recipe": list(_recipe(run, step)), "results": evaluations(known)}
+        context |= data(run, experiment) | {"recipe": list(_recipe(run, loaded.step)), "results": evaluations(known)}
     template = importlib.resources.files("xclip_jax.report").joinpath("card.md").read_text("utf-8")
     return jinja2.Template(template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(context)
 
