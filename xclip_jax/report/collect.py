@@ -202,17 +202,17 @@ class Warnings(NamedTuple):
 
     @classmethod
     def collect(cls, record: Record, name: str) -> "Warnings":
-        """Judge term `name` at the logged steps that have all of its metrics."""
+        """Judge term `name` at the logged steps with all of its metrics."""
         objective = record.objective
         term = objective.terms[name]
         rows = [objective.metrics_of(name, row) | {"step": row["step"]} for row in record.training]
         names = set().union(*rows)
-        rows = [row for row in rows if row.keys() == names] if len(names) > 1 else []
-        # A term of weight 0 does not train, so its checks would fail.
-        health = term.health(rows[-1]) if rows and objective.weights[name] else Health()
+        trains = len(names) > 1 and objective.weights[name]  # with weight 0 its checks would fail
+        rows = [row for row in rows if trains and row.keys() == names]
         first_step = record.config.alarm_step
         judged = [row for row in rows if row["step"] >= first_step]
         by_name = [{text.partition(":")[0]: text for text in term.alarms(row)} for row in judged]
+        health = term.health(rows[-1]) if rows else Health()
         return cls(health, first_step, [int(row["step"]) for row in judged], by_name)
 
     def last(self, name: str) -> str:
