@@ -59,11 +59,6 @@ def root(tmp_path_factory, run):
     return root
 
 
-@pytest.fixture(scope="module")
-def model(root):
-    return xclip_jax.load(root / "run", batch=8)
-
-
 def read(path):
     """Columns, and what the file says about itself."""
     return embeddings.read(path), embeddings.about(path)
