@@ -18,7 +18,7 @@ from xclip_jax.data import embeddings
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if not path.stem.startswith("study")]
-MODULES = "|".join(module.replace(".", r"\.") for module, _ in cli.COMMANDS.values())
+MODULES = "|".join(rf"xclip_jax\.commands\.{name}" for name in cli.COMMANDS)
 
 
 def names(paths):

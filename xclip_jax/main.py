@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from xclip_jax.core import __version__
 from xclip_jax.core.errors import Parser, end_at_once, exit_with_message
 
-COMMANDS = {
-    "train": ("xclip_jax.commands.train", "train a model by a recipe, or resume a run"),
-    "evaluate": ("xclip_jax.commands.evaluate", "evaluate a run or weights of another project, or compare two runs"),
-    "embed": ("xclip_jax.commands.embed", "write embeddings of images or texts to a file"),
-    "export": ("xclip_jax.commands.export", "write weights for transformers, open_clip, ONNX or safetensors"),
-    "plan": ("xclip_jax.commands.plan", "show memory, traffic and time of a run before its start"),
-    "doctor": ("xclip_jax.commands.doctor", "check a run before its start, or inspect the folder of one"),
-    "report": ("xclip_jax.commands.report", "write the page of a run"),
-    "serve": ("xclip_jax.commands.serve", "search a folder of images by text on a page in the browser"),
-    "check": ("xclip_jax.commands.check", "check image-text pairs before training"),
+COMMANDS = {  # modules of `xclip_jax.commands`
+    "train": "train a model by a recipe, or resume a run",
+    "evaluate": "evaluate a run or weights of another project, or compare two runs",
+    "embed": "write embeddings of images or texts to a file",
+    "export": "write weights for transformers, open_clip, ONNX or safetensors",
+    "plan": "show memory, traffic and time of a run before its start",
+    "doctor": "check a run before its start, or inspect the folder of one",
+    "report": "write the page of a run",
+    "serve": "search a folder of images by text on a page in the browser",
+    "check": "check image-text pairs before training",
 }
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("--help", "-h", "help"):
         with exit_with_message():
-            rows = [f"  {name:<10} {doc}" for name, (_, doc) in COMMANDS.items()]
+            rows = [f"  {name:<10} {doc}" for name, doc in COMMANDS.items()]
             print("usage: xclip-jax COMMAND [ARGUMENTS]", "", *rows, "", sep="\n")
             print("xclip-jax COMMAND --help shows a command's arguments, xclip-jax --version the version.")
         return
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.argv = [sys.argv[0], *arguments]
     Parser.program = f"xclip-jax {command}"
     try:
-        runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+        runpy.run_module(f"xclip_jax.commands.{command}", run_name="__main__", alter_sys=True)
     finally:
         Parser.program = None
 

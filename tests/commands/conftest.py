@@ -1,21 +1,10 @@
-"""Images to search, and a model that searches them, for the tests of the search page."""
+"""The model that the tests of commands embed with."""
 
 import pytest
 
-from tests.helpers import tiny
+import xclip_jax
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Eight images with captions, one of them hostile, and a ninth that is none."""
-    folder = tiny.folder(tmp_path_factory.mktemp("serve") / "<b>pictures", n=8)
-    (folder / "003.txt").write_text("<img src=x onerror=alert(1)>")
-    (folder / "bad.png").write_bytes(b"<html>")
-    return folder
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(run):
-    from xclip_jax import model as inference
-
-    return inference.load(run, batch=8)
+    return xclip_jax.load(run, batch=8)

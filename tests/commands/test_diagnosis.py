@@ -46,6 +46,10 @@ def run_of(tmp_path, lines, objective="clip", **changes):
     return tmp_path / "run"
 
 
+def finish(folder, **changes):
+    (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "ended": ENDED} | changes))
+
+
 def findings(folder, check, **options):
     return [x for x in check_run(str(folder), **options) if x.check == check]
 
@@ -82,7 +86,7 @@ def test_stalled_stopped_and_complete(tmp_path):
         assert "stalled? step 590" in finding.text and "another process" in finding.text
     finding = only(folder, "progress", WARNING, now=soon)
     assert "not running and not complete" in finding.text and finding.remedy == "run the same command to resume"
-    (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "ended": ENDED}))
+    finish(folder)
     assert only(folder, "progress", OK).text == "complete at step 1,000"  # though the last has no line: it was skipped
 
 
@@ -115,7 +119,7 @@ def test_nothing_learned(tmp_path):
     shutil.rmtree(folder)
     folder = run_of(tmp_path, rows(5, clip__loss=lambda i: LN_B))
     only(folder, "objective", OK)  # not judged yet
-    (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "ended": ENDED}))
+    finish(folder)
     assert "plateau" in only(folder, "objective", FAIL).text
 
 
@@ -167,11 +171,9 @@ def test_results(tmp_path):
     folder = run_of(tmp_path, rows())
     record = {"set": "a", "family": "zeroshot", "metric": "top1", "value": 50.0, "unit": "%", "n": 100, "chance": 10.0}
     for value, mark in ((50.0, OK), (11.0, WARNING)):
-        records = [record | {"value": value, "protocol": "", "headline": True}]
-        (folder / "results.json").write_text(json.dumps({"results": {}, "ended": ENDED, "records": records}))
+        finish(folder, records=[record | {"value": value, "protocol": "", "headline": True}])
         assert only(folder, "results", mark).text.startswith(f"{int(mark == OK)} of 1 sets")
-    failed = {"results": {}, "records": [], "ended": ENDED, "failed": {"b": "file is gone"}}
-    (folder / "results.json").write_text(json.dumps(failed))
+    finish(folder, failed={"b": "file is gone"})
     assert "b could not be evaluated: file is gone" in only(folder, "results", FAIL).text
 
 

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import xclip_jax
-
 mteb = pytest.importorskip("mteb", minversion="2.0")
 datasets = pytest.importorskip("datasets")
 
@@ -49,11 +47,6 @@ class ZeroShot(AbsTaskZeroShotClassification):
 
     def get_candidate_labels(self):
         return LABELS
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return xclip_jax.load(run, batch=8)
 
 
 def score_of(model, task, key):

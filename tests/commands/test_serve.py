@@ -21,6 +21,15 @@ testclient = pytest.importorskip("starlette.testclient")
 pytest.importorskip("uvicorn")
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Eight images with captions, one of them hostile, and a ninth that is none."""
+    folder = tiny.folder(tmp_path_factory.mktemp("serve") / "<b>pictures", n=8)
+    (folder / "003.txt").write_text("<img src=x onerror=alert(1)>")
+    (folder / "bad.png").write_bytes(b"<html>")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Charts, and the images and texts that a report shows."""
+"""The images and texts that a report shows."""
 
 import json
 import re

@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,64 +49,67 @@ def _duplicates(values: Sequence[Any]) -> int:
     return len(values) - len(set(values))
 
 
-def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
-    """Yield lines about a source; the last is the verdict, which also sets `options.passed`."""
+def report(source: Source, options: argparse.Namespace) -> bool:
+    """Print lines about a source, the verdict last; return whether training would run."""
     n = len(source)
-    yield f"samples: {n:,}, index {options.key[0]}"
+    show(f"samples: {n:,}, index {options.key[0]}")
     count = min(options.samples or n, n)
     chosen = np.random.default_rng(0).choice(n, count, replace=False)
     threads = records.cores()
     samples, seconds = inspect.read(source, chosen.tolist(), threads, _SIZE)
     good = [s for s in samples if not s.reason]
     bad = [s for s in samples if s.reason]
-    yield f"read: {count:,} at random" + ("; more repeats show with --samples 0, which reads all" if count < n else "")
+    more = "; more repeats show with --samples 0, which reads all" if count < n else ""
+    show(f"read: {count:,} at random{more}")
     if good:
-        yield from _statistics(good, options)
+        _show_statistics(good, options)
         rate = count / seconds
-        yield f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h"
+        show(f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h")
     for reason, number in sorted(collections.Counter(s.reason for s in bad).items()):
-        yield f"bad, {reason}: {number:,} of {count:,} that were read"
+        show(f"bad, {reason}: {number:,} of {count:,} that were read")
         for sample in [s for s in bad if s.reason == reason][:_EXAMPLES]:
             entry = source.describe(sample.index) | {"reason": reason, "detail": sample.detail}
-            yield f"    {json.dumps(entry, ensure_ascii=False)}"
+            show(f"    {json.dumps(entry, ensure_ascii=False)}")
     if options.model and good:
-        yield from _suspects(source, good, options)
+        _show_suspects(source, good, options)
     share = len(bad) / count
-    verdict = "training would run"
+    fault = ""
     if share > options.max_bad_fraction:
-        verdict = "training would stop; fix the data or raise data.max_bad_fraction"
-    elif len(good) > 1 and len({caption for sample in good for caption in sample.captions}) == 1:
-        verdict = "training would learn nothing; give each image a caption of its own"
-    options.passed = verdict == "training would run"
-    yield f"bad: {share:.2%}, allowed {options.max_bad_fraction:.2%}: {verdict}"
+        fault = "training would stop; fix the data or raise data.max_bad_fraction"
+    elif len(good) > 1 and len({caption for s in good for caption in s.captions}) == 1:
+        fault = "training would learn nothing; give each image a caption of its own"
+    show(f"bad: {share:.2%}, allowed {options.max_bad_fraction:.2%}: {fault or 'training would run'}")
+    return not fault
 
 
-def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
+def _show_statistics(good: Sequence[Sample], options: argparse.Namespace) -> None:
     captions = [caption for s in good for caption in s.captions]
     lengths = options.tokens.lengths(options.tokens(captions, _LENGTH))
     full = np.mean(lengths >= _LENGTH)
-    yield f"width, 5/50/95 %: {_percentiles([s.size[0] for s in good])}"
-    yield f"height, 5/50/95 %: {_percentiles([s.size[1] for s in good])}"
-    yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {_LENGTH}"
+    show(f"width, 5/50/95 %: {_percentiles([s.size[0] for s in good])}")
+    show(f"height, 5/50/95 %: {_percentiles([s.size[1] for s in good])}")
+    show(f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {_LENGTH}")
     images = _duplicates([s.digest for s in good])
     remedy = f"{_NEGATIVES}, objective.clip.positives=image makes captions of one image positives"
-    yield f"repeated images: {images:,}" + (remedy if images else "")
+    show(f"repeated images: {images:,}" + (remedy if images else ""))
     repeated = _duplicates([caption for s in good for caption in dict.fromkeys(s.captions)])
     remedy = f"{_NEGATIVES}, objective.clip.positives=caption makes them positives"
     if _duplicates([s.captions for s in good]):  # two pairs share all captions
         remedy = f"{_NEGATIVES}, data.spread_duplicate_captions=True keeps them apart"
-    yield f"repeated captions: {repeated:,}" + (remedy if repeated else "")
+    show(f"repeated captions: {repeated:,}" + (remedy if repeated else ""))
 
 
-def _suspects(source: Source, good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
-    """Yield lines about the least likely captions by a model."""
+def _show_suspects(source: Source, good: Sequence[Sample], options: argparse.Namespace) -> None:
+    """Print the least likely captions by a model, and write all captions to --suspects."""
     # Clusters find wrong captions better than embeddings (docs/verdicts.md), by their cross-entropy without rivals.
     clusters = any(isinstance(similarity, ClusterSimilarity) for similarity in options.model.similarities)
     score = ClusterSimilarity.logits if clusters else ""
-    judged: list[tuple[float, str, str, Sample]] = []  # likelihood of a caption, the caption, the likeliest one
+    key = score or "probability"
+    judged: list[tuple[float, dict[str, Any]]] = []  # likelihood and entry of a caption
     right: list[bool] = []  # by image
     blocks = -(-len(good) // _BLOCK)
-    for block in (good[i::blocks] for i in range(blocks)):
+    for start in range(blocks):
+        block = good[start::blocks]
         places = [(source, sample.index) for sample in block]
         results = records.read_each(places, _image, threads=records.cores())
         # A storage may have failed since the first read.
@@ -114,35 +117,34 @@ def _suspects(source: Source, good: Sequence[Sample], options: argparse.Namespac
         if not read:
             continue
         names = list(dict.fromkeys(caption for _, sample in read for caption in sample.captions))
-        place = {name: i for i, name in enumerate(names)}
         answer = options.model.zero_shot([image for image, _ in read], names, ["{}"], by=score)
-        for i, (_, sample) in enumerate(read):
-            right.append(answer.labels[i] in sample.captions)
-            likelihoods = answer.scores if clusters else answer.probabilities
-            own = {caption: float(likelihoods[i, place[caption]]) for caption in sample.captions}
+        likelihoods = answer.scores if clusters else answer.probabilities
+        for (_, sample), label, row in zip(read, answer.labels, likelihoods.tolist(), strict=True):
+            right.append(label in sample.captions)
+            own = {caption: row[names.index(caption)] for caption in sample.captions}
             if not clusters:  # captions compete with captions for other images, but not with each other
                 foreign = max(1 - sum(own.values()), 0)
                 own = {caption: p / max(p + foreign, 1e-30) for caption, p in own.items()}
-            judged += [(likelihood, caption, answer.labels[i], sample) for caption, likelihood in own.items()]
+            place = {"index": sample.index, **source.describe(sample.index), "source": ":".join(options.key)}
+            for caption, likelihood in own.items():
+                entry = {"caption": caption, "captions": len(own), key: float(f"{abs(likelihood):.6g}")}
+                judged.append((likelihood, place | entry | {"likeliest": label}))
     if not judged:
-        yield f"by {options.by}: no image could be read again"
+        show(f"by {options.by}: no image could be read again")
         return
     judged.sort(key=lambda row: row[0])
     among = f"the likeliest of about {len(judged) // blocks}"
     way = "cross-entropy of clusters" if clusters else "probability"
-    yield f"by {options.by}, by {way}: {np.mean(right):.1%} of images have their own caption as {among}"
-    limits = np.abs(np.percentile([row[0] for row in judged], (1, 5, 10, 20, 30, 50)))
-    yield f"{way} at 1/5/10/20/30/50 % of the captions, least likely first: {' / '.join(map('{:.3g}'.format, limits))}"
-    entries: list[dict[str, Any]] = []
-    for likelihood, caption, label, sample in judged:
-        entry = {"index": sample.index, **source.describe(sample.index), "source": ":".join(options.key)}
-        entry |= {"caption": caption, "captions": len(set(sample.captions))}
-        entries.append(entry | {score or "probability": float(f"{abs(likelihood):.6g}"), "likeliest": label})
+    show(f"by {options.by}, by {way}: {np.mean(right):.1%} of images have their own caption as {among}")
+    limits = np.abs(np.percentile([likelihood for likelihood, _ in judged], (1, 5, 10, 20, 30, 50)))
+    values = " / ".join(f"{limit:.3g}" for limit in limits)
+    show(f"{way} at 1/5/10/20/30/50 % of the captions, least likely first: {values}")
+    entries = [entry for _, entry in judged]
     for entry in entries[:_SUSPECTS]:
-        yield f"    {json.dumps(entry, ensure_ascii=False)}"
+        show(f"    {json.dumps(entry, ensure_ascii=False)}")
     if options.suspects:
         pathlib.Path(options.suspects).write_text("".join(f"{strict_json(entry)}\n" for entry in entries))
-        yield f"all {len(entries):,}, the least likely first: {options.suspects}"
+        show(f"all {len(entries):,}, the least likely first: {options.suspects}")
 
 
 def _image(record: Record) -> bytes | np.ndarray:
@@ -180,9 +182,9 @@ def main(arguments: Sequence[str]) -> int:
     with exit_with_message():
         check_count("--samples", options.samples, 0)
         options.tokens = tokenizer.load(options.tokenizer)
-        if options.suspects and not options.by:
-            raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
         if options.suspects:  # written at the end
+            if not options.by:
+                raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
             check_file("--suspects", options.suspects)
         given = {"image": "image", "text": "text", "dir": "", "tags": "", "negatives": ""}
         path, *pairs = re.split(rf",(?=(?:{'|'.join(given)})=)", options.source)
@@ -197,9 +199,7 @@ def main(arguments: Sequence[str]) -> int:
         options.model = inference.load(options.by, trust=options.trust) if options.by else None
         if options.model:
             features(options.model.similarities)  # raises for a model without similarities
-        for line in report(source, options):
-            show(line)
-    return 0 if options.passed else 1
+        return 0 if report(source, options) else 1
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from xclip_jax.core.console import format_duration
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import is_remote
 from xclip_jax.report import collect
-from xclip_jax.report.collect import Record, Warnings, complete_rows
+from xclip_jax.report.collect import Record, Warnings
 from xclip_jax.train import checkpoint_files
 from xclip_jax.train.checks import Finding, fail, warning
 from xclip_jax.train.log import INPUT_BOUND
@@ -37,13 +37,13 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
 
 
 def _progress(run: Record, folder: RunReader, step_seconds: float, diverged: bool, now: float) -> Finding:
-    config = run.config
-    left = (config.steps - run.steps) * step_seconds
     if run.complete:
         return Finding("progress", f"complete at step {run.steps:,}")
+    config = run.config
     last = folder.metrics_file if folder.metrics_file.exists() else folder.config_file
     age = max(now - last.stat().mtime, 0.0)
     late = age > max(_LATE * (config.log.every or config.steps) * step_seconds, _STALLED_SECONDS)
+    left = (config.steps - run.steps) * step_seconds
     remaining = f", {format_duration(left)} left without evaluations" if left else ""
     text = f"step {run.steps:,} of {config.steps:,}{remaining}; the last line of metrics is {format_duration(age)} old"
     writer = folder.writer()
@@ -66,15 +66,16 @@ def _checkpoints(run: Record, folder: RunReader, step_seconds: float) -> Finding
         except FileNotFoundError as error:
             faults[step] = f"{error.filename} is missing"
     # A run in progress may have deleted its oldest checkpoint.
-    faults = {step: fault for step, fault in faults.items() if step in folder.steps()}
-    newest = folder.latest_step() or 0
-    lost = max(run.steps - newest, 0)
+    kept = folder.steps()
+    faults = {step: fault for step, fault in faults.items() if step in kept}
     damaged = [f"{step} ({fault})" for step, fault in faults.items() if fault]
     if damaged:
         remedy = "restore it; a run that resumes moves it aside and goes on from the newest whole one"
         return fail("checkpoints", f"damaged in {folder.checkpoints}: {', '.join(damaged)}", remedy)
+    newest = max(kept, default=0)
     text = ", ".join(f"step {step:,}" for step in faults)
     text = text or (f"step {newest:,}, written meanwhile" if newest else "none yet")
+    lost = run.steps - newest
     if lost > 0 and not run.complete:
         seconds = f", {format_duration(lost * step_seconds)}" if step_seconds else ""
         text += f"; a kill now would lose {lost:,} steps{seconds}"
@@ -83,18 +84,14 @@ def _checkpoints(run: Record, folder: RunReader, step_seconds: float) -> Finding
 
 def _objective(run: Record) -> Iterator[Finding]:
     """Yield the checks of the objective's terms; the report's health section shows the same."""
-    for name, term in run.objective.terms.items():
-        rows = complete_rows(run.objective, name, run.training) if run.objective.weights[name] else []
-        warnings = Warnings.collect(run, name, rows)
-        for check in term.health(rows[-1]).checks if rows else ():
-            label = f"{name}, {check.name}"
-            history = warnings.history(check.name)
+    for name in run.objective.terms:
+        warnings = Warnings.collect(run, name)
+        for check in warnings.health.checks:
             # A complete run is judged even if it was short.
             last = warnings.last(check.name) or (check.warning if check.failed and run.complete else "")
-            if last:
-                yield fail("objective", f"{label}: {last.partition(': ')[2]} {history}".rstrip(". "))
-            else:
-                yield Finding("objective", f"{label}: no. {check.measurement} {history}".rstrip(". "))
+            answer = last.partition(": ")[2] if last else f"no. {check.measurement}"
+            text = f"{name}, {check.name}: {answer} {warnings.history(check.name)}".removesuffix(".")
+            yield fail("objective", text) if last else Finding("objective", text)
 
 
 def _input(run: Record) -> Iterator[Finding]:
@@ -103,8 +100,8 @@ def _input(run: Record) -> Iterator[Finding]:
     if recent:
         share = statistics.fmean(recent)
         text = f"the devices waited {share:.0%} of the time for data in the last {len(recent):,} logged steps"
-        bound = share > INPUT_BOUND
-        yield warning("input", text, "raise data.threads, or store smaller images") if bound else Finding("input", text)
+        slow = warning("input", text, "raise data.threads, or store smaller images")
+        yield slow if share > INPUT_BOUND else Finding("input", text)
 
 
 def _samples(run: Record, folder: RunReader) -> Iterator[Finding]:

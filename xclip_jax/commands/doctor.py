@@ -138,18 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_trust(parser)
     options, rest = parser.parse_known_args(words) if before else (parser.parse_args(words), [])
 
-    def check() -> Iterator[Finding]:
-        if not before:
-            yield from check_run(options.run)
-        else:
-            load.parse([sys.argv[0], *rest])
-            yield from check_config(flags.FLAGS.config)
-
     out = sys.stdout
     marks = []
     with exit_with_message(), trusting(options.trust):
         with contextlib.redirect_stdout(sys.stderr):  # checks print their own lines
-            for finding in check():
+            if before:
+                load.parse([sys.argv[0], *rest])
+            for finding in check_config(flags.FLAGS.config) if before else check_run(options.run):
                 marks.append(finding.mark)
                 show(finding.line(), out)
         print(f"{len(marks)} checks: {marks.count(FAIL)} FAIL, {marks.count(WARNING)} warnings")

@@ -56,7 +56,7 @@ _FEW = 10  # number of items per part that a disk may always refuse
 
 
 class Part(NamedTuple):
-    """Embedded items: embeddings (n, e), texts, and {row: error} for bad items."""
+    """Embedded items: embeddings (n, e), texts, and {row: error} for bad items, ascending."""
 
     rows: np.ndarray
     texts: list[str]
@@ -91,18 +91,15 @@ def embed_images(model: inference.Model, source: Images, first: int, threads: in
 def embed_texts(model: inference.Model, source: Lines, first: int) -> Iterator[Part]:
     """Yield the embedded texts of a source from text `first` on, in parts; bad ones get zeros."""
     for start in range(first, len(source), PART):
-        texts: list[str] = []
+        texts = [""] * min(PART, len(source) - start)
         bad: dict[int, BadSample] = {}
-        for row, index in enumerate(range(start, min(start + PART, len(source)))):
+        for row in range(len(texts)):
             try:
-                texts.append(source.read(index)[1])
+                texts[row] = source.read(start + row)[1]
             except BadSample as error:
-                texts.append("")
                 bad[row] = error
-        good = [row for row in range(len(texts)) if row not in bad]
-        embedded = model.encode_text([texts[row] for row in good])
-        rows = np.zeros((len(texts), embedded.shape[1]), np.float32)
-        rows[good] = embedded
+        rows = model.encode_text(texts)
+        rows[list(bad)] = 0
         yield Part(rows, texts, bad)
 
 
@@ -126,33 +123,36 @@ def embed(
     Raises:
       UserError: existing parts belong to other items or weights, or too many items are refused or bad.
     """
-    path = pathlib.Path(out)
-    folder = pathlib.Path(f"{out}.parts")
-    if share[1] > 1:  # parts and ledger are outside the folder, since its readers would read them too
-        path = path / "{:05d}-of-{:05d}.parquet".format(*share)
-        folder = pathlib.Path(f"{out}.{path.stem}.parts")
     # The name of a tokenizer's file depends on the model's folder; its content is among the weights.
     plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit", "tokenizer")}
     plan |= {"part": PART, "weights": model.fingerprint()}
     plan |= {name: source.digest() for name, source in sources.items()}
-    plan |= {"share": share[0], "shares": share[1]} if share[1] > 1 else {}
+    path = pathlib.Path(out)
+    folder = pathlib.Path(f"{out}.parts")
+    if share[1] > 1:  # parts and ledger are outside the folder, since its readers would read them too
+        plan |= {"share": share[0], "shares": share[1]}
+        path = path / "{:05d}-of-{:05d}.parquet".format(*share)
+        folder = pathlib.Path(f"{out}.{path.stem}.parts")
     path.parent.mkdir(parents=True, exist_ok=True)
+    plan_file = epath.Path(folder / "plan.json")
     with lock(path, blocking=False):
-        begun = (folder / "plan.json").exists()
-        complete = path.exists() and not begun
-        saved = json.loads((folder / "plan.json").read_text()) if begun else plan
-        saved = embeddings.about(path).get("plan", {}) if complete else saved
+        saved = plan
+        begun = plan_file.exists()
+        if begun:
+            saved = json.loads(plan_file.read_text())
+        elif path.exists():
+            saved = embeddings.about(path).get("plan", {})
         differing = sorted(key for key in plan.keys() | saved.keys() if plan.get(key) != saved.get(key))
         if differing:
             place = folder if begun else path
             raise UserError(f"{place} has other embeddings: {', '.join(differing)} differ; delete it, or set --out.")
         if not begun:
             shutil.rmtree(folder, ignore_errors=True)  # left by an interruption of `_join`
-        if complete:
-            log0(f"{path} is complete; delete it to embed again.")
-            return embeddings.about(path)
+            if path.exists():
+                log0(f"{path} is complete; delete it to embed again.")
+                return embeddings.about(path)
         folder.mkdir(exist_ok=True)
-        write_json(epath.Path(folder / "plan.json"), plan)
+        write_json(plan_file, plan)
         files = [file for name, source in sources.items() for file in _embed(model, name, source, folder, threads)]
         return _join(files, sum(map(len, sources.values())), path, model.card | {"plan": plan})
 
@@ -174,7 +174,7 @@ def _embed(
         names = [source.name(start + row) for row in range(len(part.texts))]
         _check_refused(names, part.bad, start)
         with file.with_suffix(".bad.jsonl").open("w") as ledger:
-            for row, error in sorted(part.bad.items()):
+            for row, error in part.bad.items():
                 place = {"kind": modality, "id": names[row], "index": source.numbers[start + row]}
                 ledger.write(f"{strict_json(place | {'reason': error.reason, 'detail': error.detail})}\n")
         kept = [row for row in range(len(names)) if modality == "text" or row not in part.bad]
@@ -189,14 +189,16 @@ def _embed(
     return files
 
 
+def _is_refused(name: str, error: BadSample) -> bool:
+    """Whether a disk or store refuses an item, which may therefore be good."""
+    # A working disk loses no listed local file, nor the folder of a file in a table.
+    lost = error.reason == "no image file" and error.detail  # a tar's sample without image has no detail
+    lost = lost or (error.reason == "file does not exist" and not pathlib.Path(name).parent.is_dir())
+    return error.reason in _REFUSED or bool(lost and not storage.is_remote(name))
+
+
 def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int) -> None:
-    # A working disk loses no listed local file, nor the folder of a file in a table. A tar's sample without image has
-    # no detail.
-    missing = [row for row, error in bad.items() if error.reason == "no image file" and error.detail]
-    absent = [row for row, error in bad.items() if error.reason == "file does not exist"]
-    missing += [row for row in absent if not pathlib.Path(names[row]).parent.is_dir()]
-    gone = {row for row in missing if not storage.is_remote(names[row])}
-    refused = sorted(gone | {row for row, error in bad.items() if error.reason in _REFUSED})
+    refused = [row for row, error in bad.items() if _is_refused(names[row], error)]
     if len(refused) > max(MAX_UNREADABLE * len(names), _FEW):
         raise UserError(
             f"{len(refused)} of {len(names)} items cannot be read, more than {MAX_UNREADABLE:.0%}; the first is "

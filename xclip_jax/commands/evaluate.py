@@ -91,12 +91,11 @@ def evaluate(
     encoder = make_encoder(experiment, classes)
     profile_used = profile_of_run(config, profile, changes)
     opened = registry.open_all(names, encoder, data_dir, profile_used, experiment.config.data)
-    command = {"config": schema.to_dict(config), "environment": environment.capture()}
-    command["suite"] = suite if isinstance(suite, str) else list(suite)
+    command = {"suite": suite, "config": schema.to_dict(config), "environment": environment.capture()}
     shared = {"checkpoint": place.name, "step": loaded_step, "profile": profile, "changes": changes}
-    model: dict[str, Any] = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length}
+    model = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length} | shared
     model |= {"eval": results.settings(config.eval), "fingerprint": weights.fingerprint(experiment, variables)}
-    model |= ({"commit": place.commit} if place.commit else {}) | shared
+    model |= {"commit": place.commit} if place.commit else {}
     entries = []
     measured: list[Result] = []
     failed: dict[str, str] = {}

@@ -24,7 +24,7 @@ from xclip_jax.core.errors import Parser, UserError, check_choice, exit_with_mes
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import as_path, write_whole
 from xclip_jax.interop import hub
-from xclip_jax.report import card as model_card
+from xclip_jax.report import card
 from xclip_jax.train import weights
 
 CARD = "README.md"
@@ -58,9 +58,8 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, push
         else:
             variables = jax.device_get(loaded.variables)
             notes = interop.write(variables, schema.to_dict(loaded.config), out, to, classes=loaded.classes)
-        about = {"run": place.run is not None, "repository": push}
-        card = model_card.render(str(place), out, to, loaded.experiment, loaded.step, notes, **about)
-        write_whole(folder / CARD, card)
+        text = card.render(str(place), out, to, loaded, notes, run=place.run, repository=push)
+        write_whole(folder / CARD, text)
         for note in notes:
             log0(note)
     log0(f"{path}, step {loaded.step}, as {to}: {out}")

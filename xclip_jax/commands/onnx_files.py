@@ -54,7 +54,7 @@ def write(loaded: Loaded, folder: epath.Path) -> list[str]:
 
 
 def _convert(embed: Callable[[Any], Any], name: str, shape: tuple[int, ...], dtype: Any) -> bytes:
-    for package in ("jax2onnx", "onnx_ir"):  # they warn of plug-ins and types that are not used here
+    for package in ("jax2onnx", "onnx_ir"):  # they warn of unused plug-ins and types
         logging.getLogger(package).setLevel(logging.ERROR)
     to_onnx = import_extra("jax2onnx", "onnx", "export --to onnx").to_onnx
     rows = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), *shape), dtype)

@@ -6,12 +6,12 @@ package libtpu (pip install 'xclip_jax[tpu]') and no TPU. With --fit it compiles
 of the cheapest one that fits.
 """
 
+import argparse
 import dataclasses
 import importlib.metadata
 import itertools
 import os
 import pathlib
-import re
 import shlex
 import sys
 import time
@@ -39,13 +39,8 @@ MOST = 64  # largest batch of `fit` over the config's
 def plan(config: ml_collections.ConfigDict, topology: str, *, hlo: str = "") -> dict[str, Any]:
     """Return all facts for `render` as plain numbers and strings; bytes on one device.
 
-    Args:
-      config: the config of a run.
-      topology: see `devices_of`.
-      hlo: output file for the optimised program.
-
-    Raises:
-      UserError: see `devices_of`; a config that cannot be built.
+    The optimised program is written to the file `hlo`. For `topology` see `devices_of`; `UserError` for an unknown one,
+    and for a config that cannot be built.
     """
     hlo = os.path.expanduser(hlo)
     if hlo:  # compilation takes minutes
@@ -54,7 +49,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, hlo: str = "") -> 
     began = time.perf_counter()
     experiment, compiled, trouble = cost.compile_config(config, devices)
     work = cost.step_flops(experiment.config, rows=experiment.text_rows[0])
-    facts = {
+    facts: dict[str, Any] = {
         "topology": topology,
         "chips": len(devices) // chip.devices,
         "devices": len(devices),
@@ -75,26 +70,32 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, hlo: str = "") -> 
         "peak_ms": 1e3 * work / (chip.peak * len(devices)) if work else None,
     }
     if compiled is None:
-        facts["remedies"] = cost.remedies(experiment)
-    else:
-        program = compiled.as_text()
-        if hlo:
-            pathlib.Path(hlo).write_text(program)
-        sent = summary(collectives(program, len(devices)))
-        facts |= {"memory": cost.memory_usage(experiment, compiled), "sent": sent}
-        facts["roofline"] = dataclasses.asdict(roofline(program, topology, len(devices)))
-        facts |= _time(facts)
-    return facts
+        return facts | {"remedies": cost.remedies(experiment)}
+    program = compiled.as_text()
+    if hlo:
+        pathlib.Path(hlo).write_text(program)
+    times = dataclasses.asdict(roofline(program, topology, len(devices)))
+    step_ms = times["step_ms"]
+    pairs_per_second = 1e3 * config.data.batch / step_ms
+    days = config.steps * step_ms / 86.4e6
+    return facts | {
+        "memory": cost.memory_usage(experiment, compiled),
+        "sent": summary(collectives(program, len(devices))),
+        "roofline": times,
+        "flops_per_pair": work / config.data.batch if work else None,
+        "step_ms": step_ms,
+        "mfu": facts["peak_ms"] / step_ms if work else None,
+        "pairs_per_second": pairs_per_second,
+        "images_per_second_per_host": pairs_per_second / facts["hosts"],
+        "days": days,
+        "chip_hours": 24 * days * facts["chips"],
+    }
 
 
 def fit(config: ml_collections.ConfigDict, topology: str) -> tuple[int, list[str]]:
     """Find by trials the largest batch that fits at once, and the cheapest step with the config's batch that fits.
 
     Microbatches compute features twice, remat=full whole blocks, and remat=dots a few elementwise operations.
-
-    Args:
-      config: the config of a run.
-      topology: see `devices_of`.
 
     Returns:
       The largest batch, the config's times a power of two, with remat=dots; 0 if none fits. Flags of the step.
@@ -138,25 +139,11 @@ def fit(config: ml_collections.ConfigDict, topology: str) -> tuple[int, list[str
 
 def train_command(arguments: Sequence[str], changes: Sequence[str]) -> str:
     """Return the command that trains with `changes` to the `arguments` of a plan."""
-    # A zero byte, which no argument has, ends each.
-    given = re.sub(r"\0--?((topology|hlo)[=\0][^\0]*|fit(=[^\0]*)?)(?=\0|$)", "", "\0".join(["train", *arguments]))
-    return " ".join(["xclip-jax", shlex.join(given.split("\0")), *changes])
-
-
-def _time(facts: dict[str, Any]) -> dict[str, Any]:
-    step_ms = facts["roofline"]["step_ms"]
-    work = facts["flops_per_step"]
-    pairs_per_second = 1e3 * facts["batch"] / step_ms
-    days = facts["steps"] * step_ms / 86.4e6
-    return {
-        "flops_per_pair": work / facts["batch"] if work else None,
-        "step_ms": step_ms,
-        "mfu": facts["peak_ms"] / step_ms if work else None,
-        "pairs_per_second": pairs_per_second,
-        "images_per_second_per_host": pairs_per_second / facts["hosts"],
-        "days": days,
-        "chip_hours": 24 * days * facts["chips"],
-    }
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("topology", "hlo", "fit"):
+        parser.add_argument(f"-{name}", f"--{name}", nargs="?")
+    _, others = parser.parse_known_args(arguments)
+    return shlex.join(["xclip-jax", "train", *others, *changes])
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -178,17 +165,11 @@ def render(facts: dict[str, Any]) -> str:
         return "\n".join(lines)
     sizes = facts["memory"]
     held = ", ".join(f"{name} {format_bytes(n)}" for name, n in sizes.items() if n and name != "peak")
-    lines += [f"fits: {format_bytes(sizes['peak'])} of a {device}'s {capacity} ({held})"]
-    lines += [*_render_time(facts), "", "sent in a step, payload:"]
-    lines += [f"{kind:<22}{format_bytes(n):>12}" for kind, n in facts["sent"].items()]
-    return "\n".join(lines)
-
-
-def _render_time(facts: dict[str, Any]) -> list[str]:
     mfu = f", an MFU of {facts['mfu']:.0%}" if facts["mfu"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     times = facts["roofline"]
-    lines = [
+    lines += [
+        f"fits: {format_bytes(sizes['peak'])} of a {device}'s {capacity} ({held})",
         f"a step takes {facts['step_ms']:,.1f} ms{mfu}, by the compiler's estimates ({versions}), a model and not a "
         "measurement",
         f"collectives take {times['exposed_ms']:,.1f} ms, and {times['hidden_ms']:,.1f} ms more behind operations",
@@ -201,7 +182,9 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
             f"{facts['flops_per_pair'] / 1e9:.1f} GFLOP per pair, "
             f"{facts['flops_per_step'] / 1e12:,.0f} TFLOP per step: {facts['peak_ms']:.1f} ms at the chips' peak"
         )
-    return lines
+    lines += ["", "sent in a step, payload:"]
+    lines += [f"{kind:<22}{format_bytes(n):>12}" for kind, n in facts["sent"].items()]
+    return "\n".join(lines)
 
 
 def main(_: list[str]) -> None:
@@ -215,9 +198,8 @@ def main(_: list[str]) -> None:
             print(render(plan(config, _TOPOLOGY.value, hlo=_HLO.value)))
             return
         largest, changes = fit(config, _TOPOLOGY.value)
-        print(
-            f"the largest batch at once has {largest:,} pairs, with remat=dots" if largest else "no batch fits at once"
-        )
+        text = f"the largest batch at once has {largest:,} pairs, with remat=dots"
+        print(text if largest else "no batch fits at once")
         if not changes:
             raise UserError(f"no step of {config.data.batch:,} pairs fits {_TOPOLOGY.value}; split parameters by fsdp")
         print(train_command(sys.argv[1:], changes))

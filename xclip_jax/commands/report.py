@@ -58,17 +58,16 @@ def make(flags: argparse.Namespace) -> epath.Path:
     path = as_path(flags.output or ("comparison.html" if several else RunReader(flags.runs[0]).report_file))
     if not is_remote(str(path)):  # before the predictions
         check_file("--output", path)
-    specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
-    for spec in specs:
-        registry.check(spec)
+    specs = registry.expand_suites(flags.sets) if flags.sets else ()
     of_runs = [(*record.config.eval.sets_at_end, *record.config.eval.sets) for record in records]
     specs = specs or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
-    first = {"data": records[0].config.data, "profile": profile_of_run(records[0].config)}
+    first = records[0].config
+    options = {"data": first.data, "data_dir": flags.data_dir, "profile": profile_of_run(first)}
     runs = []
     for color, (name, record) in enumerate(zip(names, records, strict=True)):
         if several:
             log0(f"predictions of {name}")
-        runs.append(Run(name, color, record, *_predict(flags, record, specs, first)))
+        runs.append(Run(name, color, record, *_predict(flags, record, specs, options)))
     write_whole(path, page.render(runs, step=flags.step))
     return path
 
@@ -85,12 +84,9 @@ def short_names(folders: Sequence[str]) -> list[str]:
 
 
 def _predict(
-    flags: argparse.Namespace, record: Record, specs: Sequence[str], first: Mapping[str, Any]
+    flags: argparse.Namespace, record: Record, specs: Sequence[str], options: Mapping[str, Any]
 ) -> tuple[Examples, int | None, int | None]:
-    """Return a run's predictions, or the reason for their absence, its number of parameters, and its step.
-
-    `first` contains the first run's data and profile, see `collect_examples`.
-    """
+    """Return a run's predictions by `collect_examples`, or the reason for their absence, its size, and its step."""
     try:
         _, experiment, variables, step, _ = load(str(record.folder), flags.step)
     except UserError as error:
@@ -98,7 +94,6 @@ def _predict(
             raise
         return Examples(missing=[str(error)]), None, None
     with named_by(RunReader(flags.runs[0]).config_file):  # sets and sources; those in --sets were imported before
-        options = {**first, "data_dir": flags.data_dir}
         examples = collect_examples(make_encoder(experiment), variables, specs, **options)
     return examples, experiment.num_parameters, step
 

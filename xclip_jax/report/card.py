@@ -10,7 +10,6 @@ import jinja2
 from etils import epath
 
 from xclip_jax.config import schema
-from xclip_jax.config.schema import Config
 from xclip_jax.core import environment, hub_client
 from xclip_jax.core.errors import redact
 from xclip_jax.core.run_folder import RunReader
@@ -19,6 +18,7 @@ from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import make_objective
 from xclip_jax.train.build import Experiment
+from xclip_jax.train.weights import Loaded, run_config
 
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "onnx": "onnxruntime", "safetensors": "xclip_jax"}
 # A library's prefixes for folders and for Hub repositories.
@@ -35,35 +35,27 @@ _PATH = re.compile(r"""(?:^|(?<=[\s=:@,;("'\[]))(?:~[\w.-]*/|/(?![/\s]|$)|(?!htt
 
 
 def render(
-    source: str,
-    out: str,
-    to: str,
-    experiment: Experiment,
-    step: int,
-    notes: Sequence[str],
-    *,
-    run: bool,
-    repository: str = "",
+    source: str, out: str, to: str, loaded: Loaded, notes: Sequence[str], *, run: RunReader | None, repository: str = ""
 ) -> str:
     """Return the card in Markdown; paths of this machine are shortened to their last part.
 
     Args:
       source: directory of a run (`run`), or weights of another project.
       out, to: folder and format of the exported weights.
-      experiment, step: the loaded source, see `weights.load`.
+      loaded: the weights at `source`.
       notes: sentences on facts not expressible in the format.
-      run: whether `source` is a run.
+      run: the run at `source`; None for other weights.
       repository: "ORG/NAME" on the Hub; "" if the card's code loads the folder.
     """
+    experiment = loaded.experiment
     config = experiment.config
     objective = experiment.objective
-    folder = RunReader(source) if run else None
     local, remote = _PREFIXES[to]
-    trained = (folder.read_config() or {}).get("environment") if folder else None
+    trained = (run.read_config() or {}).get("environment") if run else None
     towers = {name: dataclasses.asdict(getattr(experiment.model, name)) for name in objective.towers}
     keys = dict.fromkeys(key for tower in towers.values() for key in tower)
     options = [[key, *(tower.get(key, "") for tower in towers.values())] for key in keys]
-    known = measured(folder, config.steps, step) if folder else []
+    known = measured(run, config.steps, loaded.step) if run else []
     context = {
         "metadata": metadata(experiment, to, known),
         "experiment": experiment,
@@ -82,11 +74,10 @@ def render(
         "source": _code(shown(source)),
         "made": ({"trained": _machine(trained)} if trained else {}) | {"exported": _machine(environment.capture())},
     }
-    if folder:
-        context |= data(folder, experiment) | {"recipe": list(_recipe(folder, step)), "results": evaluations(known)}
+    if run:
+        context |= data(run, experiment) | {"recipe": list(_recipe(run, loaded.step)), "results": evaluations(known)}
     template = importlib.resources.files("xclip_jax.report").joinpath("card.md").read_text("utf-8")
-    made = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return made.from_string(template).render(context)
+    return jinja2.Template(template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(context)
 
 
 def shown(text: str) -> str:
@@ -142,15 +133,11 @@ def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> st
 def measured(run: RunReader, steps: int, step: int) -> list[Result]:
     """Return the checkpoint's headline results by `evaluate`, of the last profile, or else by the end of training."""
     entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
-    entries = [entry for entry in results.current_entries(entries, _run_config(run).eval) if entry["step"] == step]
+    entries = [entry for entry in results.current_entries(entries, run_config(run).eval) if entry["step"] == step]
     values = results.read_entries(results.latest(entries)[0]) if entries else []
     if not values and step == steps:
         values = results.from_json((run.read_results() or {"records": []})["records"])
     return [result for result in values if result.headline]
-
-
-def _run_config(run: RunReader) -> Config:
-    return schema.resolve(schema.complete((run.read_config() or {})["config"]))
 
 
 def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
@@ -180,7 +167,7 @@ def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
 
 
 def _recipe(run: RunReader, step: int) -> Iterator[tuple[str, Any]]:
-    config = _run_config(run)  # `weights.load` changes batch and layout for this machine
+    config = run_config(run)  # `weights.load` changes batch and layout for this machine
     objective = make_objective(config.objective)
     values = schema.flatten(schema.to_dict(config))
     plugins = config.model.plugins
@@ -191,10 +178,9 @@ def _recipe(run: RunReader, step: int) -> Iterator[tuple[str, Any]]:
     keys = [key for part in _PARTS for key in schema.keys_where(card=part)]
     rows |= {key: values[key] for key in keys if not key.startswith(tuple(f"model.{name}." for name in plugins))}
     rows |= {f"model.plugins.{name}.{key}": x for name, options in plugins.items() for key, x in options.items()}
-    rows |= {"init.weights": config.init.weights} if config.init.weights else {}
-    rows |= {"init.freeze": ", ".join(config.init.freeze)} if config.init.freeze else {}
-    lora = config.finetune.lora
-    rows |= {"finetune.lora.rank": lora.rank} if lora.rank else {}
+    start = {"init.weights": config.init.weights, "init.freeze": ", ".join(config.init.freeze)}
+    start["finetune.lora.rank"] = config.finetune.lora.rank
+    rows |= {key: value for key, value in start.items() if value}
     for key, value in rows.items():
         yield key, in_words(shown(value)) if isinstance(value, str) else value
 

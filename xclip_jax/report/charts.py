@@ -100,7 +100,7 @@ def metric_lines(rows: Rows, metrics: Sequence[tuple[str, str]], unit: str = "")
     lines = []
     scale = 100.0 if unit == "%" else 1.0
     for color, (key, label) in enumerate(metrics):
-        logged = [row for row in rows if isinstance(row.get(key), (int, float))]
+        logged = [row for row in rows if key in row]
         if logged:
             lines.append(Line(label, [r["step"] for r in logged], [scale * r[key] for r in logged], color))
     return lines

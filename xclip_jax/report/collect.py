@@ -19,7 +19,7 @@ from xclip_jax.core.storage import unreadable_as
 from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.statistics import bootstrap
-from xclip_jax.objectives import Objective, make_objective
+from xclip_jax.objectives import Health, Objective, make_objective
 from xclip_jax.report.examples import Examples
 
 LEVEL = 0.95  # of intervals
@@ -137,7 +137,7 @@ def newest(evaluations: Iterable[Evaluation]) -> tuple[list[Result], dict[Key, i
     return known, {key: step for key, (step, _) in newest_of.items()}
 
 
-def short_set_names(runs: Sequence["Run"]) -> dict[str, str]:
+def short_set_names(runs: Sequence[Run]) -> dict[str, str]:
     """Return {set: short name} of all results of `runs`."""
     measured = [own for run in runs for own in (run.record.results, *(x for _, x in run.record.evaluations))]
     return tables.shorten(row.name for own in measured for row in tables.rows(own))
@@ -175,9 +175,7 @@ def judge(result: Result) -> Judgement:
         low, high = bootstrap(items, samples=_SAMPLES)
     elif result.unit == "%" and n and math.isfinite(result.value):
         right = min(max(round(n * result.value / 100), 0), n)
-        exact = scipy.stats.binomtest(right, n).proportion_ci(LEVEL)
-        low = 100 * exact.low
-        high = 100 * exact.high
+        low, high = (100 * end for end in scipy.stats.binomtest(right, n).proportion_ci(LEVEL))
     verdict = ""
     if result.unit == "%" and result.chance is not None and math.isfinite(low):
         verdict = UNDECIDED
@@ -194,28 +192,28 @@ def verdicts(known: Sequence[Result]) -> dict[tuple[str, str], str]:
     return {key: judge(result).verdict for key, result in first.items() if judge(result).verdict}
 
 
-def complete_rows(objective: Objective, term: str, rows: Sequence[Row]) -> list[Row]:
-    """Return a term's metrics, without prefix, and "step", omitting rows with missing metrics."""
-    own = [objective.metrics_of(term, row) | {"step": row["step"]} for row in rows]
-    names = set().union(*own)
-    return [row for row in own if row.keys() == names] if len(names) > 1 else []
-
-
 class Warnings(NamedTuple):
-    """{name: warning} of one term at each of the logged `steps` from `first_step` on."""
+    """The health of one term at the last step, and {name: warning} at each of the `steps` from `first_step` on."""
 
+    health: Health
     first_step: int
     steps: list[int]
     warnings: list[dict[str, str]]
 
     @classmethod
-    def collect(cls, record: Record, name: str, rows: Sequence[Row]) -> "Warnings":
-        """Collect the warnings of term `name` in rows made by `complete_rows`."""
-        term = record.objective.terms[name]
+    def collect(cls, record: Record, name: str) -> "Warnings":
+        """Judge term `name` at the logged steps with all of its metrics."""
+        objective = record.objective
+        term = objective.terms[name]
+        rows = [objective.metrics_of(name, row) | {"step": row["step"]} for row in record.training]
+        names = set().union(*rows)
+        trains = len(names) > 1 and objective.weights[name]  # with weight 0 its checks would fail
+        rows = [row for row in rows if trains and row.keys() == names]
         first_step = record.config.alarm_step
         judged = [row for row in rows if row["step"] >= first_step]
         by_name = [{text.partition(":")[0]: text for text in term.alarms(row)} for row in judged]
-        return cls(first_step, [int(row["step"]) for row in judged], by_name)
+        health = term.health(rows[-1]) if rows else Health()
+        return cls(health, first_step, [int(row["step"]) for row in judged], by_name)
 
     def last(self, name: str) -> str:
         """Return the warning at the last step, or ""."""

@@ -10,13 +10,13 @@ from xclip_jax.core.errors import BadSample, UserError, describe
 from xclip_jax.data import loader
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import SetKind
-from xclip_jax.evaluators.encoder import Encoder, Features
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import Matches, RetrievalSet
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, encode_pairs
 from xclip_jax.models.two_towers import Variables
-from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
+from xclip_jax.objectives.similarity import cluster_similarity, features, softmax
 
 POOL = 1000  # images of a set
 NUM_IMAGES = 9  # classified images of a set
@@ -174,20 +174,19 @@ def collect_examples(
     return examples
 
 
-def _readable(data: ZeroShotSet | RetrievalSet, indices: np.ndarray, missing: list[str]) -> np.ndarray:
-    """Return the `indices` of decodable images, and add a sentence on the others to `missing`."""
-    kept = []
+def _decode(data: ZeroShotSet | RetrievalSet, indices: np.ndarray, missing: list[str]) -> dict[int, np.ndarray]:
+    """Return {index: image} for the decodable `indices`, and add a sentence on the others to `missing`."""
+    images = {}
     errors = []
-    for i in indices:
+    for i in indices.tolist():
         try:
-            data.images[i]
-            kept.append(i)
+            images[i] = data.images[i]
         except BadSample as error:
             errors.append(describe(error))
     if errors:
         lost = f"{len(errors):,} of {len(indices):,} images drawn from {data.name} cannot be read"
         missing.append(f"{lost}; the first: {errors[0]}.")
-    return np.array(kept, int)
+    return images
 
 
 def _add_names(
@@ -210,13 +209,19 @@ def _add_names(
     first = of_classes(order)
     # Later sets encode only their shown images.
     pool = rng.permutation(len(zeroshot.labels))[:POOL] if searched else []
-    keep = _readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
-    if not len(keep):
+    decoded = _decode(shown, np.unique([*first, *pool]).astype(int), examples.missing)
+    if not decoded:
         return
+    keep = list(decoded)
     first = of_classes(order[np.isin(order, keep)])  # replaces unreadable images
     each = max(1, PROMPTS // len(zeroshot.prompts))
-    zeroshot = dataclasses.replace(_subset(zeroshot, keep), prompts=[texts[:each] for texts in zeroshot.prompts])
-    shown = _subset(shown, keep)
+    zeroshot = dataclasses.replace(
+        zeroshot,
+        images=[zeroshot.images[i] for i in keep],
+        labels=np.asarray(zeroshot.labels)[keep],
+        prompts=[texts[:each] for texts in zeroshot.prompts],
+        groups={},
+    )
     scores = ZeroShot(encoder, zeroshot).scores(variables)
     indices = np.searchsorted(keep, first)
     bars, meaning = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
@@ -226,19 +231,14 @@ def _add_names(
         label = int(zeroshot.labels[i])
         best = [_label(bars[row, k], meaning, zeroshot.names[k], k == label) for k in ranking[row, :5]]
         rank = int(np.flatnonzero(ranking[row] == label)[0]) + 1
-        guesses.append(Prediction(shown.images[i], zeroshot.names[label], rank, best))
+        guesses.append(Prediction(decoded[keep[i]], zeroshot.names[label], rank, best))
     num_classes = len(zeroshot.prompts)
     sentence = f"{sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {meaning}."
     examples.named.append(ZeroShotExamples(title, sentence, num_classes, guesses))
     if searched:
         examples.gallery.images.extend(zeroshot.images)
-        examples.gallery.shown.extend(shown.images)
+        examples.gallery.shown.extend(decoded.values())
         examples.gallery.names.extend(zeroshot.names[label] for label in zeroshot.labels)
-
-
-def _subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
-    images = [data.images[i] for i in keep]
-    return dataclasses.replace(data, images=images, labels=np.asarray(data.labels)[keep], groups={})
 
 
 def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str]:
@@ -259,13 +259,13 @@ def _retrieved(
 ) -> RetrievalExamples | None:
     """Return results for `NUM_QUERIES` texts and `NUM_IMAGES` images; None without a readable image."""
     rng = np.random.default_rng(seed)
-    keep = _readable(shown, np.sort(rng.permutation(len(data.images))[:POOL]), missing)
-    if not len(keep):
+    decoded = _decode(shown, np.sort(rng.permutation(len(data.images))[:POOL]), missing)
+    if not decoded:
         return None
-    captions = [data.captions[i] for i in keep]
+    captions = [data.captions[i] for i in decoded]
     texts = [text for of_image in captions for text in of_image]
     names = [of_image[0] for of_image in captions]
-    gallery = Gallery([data.images[i] for i in keep], [shown.images[i] for i in keep], names)
+    gallery = Gallery([data.images[i] for i in decoded], list(decoded.values()), names)
     by_score = compare(encoder.similarities, *encode_pairs(encoder, variables, gallery.images, texts))
     scores = by_score[""]
     bars, meaning = _bars(encoder, variables, by_score)
@@ -300,12 +300,9 @@ def _search_and_cluster(
         best = np.argsort(-scores[""].T, axis=1, kind="stable")[:, :TOP]
         examples.searches = [SearchResult(text, row.tolist(), []) for text, row in zip(queries, best, strict=True)]
     similarity = cluster_similarity(similarities)
-    if similarity is not None:
-        txt = encoder.texts(variables, words, (similarity.feature,))
-        examples.clusters = _clusters(similarity, examples.gallery, img, txt, words)
-
-
-def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Features, words: Sequence[str]) -> Clusters:
+    if similarity is None:
+        return
+    txt = encoder.texts(variables, words, (similarity.feature,))
     p = similarity.rows(img[similarity.feature])
     q = similarity.rows(txt[similarity.feature])
     pictures = np.bincount(p.argmax(axis=1), minlength=p.shape[1])
@@ -315,4 +312,4 @@ def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Feat
     for k in np.argsort(-pictures, kind="stable")[: min(CLUSTERS, used)]:
         images, nearest = (np.argsort(-x[:, k], kind="stable")[:TOP].tolist() for x in (p, q))
         most.append(Cluster(int(k), int(pictures[k]), int(texts[k]), images, [words[i] for i in nearest]))
-    return Clusters(p.shape[1], used, gallery, most)
+    examples.clusters = Clusters(p.shape[1], used, examples.gallery, most)

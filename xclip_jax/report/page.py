@@ -49,7 +49,7 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
         notes.append("Retrieval does not show how well images are named: settings can raise one and lower the other.")
     context: dict[str, Any] = {
         "runs": runs,
-        "sections": sorted(sections(runs, step), key=lambda section: bool(section.missing)),
+        "sections": sorted(sections(runs, step), key=lambda section: not section.content),
         "images": Images(),
         "notes": dict.fromkeys(notes),
         "credits": dict.fromkeys(credit for run in runs for credit in run.examples.credits),

@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import tables
-from xclip_jax.objectives import Check, Health
+from xclip_jax.objectives import Check
 from xclip_jax.objectives.similarity import cluster_similarity
 from xclip_jax.report import charts
 from xclip_jax.report.charts import chart, decimals, metric_lines, term_chart
-from xclip_jax.report.collect import Record, Run, Warnings, complete_rows, short_set_names
+from xclip_jax.report.collect import Record, Run, Warnings, short_set_names
 from xclip_jax.report.examples import Gallery, Prediction, SearchResult
 
 _RANK = (("rank/img", "images"), ("rank/txt", "texts"))
 
 
 class Section(NamedTuple):
-    """A part of the page: content for the template's macro `id`, or the reason for its absence."""
+    """A part of the page: content for the template's macro `id`, and the reason to show if it is empty."""
 
     id: str
     title: str
@@ -47,9 +47,8 @@ def sections(runs: Sequence[Run], step: int | None) -> list[Section]:
         compared = [(run, *_differences(first, run, runs, step)) for run in others]
         return [results(runs), Section("differences", "Differences", compared), *shown, training(runs), settings(runs)]
     record = first.record
-    examples = first.examples
     if cluster_similarity(record.objective.similarities):
-        shown.append(Section("clusters", "Clusters", examples.clusters, "" if examples.clusters else _reason(runs)))
+        shown.append(Section("clusters", "Clusters", first.examples.clusters, _reason(runs)))
     return [*shown, results(runs), training(runs), health(record), about(record)]
 
 
@@ -69,7 +68,7 @@ def names(runs: Sequence[Run]) -> Section:
         same = [(run, named) for run in runs for named in run.examples.named if named.title == first.title]
         cards = _cards([(run, named.guesses, named.num_classes) for run, named in same])
         panels.append(Panel(first.title, first.sentence, cards))
-    reason = "" if panels else f"No zero-shot set was evaluated for this page. {_reason(runs)}"
+    reason = f"No zero-shot set was evaluated for this page. {_reason(runs)}"
     return Section("names", "Zero-shot classification", panels, reason)
 
 
@@ -91,7 +90,7 @@ def search(runs: Sequence[Run]) -> Section:
         text = f"The same queries for every run, with the top of {n:,} test images, best first."
         cards = _searches([(run, run.examples.searches, run.examples.gallery) for run in runs])
         panels.append(Panel("Search by words", text, cards, searches=True))
-    reason = "" if panels else f"No retrieval set was evaluated for this page. {_reason(runs)}"
+    reason = f"No retrieval set was evaluated for this page. {_reason(runs)}"
     return Section("search", "Retrieval", panels, reason)
 
 
@@ -174,8 +173,7 @@ def _difference(row: Mapping[str, Any], name: str, end: float, last: tuple[int, 
 
 def training(runs: Sequence[Run]) -> Section:
     """Return charts of the logged metrics over steps."""
-    drawn = charts.of_runs(runs)
-    return Section("curves", "Training", drawn, "" if drawn else "No step is logged yet.")
+    return Section("curves", "Training", charts.of_runs(runs), "No step is logged yet.")
 
 
 def health(record: Record) -> Section:
@@ -184,14 +182,12 @@ def health(record: Record) -> Section:
         return Section("health", "Health", missing="No step is logged yet.")
     terms = []
     drawn = []
-    for name, term in record.objective.terms.items():
-        rows = complete_rows(record.objective, name, record.training)
-        # A term of weight 0 does not train, so its checks would fail.
-        shown = term.health(rows[-1]) if rows and record.objective.weights[name] else Health()
-        warnings = Warnings.collect(record, name, rows)
-        if shown.checks:
-            terms.append((shown.summary, [_light(check, warnings) for check in shown.checks]))
-        drawn += [term_chart(curve, record.training, name) for curve in shown.curves]
+    for name in record.objective.terms:
+        warnings = Warnings.collect(record, name)
+        judged = warnings.health
+        if judged.checks:
+            terms.append((judged.summary, [_light(check, warnings) for check in judged.checks]))
+        drawn += [term_chart(curve, record.training, name) for curve in judged.curves]
     note = "Number of directions in which features vary over a batch; 1 is collapse. It does not raise an alarm."
     drawn.append(chart("Effective rank of features", metric_lines(record.training, _RANK), note=note))
     return Section("health", "Health", (terms, list(filter(None, drawn))))
