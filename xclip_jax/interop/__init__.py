@@ -25,7 +25,6 @@ from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
 from xclip_jax.interop.names import Flat
-from xclip_jax.models.tower import ImageTower
 from xclip_jax.models.transformer import unstack_blocks
 from xclip_jax.models.two_towers import ModelConfig, Variables
 from xclip_jax.objectives import read_objective
@@ -97,9 +96,9 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
     config = tensor_files.read_json(folder / CONFIG)
     if config["data"]["tokenizer"] == vocabulary.FILE:
         config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
-    keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
-    config["data"] = config["data"] | keys["data"]
-    config["eval"] = _templates(config) | keys["eval"]
+    preparation = _preparation(config)
+    config["data"] |= preparation["data"]
+    config["eval"] = preparation["eval"]
     source: dict[str, Any] = {"format": "safetensors", "notes": ()}
     classes = config.pop("classes", None)
     if classes:
@@ -163,7 +162,7 @@ def write(
 
 
 def _own_config(config: Mapping[str, Any], classes: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
-    keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
+    preparation = _preparation(config)
     name = config["data"]["tokenizer"]
     texts = {}
     if name not in tokenizer.NAMES:
@@ -171,18 +170,17 @@ def _own_config(config: Mapping[str, Any], classes: Sequence[str] | None) -> tup
         name = vocabulary.FILE
     content = {
         "model": config["model"], "objective": config["objective"],
-        "data": {"tokenizer": name, "resample": "bicubic"} | keys["data"], "eval": _templates(config) | keys["eval"],
+        "data": {"tokenizer": name, "resample": "bicubic"} | preparation["data"], "eval": preparation["eval"],
     }  # fmt: skip
     return content | ({"classes": list(classes)} if classes else {}), texts
 
 
-def _templates(config: Mapping[str, Any]) -> dict[str, Any]:
+def _preparation(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the keys of "data" and "eval" for images and prompts."""
+    size = read_group(ModelConfig, config["model"], "model", []).tower("img").image_size
+    keys = Preprocessing.from_dict(config, size).to_config()
     templates = config.get("eval", {}).get("templates")
-    return {"templates": list(templates)} if templates else {}
-
-
-def _image_tower(config: Mapping[str, Any]) -> ImageTower:
-    return read_group(ModelConfig, config["model"], "model", []).tower("img")
+    return keys | {"eval": ({"templates": list(templates)} if templates else {}) | keys["eval"]}
 
 
 def _find_unsupported(config: Mapping[str, Any], params: Mapping[str, Any]) -> str:

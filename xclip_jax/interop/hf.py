@@ -78,6 +78,7 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
     content = read_json(folder / CONFIG)
     kind = str(content.get("model_type"))
     check_choice("model_type", kind, _DEFAULTS)
+    sigmoid = kind == "siglip"
     groups = []
     for known, modality in zip(_DEFAULTS[kind], ("vision", "text"), strict=True):
         group = content.get(f"{modality}_config_dict")  # in configs before 2023, with precedence
@@ -91,7 +92,7 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
         return {
             "width": width, "depth": cfg["num_hidden_layers"], "heads": cfg["num_attention_heads"],
             "mlp_ratio": names.mlp_ratio(cfg["intermediate_size"], width),
-            "style": names.find_style(_ACTS[cfg["hidden_act"]], cfg["layer_norm_eps"], siglip=kind == "siglip"),
+            "style": names.find_style(_ACTS[cfg["hidden_act"]], cfg["layer_norm_eps"], siglip=sigmoid),
         }  # fmt: skip
 
     size = cfg_img["image_size"]
@@ -99,23 +100,20 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
     txt = tower(cfg_txt) | {"context_length": cfg_txt["max_position_embeddings"]}
     vocab: int = cfg_txt["vocab_size"]
     tensors = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
-    if kind == "siglip":
+    prepare = _preprocessing(folder, size, "Siglip" if sigmoid else "CLIP")
+    if sigmoid:
         tensors = _split_qkv(tensors)
         embed = cfg_txt.get("projection_size") or txt["width"]
         img["pool"] = "map"
         txt |= {"causal": False, "pool": "last"}
         tokens = vocabulary.siglip(folder, vocab)
-        prepare = _preprocessing(folder, size, "Siglip")
-        table = _SIGLIP
     else:
         eot: int = cfg_txt["eos_token_id"]
         tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot)
         embed = content.get("projection_dim", 512)
-        prepare = _preprocessing(folder, size, "CLIP")
-        table = _CLIP
     group = names.model(img, txt, embed)
-    config = names.config(group, tokens, prepare, "hf", sigmoid=kind == "siglip")
-    return config, names.read(tensors, group, vocab, table)
+    config = names.config(group, tokens, prepare, "hf", sigmoid=sigmoid)
+    return config, names.read(tensors, group, vocab, _SIGLIP if sigmoid else _CLIP)
 
 
 def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

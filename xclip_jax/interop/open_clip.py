@@ -63,13 +63,10 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
         content = read_json(folder / CONFIG)
         content = content if "model_cfg" in content else {"model_cfg": content}
         _check_options(content["model_cfg"])
-    fault = ""
     if any(name.startswith(("visual.trunk.", "visual.layer1.", "visual.attn_pool.")) for name in tensors):
-        fault = "has a ResNet or a tower of timm; Vision Transformers with a class token are supported"
-    elif not content and OPENAI not in tensors:
-        fault = f"has no {CONFIG} in its folder, which contains sizes and options; put it there"
-    if fault:
-        raise UserError(f"it {fault}.")
+        raise UserError("it has a ResNet or a tower of timm; Vision Transformers with a class token are supported.")
+    if not content and OPENAI not in tensors:
+        raise UserError(f"it has no {CONFIG} in its folder, which contains sizes and options; put it there.")
     tensors = {name: x for name, x in tensors.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
     prefix = "text." if "text.token_embedding.weight" in tensors else ""
     vocab = len(tensors[f"{prefix}token_embedding.weight"])

@@ -13,7 +13,6 @@ from tokenizers.normalizers import NFC, Lowercase, Replace, Strip
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.storage import write_whole
 from xclip_jax.data import tokenizer
 from xclip_jax.interop.tensor_files import read_json
 
@@ -114,7 +113,7 @@ def _cached(content: str) -> str:
     path = storage.cache_dir() / "tokenizers" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(epath.Path(path), content)
+        storage.write_whole(epath.Path(path), content)
     return str(path)
 
 
