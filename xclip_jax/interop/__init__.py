@@ -8,7 +8,6 @@ A model is a pair (config, variables). `config` contains the required groups of 
 """
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -136,32 +135,29 @@ def write(
     folder = epath.Path(path).expanduser()
     notes = []
     if to == "safetensors":
-        file = CONFIG
         weights = WEIGHTS
         tensors = flatten_dict(variables, sep="/")
-        content, texts = _own_config(config, classes)
+        texts = _own_texts(config, classes)
     else:
         fault = _find_unsupported(config, variables["params"])
         if fault:
             raise UserError(f"{fault}, which {to!r} does not support; write to 'safetensors'.")
         project = hf if to == "hf" else open_clip
-        file = project.CONFIG
         weights = project.WEIGHTS
         kept = {"img", "txt", *project.HEADS}
         flat = _unrolled({name: tree for name, tree in variables["params"].items() if name in kept}, config)
-        content, tensors, texts = project.write(config, flat)
+        tensors, texts = project.write(config, flat)
         notes = _left_out(config, sorted(variables["params"].keys() - kept), to)
     folder.mkdir(parents=True, exist_ok=True)
     for old in WRITTEN:
         (folder / old).unlink(missing_ok=True)
-    for text_file, text in texts.items():
-        (folder / text_file).write_bytes(text.encode())
     tensor_files.write(folder / weights, tensors)
-    (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
     return notes
 
 
-def _own_config(config: Mapping[str, Any], classes: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
+def _own_texts(config: Mapping[str, Any], classes: Sequence[str] | None) -> dict[str, str]:
     preparation = _preparation(config)
     name = config["data"]["tokenizer"]
     texts = {}
@@ -172,7 +168,9 @@ def _own_config(config: Mapping[str, Any], classes: Sequence[str] | None) -> tup
         "model": config["model"], "objective": config["objective"],
         "data": {"tokenizer": name, "resample": "bicubic"} | preparation["data"], "eval": preparation["eval"],
     }  # fmt: skip
-    return content | ({"classes": list(classes)} if classes else {}), texts
+    if classes:
+        content["classes"] = list(classes)
+    return texts | {CONFIG: tensor_files.json_text(content)}
 
 
 def _preparation(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

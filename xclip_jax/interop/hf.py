@@ -1,6 +1,5 @@
 """Folders of Hugging Face transformers: a CLIPModel to read and write, a SiglipModel to read."""
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +10,8 @@ from etils import epath
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import names, vocabulary
-from xclip_jax.interop.names import Export, Flat
-from xclip_jax.interop.tensor_files import read_json
+from xclip_jax.interop.names import Flat
+from xclip_jax.interop.tensor_files import json_text, read_json
 from xclip_jax.models.layers import STYLES
 
 CONFIG = "config.json"
@@ -172,10 +171,10 @@ def _edges(value: Any, *names: str) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else dict.fromkeys(names, value)
 
 
-def write(config: Mapping[str, Any], params: Flat) -> Export:
-    """Return a model with CLIP's tokenizer as a CLIPModel, from the flat parameters of its towers and `HEADS`.
+def write(config: Mapping[str, Any], params: Flat) -> tuple[Flat, dict[str, str]]:
+    """Return tensors, and texts of files, of a model with CLIP's tokenizer as a CLIPModel.
 
-    `UserError` for resizing without support in CLIPImageProcessor.
+    `params` are flat, of the towers and `HEADS`. `UserError` for resizing without support in CLIPImageProcessor.
     """
     model = config["model"]
     vocab = vocabulary.CLIP_SIZE
@@ -215,5 +214,5 @@ def write(config: Mapping[str, Any], params: Flat) -> Export:
         "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": prepare.mean, "image_std": prepare.std,
     }  # fmt: skip
-    texts = {PREPROCESSOR: json.dumps(processor, indent=2) + "\n"} | vocabulary.clip_files(length)
-    return Export(content, names.write(params, model, vocab, _CLIP), texts)
+    texts = vocabulary.clip_files(length) | {PREPROCESSOR: json_text(processor), CONFIG: json_text(content)}
+    return names.write(params, model, vocab, _CLIP), texts

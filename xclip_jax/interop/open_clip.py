@@ -10,8 +10,8 @@ from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import RESIZE_MODES
 from xclip_jax.interop import names, vocabulary
-from xclip_jax.interop.names import Export, Flat, Names
-from xclip_jax.interop.tensor_files import OPENAI, read_json
+from xclip_jax.interop.names import Flat, Names
+from xclip_jax.interop.tensor_files import OPENAI, json_text, read_json
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -150,10 +150,10 @@ def _towers(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
     return img, txt, content["embed_dim"]
 
 
-def write(config: Mapping[str, Any], params: Flat) -> Export:
-    """Return a model with CLIP's tokenizer in open_clip's format, from its flat parameters.
+def write(config: Mapping[str, Any], params: Flat) -> tuple[Flat, dict[str, str]]:
+    """Return tensors, and texts of files, of a model with CLIP's tokenizer in open_clip's format.
 
-    A `UserError` names features without support in open_clip.
+    `params` are flat. A `UserError` names features without support in open_clip.
     """
     model = config["model"]
     vocab = vocabulary.CLIP_SIZE
@@ -186,4 +186,4 @@ def write(config: Mapping[str, Any], params: Flat) -> Export:
         "resize_mode": prepare.resize_mode, "fill_color": 0,
     }  # fmt: skip
     whole = {"model_cfg": content, "preprocess_cfg": preprocess}
-    return Export(whole, names.write(params, model, vocab, _clip()), {})
+    return names.write(params, model, vocab, _clip()), {CONFIG: json_text(whole)}
