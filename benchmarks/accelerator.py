@@ -14,20 +14,19 @@ with torch.compile, bf16 autocast, fused AdamW and whole texts, first with as ma
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import pathlib
 import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from benchmarks import step as cpu
+from benchmarks.shared import result_of, seconds_of
 
 PRESET, CLUSTERS = "B/16", 32768
 LARGEST = 1024  # pairs per device of the first attempt
@@ -53,20 +52,6 @@ def config_of(objective: str, batch: int, small: bool) -> Any:
     return config
 
 
-def experiment_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
-    """Return the experiment; with `groups`, texts are encoded in groups of their lengths."""
-    import jax
-
-    from xclip_jax.train import build
-
-    experiment = build.build(config_of(objective, batch, small))
-    if groups:
-        devices = jax.device_count()
-        chosen = cpu.groups_for(batch // devices, devices, experiment.config.model.txt)
-        experiment = dataclasses.replace(experiment, length_groups=chosen)
-    return experiment
-
-
 def attempt(flags: argparse.Namespace) -> dict[str, Any]:
     """Measure with --batch; {"retry": half of it} if that does not fit."""
     run = open_clip if flags.child == "open_clip" else ours
@@ -85,7 +70,7 @@ def ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
     from xclip_jax.data import loader
     from xclip_jax.train import cost, state
 
-    experiment = experiment_of(flags.child, batch, flags.small, flags.groups)
+    experiment = cpu.experiment_of(config_of(flags.child, batch, flags.small), flags.groups)
     current = state.create(experiment.init, experiment.abstract)
     size, context = experiment.image_size, experiment.context_length
     ends = np.minimum(cpu.caption_lengths(batch), context)
@@ -123,11 +108,7 @@ def ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
 
 def measured(step: Callable[[], None], steps: int) -> dict[str, float]:
     """Return the seconds of the first step, and the median of `steps` steps after a warm-up."""
-    seconds = []
-    for _ in range(1 + WARM_UP + steps):
-        began = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - began)
+    seconds = [seconds_of(step) for _ in range(1 + WARM_UP + steps)]
     return {"first": seconds[0], "seconds": statistics.median(seconds[1 + WARM_UP :])}
 
 
@@ -177,18 +158,14 @@ def device_count() -> int:
 
 def measure(child: str, flags: argparse.Namespace, batch: int) -> dict[str, Any] | None:
     """Return the row of the first fitting batch, or None if the process failed."""
-    command = [sys.executable, "-m", "benchmarks.accelerator", "--child", child, "--steps", str(flags.steps)]
-    command += ["--small"] * flags.small + ["--groups"] * flags.groups
-    command += ["--trace", str(pathlib.Path(flags.trace) / child)] if flags.trace else []
-    result: dict[str, Any] = {"retry": batch}
-    while "retry" in result:
+    arguments = ["--child", child, "--steps", flags.steps]
+    arguments += ["--small"] * flags.small + ["--groups"] * flags.groups
+    arguments += ["--trace", pathlib.Path(flags.trace) / child] if flags.trace else []
+    result: dict[str, Any] | None = {"retry": batch}
+    while result and "retry" in result:
         batch = result["retry"]
         print(f"{child}, {batch} pairs ...", file=sys.stderr, flush=True)
-        done = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"{child} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
-            return None
-        result = json.loads(done.stdout.splitlines()[-1])
+        result = result_of("accelerator", *arguments, "--batch", batch)
     return result
 
 

@@ -15,13 +15,14 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 
 import numpy as np
+
+from benchmarks.shared import result_of, seconds_of
 
 KINDS = 200  # different pictures; they repeat, so that making them takes no time
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}  # not used
@@ -37,19 +38,6 @@ def write(folder: pathlib.Path, n: int) -> None:
         path = folder / "images" / f"{i // 1000:03d}" / f"{i:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(images[i % len(images)])
-
-
-def paths(folder: pathlib.Path) -> list[str]:
-    """Paths of all JPEGs, in order."""
-    return sorted(map(str, (folder / "images").rglob("*.jpg")))
-
-
-def embeddings(folder: pathlib.Path) -> np.ndarray:
-    """Our embeddings."""
-    import pyarrow.parquet
-
-    rows = pyarrow.parquet.read_table(folder / "ours.parquet")["embedding"].combine_chunks()
-    return rows.flatten().to_numpy().reshape(len(rows), -1)
 
 
 def peer(options: argparse.Namespace):
@@ -73,22 +61,16 @@ def open_clips(options: argparse.Namespace) -> Callable[[], object]:
     model, _ = peer(options)
     preprocess = open_clip.image_transform(224, is_train=False)
 
-    class Files(torch.utils.data.Dataset):
-        def __init__(self, files):
-            self.files = files
-
-        def __len__(self):
-            return len(self.files)
-
+    class Pictures(list):
         def __getitem__(self, i):
-            return preprocess(Image.open(self.files[i]))
+            return preprocess(Image.open(super().__getitem__(i)))
 
     def embed(files):
-        loader = torch.utils.data.DataLoader(Files(files), options.batch, num_workers=options.workers)
+        loader = torch.utils.data.DataLoader(Pictures(files), options.batch, num_workers=options.workers)
         with torch.inference_mode():
             return np.concatenate([model.encode_image(x, normalize=True).numpy() for x in loader])
 
-    files = paths(options.folder)
+    files = sorted((options.folder / "images").rglob("*.jpg"))
     embed(files[: options.batch])
     return lambda: np.save(options.folder / "open_clip.npy", embed(files))
 
@@ -107,36 +89,29 @@ def ours(options: argparse.Namespace) -> Callable[[], object]:
     return lambda: embed.embed(model, {"image": images}, str(out), threads=options.workers)
 
 
-def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
-    """Measure one side in a new process."""
-    command = [sys.executable, "-m", "benchmarks.embed", "--side", side, "--folder", str(options.folder)]
-    command += [f"--{key}={getattr(options, key)}" for key in ("batch", "workers", "width", "layers")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{side} failed: {done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def compare(options: argparse.Namespace) -> None:
     """Write the images and weights, and measure both sides."""
     import open_clip
     import torch
 
     from xclip_jax.core import environment
+    from xclip_jax.data import embeddings
 
     write(options.folder, options.images)
     model, config = peer(options)
     torch.save(model.state_dict(), options.folder / "open_clip_pytorch_model.bin")
     (options.folder / "open_clip_config.json").write_text(json.dumps(config))
+    given = [f"--{key}={getattr(options, key)}" for key in ("folder", "batch", "workers", "width", "layers")]
     runs: dict[str, list[float]] = {"xclip_jax": [], "open_clip": []}
     for _ in range(options.repeats):
         for side in runs:
-            measured = measure(side, options)
+            measured = result_of("embed", "--side", side, *given) or sys.exit(1)
             runs[side].append(options.images / measured["seconds"])
             cpu = 1000 * measured["cpu"] / options.images
             about = f"{cpu:.1f} ms of cores per image, {measured['before']:.1f} s before the first"
             print(f"{side}: {runs[side][-1]:.1f} images/s, {about}", flush=True)
-    cosines = (embeddings(options.folder) * np.load(options.folder / "open_clip.npy")).sum(axis=1)
+    rows = embeddings.read(options.folder / "ours.parquet")["embedding"]
+    cosines = (rows * np.load(options.folder / "open_clip.npy")).sum(axis=1)
     versions = environment.capture()["versions"]
     print(f"\nopen_clip {open_clip.__version__}, torch {torch.__version__}, {versions}")
     print(
@@ -166,11 +141,10 @@ def main() -> None:
         return
     began = time.perf_counter()
     work = {"xclip_jax": ours, "open_clip": open_clips}[options.side](options)
-    ready = time.perf_counter()
+    before = time.perf_counter() - began
     cpu = sum(os.times()[:4])  # of all threads and of ended workers
-    work()
-    seconds = time.perf_counter() - ready
-    print(json.dumps({"seconds": seconds, "cpu": sum(os.times()[:4]) - cpu, "before": ready - began}))
+    seconds = seconds_of(work)
+    print(json.dumps({"seconds": seconds, "cpu": sum(os.times()[:4]) - cpu, "before": before}))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.shared import result_of
+
 WIDTH, IMAGES, CLASSES, TEMPLATES = 512, 50_000, 1000, 80
 PROMPTS = {str(c): [str(c * TEMPLATES + t) for t in range(TEMPLATES)] for c in range(CLASSES)}
 PAIRED, CAPTIONS = 5000, 25_010
@@ -164,14 +166,11 @@ def main() -> None:
     if flags.child:
         child(*flags.child)
         return
-    root = pathlib.Path(__file__).resolve().parents[1]
     ratios = []
     for task in ("zeroshot", "retrieval"):
         measured: dict[str, list[dict[str, Any]]] = {program: [] for program in PROGRAMS}
         for program in PROGRAMS * flags.turns:
-            command = [sys.executable, "-m", "benchmarks.evaluation", "--child", program, task]
-            done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
-            measured[program].append(json.loads(done.stdout.splitlines()[-1]))
+            measured[program].append(result_of("evaluation", "--child", program, task) or sys.exit(1))
         medians = {p: statistics.median(x["seconds"] for x in runs) for p, runs in measured.items()}
         for program, runs in measured.items():
             gigabytes = max(x["bytes"] for x in runs) / 2**30

@@ -183,14 +183,12 @@ def section(known: dict[str, Plan], run: tuple[str, str]) -> str:
     some = next(iter(rows.values()))
     peak = min(row["peak_ms"] for row in rows.values())
     head = ("objective", "strategy", f"peak, GiB of {some['capacity'] / GIB:.0f}", *COLUMNS)
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *([*key, *cells(row)] for key, row in rows.items()))]
-    return "\n".join([
+    body = "".join(f"| {' | '.join([*key, *cells(row)])} |\n" for key, row in rows.items())
+    return (
         f"\n## {run[0]} on {run[1]}\n\n{some['chips']} chips, {some['hosts']} hosts, {some['steps']:,} steps. "
-        f"At the chips' peak the model's FLOPs take {peak:.1f} ms.\n",
-        lines[0],
-        "|" + "---|" * len(head),
-        *lines[1:],
-    ]) + "\n"  # fmt: skip
+        f"At the chips' peak the model's FLOPs take {peak:.1f} ms.\n\n"
+        f"| {' | '.join(head)} |\n{'|---' * len(head)}|\n{body}"
+    )
 
 
 def main(words: list[str]) -> None:

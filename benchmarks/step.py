@@ -34,6 +34,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.shared import seconds_of
+
 BATCH, IMAGE_SIZE, PATCH, VOCAB, EMBED = 256, 64, 16, 49408, 256
 CONTEXT = {"full": 32, "natural": 77}
 TOWERS = {"img": {"width": 192, "depth": 12, "heads": 3}, "txt": {"width": 192, "depth": 6, "heads": 3}}
@@ -58,18 +60,10 @@ def random_tokens(ends: np.ndarray, context: int, vocab: int) -> np.ndarray:
     return np.where(np.arange(context) < ends[:, None], rows, 0)
 
 
-def groups_for(rows: int, draws: int, tower: Any) -> Any:
-    """Choose groups like `data.length_groups=auto`, from natural captions and for devices with `rows` rows."""
-    from xclip_jax.data import length_groups
-
-    counts = np.bincount(caption_lengths(1024), minlength=CONTEXT["natural"] + 1)
-    return length_groups.choose(counts, rows=rows, draws=draws, flops_of=tower.cut_flops)
-
-
 def batch(kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Return uint8 images (b, h, w, 3) and int32 tokens (b, n), each text ending in the largest token."""
     images = np.random.default_rng(0).integers(0, 256, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    # `groups_for` chooses groups for captions of another seed.
+    # `experiment_of` chooses groups for captions of another seed.
     lengths = caption_lengths(BATCH, seed=1) if kind == "natural" else np.full(BATCH, CONTEXT[kind])
     return images, random_tokens(lengths, CONTEXT[kind], VOCAB)
 
@@ -89,22 +83,28 @@ def config_of(objective: str, kind: str) -> Any:
     return config
 
 
-def experiment_of(objective: str, kind: str, groups: str) -> Any:
-    """Return the experiment; with `groups` "auto", natural captions are encoded in groups."""
+def experiment_of(config: Any, in_groups: bool) -> Any:
+    """Return the experiment; if `in_groups`, with groups for natural captions like by `data.length_groups=auto`."""
+    import jax
+
+    from xclip_jax.data import length_groups
     from xclip_jax.train import build
 
-    experiment = build.build(config_of(objective, kind))
-    if groups == "auto" and kind == "natural":
-        chosen = groups_for(BATCH, 1, experiment.config.model.txt)
-        experiment = dataclasses.replace(experiment, length_groups=chosen)
-    return experiment
+    experiment = build.build(config)
+    if not in_groups:
+        return experiment
+    devices = jax.device_count()
+    counts = np.bincount(caption_lengths(1024), minlength=CONTEXT["natural"] + 1)
+    flops_of = experiment.config.model.txt.cut_flops
+    groups = length_groups.choose(counts, rows=config.data.batch // devices, draws=devices, flops_of=flops_of)
+    return dataclasses.replace(experiment, length_groups=groups)
 
 
 def saved_flops() -> float:
     """Return the fraction of a CLIP step's FLOPs that groups of lengths save with natural captions."""
     from xclip_jax.train import cost
 
-    experiment = experiment_of("clip", "natural", "auto")
+    experiment = experiment_of(config_of("clip", "natural"), in_groups=True)
     config = experiment.config
     return 1 - cost.step_flops(config, experiment.length_groups, experiment.text_rows[0]) / cost.step_flops(config)
 
@@ -183,16 +183,12 @@ def child(flags: argparse.Namespace) -> None:
     if flags.child == "open_clip":
         step = open_clip(flags.captions)
     else:
-        step = ours(experiment_of(flags.objective, flags.captions, flags.groups), flags.captions)
+        in_groups = flags.captions == "natural" and not flags.whole
+        step = ours(experiment_of(config_of(flags.objective, flags.captions), in_groups), flags.captions)
     loss = step()
     print(json.dumps({"first": time.perf_counter() - began, "loss": loss}), flush=True)
     for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
-            began = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - began)
-        print(json.dumps({"seconds": seconds}), flush=True)
+        print(json.dumps({"seconds": [seconds_of(step) for _ in range(int(line))]}), flush=True)
 
 
 class Program:
@@ -232,7 +228,6 @@ def main() -> None:
     parser.add_argument("--objective", choices=("clip", "xclip"), default="clip")
     parser.add_argument("--captions", choices=tuple(CONTEXT), default="full", help="lengths of the texts")
     parser.add_argument("--whole", action="store_true", help="compare with the same step with whole texts")
-    parser.add_argument("--groups", default="auto", help=argparse.SUPPRESS)
     parser.add_argument("--against", type=pathlib.Path, help="another checkout of xclip_jax, instead of open_clip")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--turns", type=int, default=8)
@@ -252,7 +247,7 @@ def main() -> None:
     if flags.against:
         second = Program(str(flags.against), "ours", same, flags.against.resolve())
     elif flags.whole:
-        second = Program("with whole texts", "ours", [*same, "--groups=full"])
+        second = Program("with whole texts", "ours", [*same, "--whole"])
     elif flags.objective == "xclip":
         second = Program("xclip_jax clip", "ours", captions)
     else:

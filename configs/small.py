@@ -28,6 +28,7 @@ import numpy as np
 
 from xclip_jax.config import recipes, schema
 from xclip_jax.config.recipes import Describe
+from xclip_jax.core import fields
 from xclip_jax.core.errors import UserError, check_choice, redact
 from xclip_jax.data import holdout, inspect, records, sources, tokenizer
 from xclip_jax.data.base import Source, choose, display_name
@@ -336,11 +337,7 @@ def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, ob
     config.model.embed = saved.model.embed
     trained = make_objective(saved.objective)
     if not objective and not trained.labelled:
-        config.objective.name = saved.objective.name
-        config.objective.terms = dict(saved.objective.terms)
-        config.objective.plugins = {name: dict(plugin) for name, plugin in saved.objective.plugins.items()}
-        for term in ("clip", "siglip", "nclip"):
-            config.objective[term].update(dataclasses.asdict(getattr(saved.objective, term)))
+        config.objective = fields.as_dict(saved.objective)
     else:
         config.objective.name = objective or "clip"
         config.objective.terms = dict(RECIPES[config.objective.name])

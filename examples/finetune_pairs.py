@@ -32,19 +32,14 @@ from xclip_jax.parallel import compiler
 from xclip_jax.train import trainer
 
 SECOND = ("People & Body", "Smileys & Emotion", "Flags")
-HELD_OUT = (
-    "test_rendering",
-    "validation_rendering",
-)  # drawings of things that other artists' drawings show in training
+# Drawings of things that other artists' drawings show in training.
+HELD_OUT = ("test_rendering", "validation_rendering")
 MODEL: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 48, "patch_size": 12, "width": 96, "head_width": 32, "layers": 3},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 96, "heads": 3, "layers": 3},
 }
-WAYS = {
-    "all weights": {"optim.lr": 5e-4},
-    "adapters": {"optim.lr": 2e-3, "finetune.lora.rank": 8},
-}
+WAYS = {"all weights": {"optim.lr": 5e-4}, "adapters": {"optim.lr": 2e-3, "finetune.lora.rank": 8}}
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 

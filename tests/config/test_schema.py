@@ -9,9 +9,7 @@ import pathlib
 import pytest
 
 from docs import generate
-from tests.helpers import tiny
 from xclip_jax.config import load, schema
-from xclip_jax.core.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CONFIGS = {
@@ -58,22 +56,3 @@ def test_every_config_file_has_a_dump():
 def test_pages_made_from_the_code_are_current(name):
     made = generate.PAGES[name]()
     assert (GOLDEN.parents[1] / name).read_text() == made, "run python -m docs.generate"
-
-
-TUNED = {"init__weights": "x", "finetune__lora__rank": 2}
-
-
-@pytest.mark.parametrize(
-    ("changes", "keys"),
-    [
-        ({"optim__on_bad_steps": "rewind", "checkpoint__every": 0}, ("optim.on_bad_steps", "checkpoint.every")),
-        (TUNED | {"optim__name": "muon"}, ("optim.name", "finetune.lora.rank", "optim.lr")),
-        ({"optim__name": "muon", "init__freeze": ("img", "txt")}, ("optim.name", "init.freeze")),
-        ({"eval__resize_size": 3}, ("eval.resize_size is 3", "at least 16 pixels")),
-        (TUNED | {"init__freeze": ("img", "txt")}, ("finetune.lora.rank", "init.freeze")),
-    ],
-)
-def test_values_that_cancel_each_other_are_refused(changes, keys):
-    with pytest.raises(UserError) as error:
-        schema.resolve(tiny.config("clip", **changes))
-    assert all(key in str(error.value) for key in keys) and "\n" not in str(error.value)

@@ -1,9 +1,12 @@
 """Small models of open_clip and transformers, and of this package, with random weights."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import open_clip
+import safetensors.torch
 import torch
 import transformers
 
@@ -93,6 +96,16 @@ def make_open_clip(name):
     options = dict(MODELS[name])
     kind = open_clip.model.CustomTextCLIP if options.pop("custom_text", False) else open_clip.model.CLIP
     return shaken(kind(48, **options))
+
+
+def save_open_clip(folder, state, options):
+    """Writes tensors, and `options` of open_clip's CLIP beside `embed_dim`, as open_clip does; returns the folder."""
+    folder.mkdir(exist_ok=True)
+    state = {key: x.contiguous() for key, x in state.items()}
+    safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
+    content = {"model_cfg": {"embed_dim": 48} | options}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    return folder
 
 
 def make_hf(act, eps, eos, patch):

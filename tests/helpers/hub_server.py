@@ -3,11 +3,11 @@
 import base64
 import contextlib
 import hashlib
-import http.server
 import json
 import re
-import threading
 import urllib.parse
+
+from tests.helpers import web
 
 TOKEN = "hf_token_of_the_tests"
 _LARGE = (".safetensors", ".bin", ".tar", ".parquet")
@@ -55,16 +55,9 @@ class Hub:
 @contextlib.contextmanager
 def serve():
     """Context of a `Hub` that answers at its `url`."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
-    server.hub = Hub(f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with web.served(_Handler) as server:
+        server.hub = Hub(f"http://127.0.0.1:{server.server_port}")
         yield server.hub
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def _entry(path, data):
@@ -79,12 +72,7 @@ class _Refusal(Exception):
         self.status, self.code = status, code
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
+class _Handler(web.Handler):
     def _dispatch(self):
         length = int(self.headers.get("Content-Length") or 0)
         if self.headers.get("Transfer-Encoding") == "chunked":

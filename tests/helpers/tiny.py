@@ -1,7 +1,9 @@
 """A run small enough for tests: config, batches, a folder of pairs, a run that is cut off, and what the run logs."""
 
 import contextlib
+import functools
 import json
+import operator
 import pathlib
 import shutil
 
@@ -35,13 +37,15 @@ def config(objective="xclip", steps=10, run="runs/tiny", **changes):
     c.data.flip_prob, c.data.color_jitter = 0.5, 0.2
     c.eval.sets, c.eval.sets_at_end = (), ()
     c.log.every, c.checkpoint.every = 1, 5
+    return changed(c, changes)
+
+
+def changed(config, changes, separator="__"):
+    """Set keys of a config or of nested dicts, and return it."""
     for key, value in changes.items():
-        group = c
-        *path, last = key.split("__")
-        for part in path:
-            group = group[part]
-        group[last] = value
-    return c
+        *path, last = key.split(separator)
+        functools.reduce(operator.getitem, path, config)[last] = value
+    return config
 
 
 def short(pairs, run, **changes):

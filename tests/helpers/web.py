@@ -27,28 +27,41 @@ class Site:
         return f"http://{USER}:{PASSWORD}@127.0.0.1:{self.port}/secret/{path}?sig={SIGNATURE}"
 
 
-@contextlib.contextmanager
-def serve():
-    """Context of a `Site`."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
-    server.handle_error = lambda *_: None  # of connections that a client closes
-    server.site = Site(server.server_port)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.site
-    finally:
-        server.site.closed = True
-        server.shutdown()
-        server.server_close()
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Logs nothing."""
 
-
-class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
         pass
 
+
+@contextlib.contextmanager
+def served(handler):
+    """Context of a server, whose connections a `Handler` answers."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def serve():
+    """Context of a `Site`."""
+    with served(_Files) as server:
+        server.handle_error = lambda *_: None  # of connections that a client closes
+        server.site = Site(server.server_port)
+        try:
+            yield server.site
+        finally:
+            server.site.closed = True
+
+
+class _Files(Handler):
     def do_HEAD(self):
         self._answer(body=False)
 

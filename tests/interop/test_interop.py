@@ -66,9 +66,7 @@ def test_open_clip_there_and_back(name, file, tmp_path):
     loaded = open_clip.create_model(f"local-dir:{tmp_path / 'back'}").eval()
     assert_same(theirs_open_clip(loaded, pixels, tokens), expected)
     assert list(loaded.visual.preprocess_cfg["std"]) == [0.5] * 3
-    again = interop.read(str(tmp_path / "back"))
-    assert again[0] == config
-    jax.tree.map(np.testing.assert_array_equal, again[1], variables)
+    jax.tree.map(np.testing.assert_array_equal, interop.read(str(tmp_path / "back")), (config, variables))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

@@ -16,7 +16,7 @@ def test_tensors_that_do_not_fit_are_listed_by_name(tmp_path):
         state["ln_final.weight"] = torch.zeros(7)
 
     with pytest.raises(UserError) as error:
-        interop.read(saved(tmp_path, change, {}))
+        interop.read(saved(tmp_path, change))
     for part in ("missing: transformer.resblocks.1.ln_2.bias", "unknown: visual.extra",
                  "ln_final.weight has shape (7,), expected (64,)"):  # fmt: skip
         assert part in str(error.value)
@@ -27,9 +27,7 @@ def test_axes_of_length_1_make_no_difference(tmp_path):
         state["logit_scale"] = state["logit_scale"].reshape(1, 1)
         state["visual.positional_embedding"] = state["visual.positional_embedding"][None]
 
-    plain, more = tmp_path / "plain", tmp_path / "more"
-    plain.mkdir(), more.mkdir()
-    _, expected = interop.read(saved(plain, lambda _: None, {}))
-    _, found = interop.read(saved(more, change, {}))
+    _, expected = interop.read(saved(tmp_path / "plain", lambda _: None))
+    _, found = interop.read(saved(tmp_path / "more", change))
     for key in ("log_scale", "img"):
         np.testing.assert_equal(found["params"][key], expected["params"][key])

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from etils import epath
 
-from tests.helpers.foreign import MODELS, make_open_clip
+from tests.helpers.foreign import MODELS, make_open_clip, save_open_clip
 from xclip_jax import interop
 from xclip_jax.core.errors import UserError
 from xclip_jax.interop import tensor_files
@@ -26,17 +26,13 @@ from xclip_jax.interop import tensor_files
 
 @functools.cache
 def tensors():
-    return {key: x.contiguous() for key, x in make_open_clip("quick_b32").state_dict().items()}
+    return make_open_clip("quick_b32").state_dict()
 
 
-def saved(tmp_path, change, cfg=None):
+def saved(folder, change):
     state = dict(tensors())
     change(state)
-    safetensors.torch.save_file(state, tmp_path / "open_clip_model.safetensors")
-    if cfg is not None:
-        content = {"model_cfg": MODELS["quick_b32"] | {"embed_dim": 48} | cfg}
-        (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
-    return str(tmp_path)
+    return str(save_open_clip(folder, state, MODELS["quick_b32"]))
 
 
 def write_config(folder, content):
@@ -48,8 +44,6 @@ def test_architectures_that_are_not_ours_are_named(tmp_path):
         del state["token_embedding.weight"]
         state |= {"visual.attn_pool.x": torch.zeros(1), "text.transformer.x": torch.zeros(1)}
 
-    for name in ("plain", "other"):
-        (tmp_path / name).mkdir()
     plain, other = saved(tmp_path / "plain", lambda _: None), saved(tmp_path / "other", change)
     for folder, group, options, named in (
         (plain, "vision_cfg", {"timm_model_name": "vit_base"}, "vision_cfg.timm_model_name='vit_base'"),

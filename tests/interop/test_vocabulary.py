@@ -5,7 +5,6 @@ import json
 import numpy as np
 import open_clip
 import pytest
-import safetensors.torch
 import tokenizers
 import transformers
 from PIL import Image
@@ -19,6 +18,7 @@ from tests.helpers.foreign import (
     images,
     make_hf,
     ours,
+    save_open_clip,
     shaken,
     theirs_hf,
     theirs_open_clip,
@@ -44,12 +44,10 @@ def test_a_tokenizer_of_its_own_is_read_with_open_clips_weights(size, end, tmp_p
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
     text = TEXT | {"vocab_size": size} | ({"pool_type": "eos", "eos_id": end} if end < size - 1 else {})
     model = shaken(open_clip.model.CLIP(48, B32, text))
-    state = {key: x.contiguous() for key, x in model.state_dict().items()}
-    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
-    content = {"embed_dim": 48, "vision_cfg": B32, "text_cfg": text | {"hf_tokenizer_name": "lab/x"}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": content}))
+    options = {"vision_cfg": B32, "text_cfg": text | {"hf_tokenizer_name": "lab/x"}}
+    save_open_clip(tmp_path, model.state_dict(), options)
     words(tmp_path / "tokenizer.json", size, end)
-    config, variables = interop.read(str(tmp_path / "x.safetensors"))
+    config, variables = interop.read(str(tmp_path))
     known, length = tokenizer.load(config["data"]["tokenizer"]), TEXT["context_length"]
     tokens = known(["w7&amp;nbsp;w6", "", "w1 w1\u00a0w1", "w2"], length)
     assert tokens[0, :4].tolist() == [7, 6, end, 0]
@@ -102,11 +100,9 @@ def test_a_whole_tokenizer_needs_no_other_code(name, tmp_path):
 
 
 def test_open_clip_with_clips_tokenizer_of_transformers_is_clip(tmp_path):
-    content = {"embed_dim": 48, "vision_cfg": B32, "text_cfg": TEXT | {"hf_tokenizer_name": "openai/clip"}}
-    weights = shaken(open_clip.model.CLIP(48, B32, TEXT)).state_dict()
-    safetensors.torch.save_file({key: x.contiguous() for key, x in weights.items()}, tmp_path / "x.safetensors")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": content}))
-    config, _ = interop.read(str(tmp_path / "x.safetensors"))
+    options = {"vision_cfg": B32, "text_cfg": TEXT | {"hf_tokenizer_name": "openai/clip"}}
+    save_open_clip(tmp_path, open_clip.model.CLIP(48, B32, TEXT).state_dict(), options)
+    config, _ = interop.read(str(tmp_path))
     assert config["data"]["tokenizer"] == "clip" and "is assumed to be CLIP's" in config["source"]["notes"][0]
 
 

@@ -35,11 +35,7 @@ def recipes() -> dict[str, pathlib.Path]:
 
 
 def find_recipe(name: str) -> str:
-    """Return the file of the package's recipe `name`, or `name` itself if it is the path of a recipe.
-
-    Raises:
-      UserError: no such recipe or file.
-    """
+    """Return the file of the package's recipe `name`, or the path `name`; `UserError` if neither exists."""
     known = recipes()
     if name in known:
         return str(known[name])

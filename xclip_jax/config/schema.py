@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import ml_collections
+from flax.traverse_util import flatten_dict
 
 from xclip_jax.core import fields
 from xclip_jax.core.errors import UserError, redact
@@ -223,12 +224,6 @@ def to_dict(config: Config) -> dict[str, Any]:
     return redact(json.loads(json.dumps(fields.as_dict(config))))
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """{"optim": {"lr": 1}} -> {"optim.lr": 1}; tuples become JSON's lists."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = json.loads(json.dumps(value))
-    return flat
+    return flatten_dict(json.loads(json.dumps(config)), sep=".")

@@ -59,9 +59,8 @@ def observing_progress(observer: Observer) -> contextlib.AbstractContextManager[
 
 
 def report_progress(*, all_processes: bool = True) -> None:
-    """Notify the observer of progress, which may raise to stop the work.
+    """Notify the observer, which may raise to stop the work.
 
-    Args:
-      all_processes: whether every process calls this the same number of times, so that all can stop together.
+    `all_processes` says that every process calls this the same number of times, so that all can stop together.
     """
     _observer.get()(all_processes)

@@ -18,8 +18,6 @@ from etils import epath
 from xclip_jax.core import __version__
 from xclip_jax.core.errors import Parser, redact
 
-_PACKAGE = epath.Path(__file__).parent.parent
-
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 
@@ -66,7 +64,7 @@ def capture() -> dict[str, Any]:
     tpu = _version("libtpu")
     return {
         "command": redact(" ".join([Parser.program or sys.argv[0], *sys.argv[1:]])),
-        "commit": git_commit(_PACKAGE),
+        "commit": git_commit(epath.Path(__file__).parent.parent),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "platform": jax.default_backend(),
         "processes": jax.process_count(),

@@ -241,9 +241,7 @@ def read_group(config_type: type[Any], values: Any, path: str, faults: list[str]
         faults.append(f"{path} is {values!r}; expected a group of keys")
         return config_type()
     fields = {field.name: field for field in _declared(config_type)}
-    for name in values:
-        if name not in fields:
-            faults.append(unknown_key(f"{prefix}{name}", fields))
+    faults += [unknown_key(f"{prefix}{name}", fields) for name in values if name not in fields]
     expected = typing.get_type_hints(config_type)
     arguments = {}
     for name, field in fields.items():

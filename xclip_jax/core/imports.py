@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -106,24 +106,3 @@ class LazyClassTable(collections.UserDict[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         return import_class(self.data[key], self._base)
-
-
-def on_first_use(
-    package: str, names: Sequence[str], **modules: str
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a package whose public `names` are imported on first use.
-
-    Args:
-      package: the package's name.
-      names: its public names, submodules unless `modules` has them.
-      modules: the submodule defining each of the other names.
-    """
-
-    def __getattr__(name: str) -> Any:
-        if name in modules:
-            return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
-        if name in names:
-            return importlib.import_module(f"{package}.{name}")
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
-
-    return __getattr__, lambda: sorted(names)

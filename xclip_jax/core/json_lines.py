@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from xclip_jax.core.console import log0
-from xclip_jax.core.storage import is_remote, os_errors, strict_json, write_whole
+from xclip_jax.core.storage import is_remote, os_errors, read_bytes, strict_json, write_whole
 
 _SECONDS = 120  # between writes of a file in a bucket
 
@@ -31,10 +31,10 @@ class JsonLines:
           writes: false in all processes of a run except one; they neither read nor write.
         """
         self.path, self._writes = path, writes
-        old = path.read_bytes() if writes and path.exists() else b""
+        old = (read_bytes(path) or b"") if writes else b""
         self.kept = read(path, keep) if writes else []
         lines = [f"{strict_json(content)}\n" for content in self.kept]
-        if writes and "".join(lines).encode() != old:
+        if "".join(lines).encode() != old:
             write_whole(path, "".join(lines))
         self._lines: list[str] | None = lines if is_remote(str(path)) else None
         self._changed = False  # whether some lines are unwritten
@@ -74,7 +74,7 @@ class JsonLines:
 def read(path: epath.Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> list[dict[str, Any]]:
     """Return the objects in a file that `keep` accepts, [] for a missing file; damaged lines are skipped."""
     objects = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+    for line in (read_bytes(path) or b"").split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # the last two from `keep`
             content = json.loads(line)
             if isinstance(content, dict) and keep(content):

@@ -98,7 +98,7 @@ def os_errors(path: str) -> Iterator[None]:
         message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"
         message = getattr(error, "strerror", None) or message
         # The traceback of a client's error may contain the address with its password.
-        raise OSError(number, message, path) from (None if "://" in path else error)
+        raise OSError(number, message, path) from (None if is_remote(path) else error)
 
 
 @contextlib.contextmanager
@@ -187,16 +187,14 @@ def _braces(pattern: str) -> Iterator[str]:
 
 def _glob(pattern: str) -> list[str]:
     """Return the matching files, sorted, without folders."""
-    if is_remote(pattern):
-        system, path = file_system(pattern)
-        with os_errors(pattern):
-            infos = system.glob(path, detail=True)
-        # Like a local glob, skip hidden names, such as a tar's index, unless the pattern asks for them.
-        files = [name for name, info in infos.items() if info.get("type") != "directory"]
-        files = [system.unstrip_protocol(name) for name in files if "/." in path or "/." not in name]
-    else:
-        files = [path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path)]
-    return sorted(files)
+    if not is_remote(pattern):
+        return sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+    system, path = file_system(pattern)
+    with os_errors(pattern):
+        infos = system.glob(path, detail=True)
+    # Like a local glob, skip hidden names, such as a tar's index, unless the pattern asks for them.
+    files = [name for name, info in infos.items() if info.get("type") != "directory"]
+    return sorted(system.unstrip_protocol(name) for name in files if "/." in path or "/." not in name)
 
 
 def expand(pattern: str) -> list[str]:
@@ -262,7 +260,7 @@ class File:
         self.path, self._fd, self._whole, self.size = path, None, whole, None
         if not is_remote(path):
             # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             weakref.finalize(self, os.close, self._fd)
             status = os.fstat(self._fd)
             if not stat_modes.S_ISREG(status.st_mode):

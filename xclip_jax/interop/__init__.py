@@ -8,7 +8,6 @@ A model is a pair (config, variables). `config` contains the required groups of 
 """
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,6 @@ from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
 from xclip_jax.interop.names import Flat
-from xclip_jax.models.tower import ImageTower
 from xclip_jax.models.transformer import unstack_blocks
 from xclip_jax.models.two_towers import ModelConfig, Variables
 from xclip_jax.objectives import read_objective
@@ -97,9 +95,9 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
     config = tensor_files.read_json(folder / CONFIG)
     if config["data"]["tokenizer"] == vocabulary.FILE:
         config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
-    keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
-    config["data"] = config["data"] | keys["data"]
-    config["eval"] = _templates(config) | keys["eval"]
+    preparation = _preparation(config)
+    config["data"] |= preparation["data"]
+    config["eval"] = preparation["eval"]
     source: dict[str, Any] = {"format": "safetensors", "notes": ()}
     classes = config.pop("classes", None)
     if classes:
@@ -137,33 +135,30 @@ def write(
     folder = epath.Path(path).expanduser()
     notes = []
     if to == "safetensors":
-        file = CONFIG
         weights = WEIGHTS
         tensors = flatten_dict(variables, sep="/")
-        content, texts = _own_config(config, classes)
+        texts = _own_texts(config, classes)
     else:
         fault = _find_unsupported(config, variables["params"])
         if fault:
             raise UserError(f"{fault}, which {to!r} does not support; write to 'safetensors'.")
         project = hf if to == "hf" else open_clip
-        file = project.CONFIG
         weights = project.WEIGHTS
         kept = {"img", "txt", *project.HEADS}
         flat = _unrolled({name: tree for name, tree in variables["params"].items() if name in kept}, config)
-        content, tensors, texts = project.write(config, flat)
+        tensors, texts = project.write(config, flat)
         notes = _left_out(config, sorted(variables["params"].keys() - kept), to)
     folder.mkdir(parents=True, exist_ok=True)
     for old in WRITTEN:
         (folder / old).unlink(missing_ok=True)
-    for text_file, text in texts.items():
-        (folder / text_file).write_bytes(text.encode())
     tensor_files.write(folder / weights, tensors)
-    (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
     return notes
 
 
-def _own_config(config: Mapping[str, Any], classes: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
-    keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
+def _own_texts(config: Mapping[str, Any], classes: Sequence[str] | None) -> dict[str, str]:
+    preparation = _preparation(config)
     name = config["data"]["tokenizer"]
     texts = {}
     if name not in tokenizer.NAMES:
@@ -171,18 +166,19 @@ def _own_config(config: Mapping[str, Any], classes: Sequence[str] | None) -> tup
         name = vocabulary.FILE
     content = {
         "model": config["model"], "objective": config["objective"],
-        "data": {"tokenizer": name, "resample": "bicubic"} | keys["data"], "eval": _templates(config) | keys["eval"],
+        "data": {"tokenizer": name, "resample": "bicubic"} | preparation["data"], "eval": preparation["eval"],
     }  # fmt: skip
-    return content | ({"classes": list(classes)} if classes else {}), texts
+    if classes:
+        content["classes"] = list(classes)
+    return texts | {CONFIG: tensor_files.json_text(content)}
 
 
-def _templates(config: Mapping[str, Any]) -> dict[str, Any]:
+def _preparation(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the keys of "data" and "eval" for images and prompts."""
+    size = read_group(ModelConfig, config["model"], "model", []).tower("img").image_size
+    keys = Preprocessing.from_dict(config, size).to_config()
     templates = config.get("eval", {}).get("templates")
-    return {"templates": list(templates)} if templates else {}
-
-
-def _image_tower(config: Mapping[str, Any]) -> ImageTower:
-    return read_group(ModelConfig, config["model"], "model", []).tower("img")
+    return keys | {"eval": ({"templates": list(templates)} if templates else {}) | keys["eval"]}
 
 
 def _find_unsupported(config: Mapping[str, Any], params: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Folders of Hugging Face transformers: a CLIPModel to read and write, a SiglipModel to read."""
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +10,8 @@ from etils import epath
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import names, vocabulary
-from xclip_jax.interop.names import Export, Flat
-from xclip_jax.interop.tensor_files import read_json
+from xclip_jax.interop.names import Flat
+from xclip_jax.interop.tensor_files import json_text, read_json
 from xclip_jax.models.layers import STYLES
 
 CONFIG = "config.json"
@@ -78,6 +77,7 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
     content = read_json(folder / CONFIG)
     kind = str(content.get("model_type"))
     check_choice("model_type", kind, _DEFAULTS)
+    sigmoid = kind == "siglip"
     groups = []
     for known, modality in zip(_DEFAULTS[kind], ("vision", "text"), strict=True):
         group = content.get(f"{modality}_config_dict")  # in configs before 2023, with precedence
@@ -91,7 +91,7 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
         return {
             "width": width, "depth": cfg["num_hidden_layers"], "heads": cfg["num_attention_heads"],
             "mlp_ratio": names.mlp_ratio(cfg["intermediate_size"], width),
-            "style": names.find_style(_ACTS[cfg["hidden_act"]], cfg["layer_norm_eps"], siglip=kind == "siglip"),
+            "style": names.find_style(_ACTS[cfg["hidden_act"]], cfg["layer_norm_eps"], siglip=sigmoid),
         }  # fmt: skip
 
     size = cfg_img["image_size"]
@@ -99,23 +99,20 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
     txt = tower(cfg_txt) | {"context_length": cfg_txt["max_position_embeddings"]}
     vocab: int = cfg_txt["vocab_size"]
     tensors = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
-    if kind == "siglip":
+    prepare = _preprocessing(folder, size, "Siglip" if sigmoid else "CLIP")
+    if sigmoid:
         tensors = _split_qkv(tensors)
         embed = cfg_txt.get("projection_size") or txt["width"]
         img["pool"] = "map"
         txt |= {"causal": False, "pool": "last"}
         tokens = vocabulary.siglip(folder, vocab)
-        prepare = _preprocessing(folder, size, "Siglip")
-        table = _SIGLIP
     else:
         eot: int = cfg_txt["eos_token_id"]
         tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot)
         embed = content.get("projection_dim", 512)
-        prepare = _preprocessing(folder, size, "CLIP")
-        table = _CLIP
     group = names.model(img, txt, embed)
-    config = names.config(group, tokens, prepare, "hf", sigmoid=kind == "siglip")
-    return config, names.read(tensors, group, vocab, table)
+    config = names.config(group, tokens, prepare, "hf", sigmoid=sigmoid)
+    return config, names.read(tensors, group, vocab, _SIGLIP if sigmoid else _CLIP)
 
 
 def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -174,10 +171,10 @@ def _edges(value: Any, *names: str) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else dict.fromkeys(names, value)
 
 
-def write(config: Mapping[str, Any], params: Flat) -> Export:
-    """Return a model with CLIP's tokenizer as a CLIPModel, from the flat parameters of its towers and `HEADS`.
+def write(config: Mapping[str, Any], params: Flat) -> tuple[Flat, dict[str, str]]:
+    """Return tensors, and texts of files, of a model with CLIP's tokenizer as a CLIPModel.
 
-    `UserError` for resizing without support in CLIPImageProcessor.
+    `params` are flat, of the towers and `HEADS`. `UserError` for resizing without support in CLIPImageProcessor.
     """
     model = config["model"]
     vocab = vocabulary.CLIP_SIZE
@@ -217,5 +214,5 @@ def write(config: Mapping[str, Any], params: Flat) -> Export:
         "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": prepare.mean, "image_std": prepare.std,
     }  # fmt: skip
-    texts = {PREPROCESSOR: json.dumps(processor, indent=2) + "\n"} | vocabulary.clip_files(length)
-    return Export(content, names.write(params, model, vocab, _CLIP), texts)
+    texts = vocabulary.clip_files(length) | {PREPROCESSOR: json_text(processor), CONFIG: json_text(content)}
+    return names.write(params, model, vocab, _CLIP), texts

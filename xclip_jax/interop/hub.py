@@ -43,9 +43,7 @@ class Place:
 
     def __str__(self) -> str:
         """The name with the commit: "hf:ORG/NAME@COMMIT"."""
-        if not self.commit:
-            return self.name
-        return f"{PREFIX}{repository_of(self.name).partition('@')[0]}@{self.commit}"
+        return f"{self.name.partition('@')[0]}@{self.commit}" if self.commit else self.name
 
     @functools.cached_property
     def run(self) -> RunReader | None:

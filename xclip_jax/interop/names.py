@@ -22,14 +22,6 @@ from xclip_jax.objectives.clip import Clip, Siglip
 Flat = dict[str, np.ndarray]
 
 
-class Export(NamedTuple):
-    """A model in another project's format: config file, tensors, and other files."""
-
-    content: dict[str, Any]
-    tensors: Flat
-    texts: dict[str, str]
-
-
 _SHOWN = 8  # names that an error lists
 
 # {our name: another project's}. Our name is a parameter's, with a tensor of the same shape, or a module's; theirs is

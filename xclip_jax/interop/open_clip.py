@@ -10,8 +10,8 @@ from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import RESIZE_MODES
 from xclip_jax.interop import names, vocabulary
-from xclip_jax.interop.names import Export, Flat, Names
-from xclip_jax.interop.tensor_files import OPENAI, read_json
+from xclip_jax.interop.names import Flat, Names
+from xclip_jax.interop.tensor_files import OPENAI, json_text, read_json
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -63,13 +63,10 @@ def read(tensors: Mapping[str, np.ndarray], folder: epath.Path) -> tuple[dict[st
         content = read_json(folder / CONFIG)
         content = content if "model_cfg" in content else {"model_cfg": content}
         _check_options(content["model_cfg"])
-    fault = ""
     if any(name.startswith(("visual.trunk.", "visual.layer1.", "visual.attn_pool.")) for name in tensors):
-        fault = "has a ResNet or a tower of timm; Vision Transformers with a class token are supported"
-    elif not content and OPENAI not in tensors:
-        fault = f"has no {CONFIG} in its folder, which contains sizes and options; put it there"
-    if fault:
-        raise UserError(f"it {fault}.")
+        raise UserError("it has a ResNet or a tower of timm; Vision Transformers with a class token are supported.")
+    if not content and OPENAI not in tensors:
+        raise UserError(f"it has no {CONFIG} in its folder, which contains sizes and options; put it there.")
     tensors = {name: x for name, x in tensors.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
     prefix = "text." if "text.token_embedding.weight" in tensors else ""
     vocab = len(tensors[f"{prefix}token_embedding.weight"])
@@ -153,10 +150,10 @@ def _towers(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
     return img, txt, content["embed_dim"]
 
 
-def write(config: Mapping[str, Any], params: Flat) -> Export:
-    """Return a model with CLIP's tokenizer in open_clip's format, from its flat parameters.
+def write(config: Mapping[str, Any], params: Flat) -> tuple[Flat, dict[str, str]]:
+    """Return tensors, and texts of files, of a model with CLIP's tokenizer in open_clip's format.
 
-    A `UserError` names features without support in open_clip.
+    `params` are flat. A `UserError` names features without support in open_clip.
     """
     model = config["model"]
     vocab = vocabulary.CLIP_SIZE
@@ -189,4 +186,4 @@ def write(config: Mapping[str, Any], params: Flat) -> Export:
         "resize_mode": prepare.resize_mode, "fill_color": 0,
     }  # fmt: skip
     whole = {"model_cfg": content, "preprocess_cfg": preprocess}
-    return Export(whole, names.write(params, model, vocab, _clip()), {})
+    return names.write(params, model, vocab, _clip()), {CONFIG: json_text(whole)}

@@ -65,6 +65,11 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         return {**json.loads(path.read_text())}
 
 
+def json_text(content: Any) -> str:
+    """Return the text of a JSON file."""
+    return json.dumps(content, indent=2) + "\n"
+
+
 def files_of(file: epath.Path) -> list[str]:
     """Return the names of the files of weights listed in the index `file`, all in its folder."""
     stored = read_json(file).get("weight_map")

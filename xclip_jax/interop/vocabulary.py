@@ -13,9 +13,8 @@ from tokenizers.normalizers import NFC, Lowercase, Replace, Strip
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.storage import write_whole
 from xclip_jax.data import tokenizer
-from xclip_jax.interop.tensor_files import read_json
+from xclip_jax.interop.tensor_files import json_text, read_json
 
 CLIP_SIZE = 49408
 FILE = "tokenizer.json"
@@ -114,7 +113,7 @@ def _cached(content: str) -> str:
     path = storage.cache_dir() / "tokenizers" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(epath.Path(path), content)
+        storage.write_whole(epath.Path(path), content)
     return str(path)
 
 
@@ -139,8 +138,8 @@ def clip_files(length: int) -> dict[str, str]:
     return {
         CLIP_FILES[0]: json.dumps({word: i for i, word in enumerate([*words, start, end])}, ensure_ascii=False),
         CLIP_FILES[1]: "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
-        OPTIONS: json.dumps(options, indent=2) + "\n",
-        SPECIAL: json.dumps(special, indent=2) + "\n",
+        OPTIONS: json_text(options),
+        SPECIAL: json_text(special),
     }
 
 
