@@ -75,7 +75,7 @@ class Probe(Evaluator):
 
     def __init__(self, encoder: Encoder, data: ProbeSet) -> None:
         super().__init__(encoder, data)
-        self.family = "textual" if _are_texts(data.train) else "visual"
+        self.family = _family(data.train)
 
     def measure(self, variables: Variables) -> list[Result]:
         features = self._features(variables)
@@ -141,12 +141,12 @@ class Probe(Evaluator):
         return items.get(self.data.card.metric.rpartition("/")[2], items["top1"]).value()
 
 
-def _are_texts(items: Sequence[Any]) -> bool:
-    """Whether the items are texts or tuples of texts."""
+def _family(items: Sequence[Any]) -> str:
+    """Return "textual" for texts or tuples of texts, "visual" for images."""
     try:
-        return isinstance(items[0], (str, tuple))
-    except BadSample:
-        return False  # an undecodable image
+        return "textual" if isinstance(items[0], (str, tuple)) else "visual"
+    except BadSample:  # an undecodable image
+        return "visual"
 
 
 def _num_classes(labels: Sequence[np.ndarray]) -> int:
@@ -215,24 +215,22 @@ class ClassifierEvaluator(Evaluator):
             labels = renumber(data.labels, data.names, encoder.classes, data.name)
             data = dataclasses.replace(data, labels=labels, classes=len(encoder.classes), names=encoder.classes)
         super().__init__(encoder, data)
-        self.images = not _are_texts(data.items)
-        self.family = "visual" if self.images else "textual"
+        self.family = _family(data.items)
 
     def measure(self, variables: Variables) -> list[Result]:
-        encode = self.encoder.images if self.images else self.encoder.texts
+        encode = self.encoder.texts if self.family == "textual" else self.encoder.images
         logits = encode(variables, self.data.items, ("class_logits",)).get("class_logits")
         if logits is None or logits.shape[1] != self.data.classes:
             known = 0 if logits is None else logits.shape[1]
             raise UserError(f"{self.data.name} has {self.data.classes} classes, the model's classifier {known}.")
         labels = self.data.labels
         n = len(labels)
+        results = []
         if self.data.classes == 1:
-            results = []
             for key in ("spearman", "pearson"):
                 results.append(self.result(f"finetuned/{key}", PerExample(logits[:, 0], other=labels, statistic=key)))
             return [*results, self.count("pairs", n)]
         majority = 100 * float(np.bincount(labels).max() / n)
-        results = []
         for key, item in _items(is_right(logits, labels), labels, self.data.classes).items():
             chance = majority if key == "top1" else None
             results.append(self.result(f"finetuned/{key}", item, chance=chance))
