@@ -79,7 +79,8 @@ def fit(
     group = max(1, _SCORES // (n * classes))
     for start in range(0, len(cs), group):
         ridge = np.outer(np.append(np.ones(d), 0.0), penalty / (n * cs[start : start + group]))  # (d + 1, cs)
-        fits.append(_solve(rotated, labels, back, ridge, curvature, classes, tolerance))
+        scale = 1 / (curvature[:, None] + ridge)
+        fits.append(_solve(rotated, labels, back, ridge, scale, classes, tolerance))
     w = np.concatenate([w for w, _ in fits], axis=1).transpose(1, 0, 2)  # (cs, d + 1, classes)
     weights = np.einsum("de,cek->cdk", axes, w[:, :-1], optimize=True)
     bias = w[:, -1] - np.einsum("d,cdk->ck", mean, weights)
@@ -112,17 +113,10 @@ def _rotate(x: np.ndarray) -> tuple[jax.Array, np.ndarray, np.ndarray, np.ndarra
 
 
 def _solve(
-    x: jax.Array,
-    y: jax.Array,
-    back: jax.Array,
-    ridge: np.ndarray,
-    curvature: np.ndarray,
-    classes: int,
-    tolerance: float,
+    x: jax.Array, y: jax.Array, back: jax.Array, ridge: np.ndarray, scale: np.ndarray, classes: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return weights (d + 1, cs, classes) and objective (cs,); `ridge` is (d + 1, cs)."""
+    """Return weights (d + 1, cs, classes) and objective (cs,); `ridge` and `scale` are (d + 1, cs)."""
     d, count = ridge.shape
-    scale = jnp.asarray(1 / (curvature[:, None] + ridge), jnp.float32)[..., None]
     zeros = jnp.zeros((d, count, classes), jnp.float32)
     history = jnp.zeros((HISTORY, d, count, classes), jnp.float32)
     # With zero weights every class has probability 1 / classes.
@@ -130,7 +124,7 @@ def _solve(
     g = np.repeat((np.asarray(x).T @ wrong / len(x))[:, None], count, axis=1)
     state = {
         "ridge": jnp.asarray(ridge, jnp.float32)[..., None],
-        "scale": scale,
+        "scale": jnp.asarray(scale, jnp.float32)[..., None],
         "w": zeros,
         "z": jnp.zeros((len(x), count, classes), jnp.float32),
         "g": jnp.asarray(g),

@@ -166,8 +166,7 @@ def _items(values: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Pe
 def renumber(labels: np.ndarray, names: Sequence[str], to: Sequence[str], spec: str) -> np.ndarray:
     """Map `labels`, int (n,), from positions in `names` to positions in `to`, the classes of training.
 
-    Raises:
-      UserError: the lists differ, and `to` lacks an item's class or has two of one name; `spec` begins the message.
+    `UserError`, beginning with `spec`, if the lists differ and `to` lacks an item's class or has two of one name.
     """
     if list(names) == list(to):
         return labels
