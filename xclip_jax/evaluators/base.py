@@ -2,9 +2,8 @@
 
 import abc
 import dataclasses
-import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -208,9 +207,8 @@ def joined(parts: Sequence[Sequence[Any]]) -> LazySequence:
     """Concatenate sequences without loading their items."""
     starts = np.cumsum([0, *map(len, parts)])
 
-    def at(read: Callable[[Any, int], Any], index: int) -> Any:
+    def place(index: int) -> tuple[Any, int]:
         part = int(np.searchsorted(starts, index, side="right")) - 1
-        return read(parts[part], index - int(starts[part]))
+        return parts[part], index - int(starts[part])
 
-    name = functools.partial(at, display_name)
-    return LazySequence(int(starts[-1]), functools.partial(at, operator.getitem), name)
+    return LazySequence(int(starts[-1]), lambda i: operator.getitem(*place(i)), lambda i: display_name(*place(i)))

@@ -223,7 +223,7 @@ class DenseProbe(Evaluator):
         """Return {metric: per-image values} of predicted shares, without classes missing from the test."""
         labels = self._labels[1]
         labelled = labels.any(axis=-1)
-        predicted = np.where(labelled[..., None], predicted, 0)
+        predicted = np.where(labels.any(axis=-1, keepdims=True), predicted, 0)
         intersection, union = (f(predicted, labels).sum(axis=(1, 2)) for f in (np.minimum, np.maximum))
         right = labelled & predicted.any(axis=-1) & (predicted.argmax(axis=-1) == labels.argmax(axis=-1))
         number = labelled.sum(axis=(1, 2))

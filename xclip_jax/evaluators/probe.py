@@ -84,14 +84,13 @@ class Probe(Evaluator):
         for task, labels in self.data.tasks.items():
             tested = labels[2] if len(labels[2]) else labels[0]
             num_classes = _num_classes(labels)
-            n = len(tested)
             majority = 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
             chance = {"top1": majority, "mean_per_class": 100 / len(np.unique(tested))}  # of a constant answer
             for probe, (values, extra) in self._task(features, labels).items():
                 for key, item in _items(values, tested, num_classes).items():
                     results.append(self.result(f"{probe}/{key}", item, task=task, chance=chance.get(key)))
                 others += [self.count(f"{probe}/{key}", value, task=task) for key, value in extra.items()]
-            for key, size in (("n", n), ("train", len(labels[0])), ("ways", num_classes)):
+            for key, size in (("n", len(tested)), ("train", len(labels[0])), ("ways", num_classes)):
                 others.append(self.count(key, size, task=task))
             others.append(self.result("majority", majority, task=task))
         return results + others
@@ -117,7 +116,7 @@ class Probe(Evaluator):
         classes = _num_classes(labels)
         sweep = self.data.sweep
         count = self.data.folds
-        train, validation, test = ((x, y) for x, y in zip(features, labels, strict=True))
+        train, validation, test = zip(features, labels, strict=True)
         finite = [np.isfinite(x).all(axis=1) for x in features[:2]]
         if not finite[0].any():  # the model diverged: all answers are wrong
             wrong = np.zeros(len(test[1]) or len(train[1])), {}
@@ -218,9 +217,9 @@ class ClassifierEvaluator(Evaluator):
 
     def measure(self, variables: Variables) -> list[Result]:
         encode = self.encoder.texts if self.family == "textual" else self.encoder.images
-        logits = encode(variables, self.data.items, ("class_logits",)).get("class_logits")
-        if logits is None or logits.shape[1] != self.data.classes:
-            known = 0 if logits is None else logits.shape[1]
+        logits = encode(variables, self.data.items, ("class_logits",)).get("class_logits", np.empty((0, 0)))
+        known = logits.shape[1]
+        if known != self.data.classes:
             raise UserError(f"{self.data.name} has {self.data.classes} classes, the model's classifier {known}.")
         labels = self.data.labels
         n = len(labels)

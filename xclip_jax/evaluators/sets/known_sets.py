@@ -297,6 +297,5 @@ class DenseSets(SetKind):
             metric="miou",
         )
         classes = ["pet", "background"]
-        none = MaskedImages([], [])
         texts = prompts.prompts(classes, prompts.chosen("imagenet", profile))
-        return DenseSet(spec, classes, train, none, test, prepare, card, texts)
+        return DenseSet(spec, classes, train, MaskedImages([], []), test, prepare, card, texts)
