@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -30,14 +31,9 @@ def knn(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int
     k = min(NEIGHBOURS, len(train))
     base = jax.device_put(_unit(train), may_alias=True)
     of_base = jnp.asarray(labels)
-    step = min(max(1, _CHUNK // max(len(train), k * classes)), len(queries))
-    padded = np.zeros((-(-len(queries) // step) * step, queries.shape[1]), np.float32)
-    padded[: len(queries)] = _unit(queries)
-    votes = [
-        np.asarray(_vote(padded[i : i + step], base, of_base, k=k, classes=classes))
-        for i in range(0, len(padded), step)
-    ]
-    return np.concatenate(votes)[: len(queries)]
+    step = max(1, _CHUNK // max(len(train), k * classes))
+    parts = np.array_split(_unit(queries), math.ceil(len(queries) / step))  # of at most two sizes
+    return np.concatenate([np.asarray(_vote(part, base, of_base, k=k, classes=classes)) for part in parts])
 
 
 # The training set is an argument: an array captured by a jitted function would become a constant of the program.

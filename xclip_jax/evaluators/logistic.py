@@ -117,7 +117,6 @@ def _solve(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return weights (d + 1, cs, classes) and objective (cs,); `ridge` and `scale` are (d + 1, cs)."""
     d, count = ridge.shape
-    zeros = jnp.zeros((d, count, classes), jnp.float32)
     history = jnp.zeros((HISTORY, d, count, classes), jnp.float32)
     # With zero weights every class has probability 1 / classes.
     wrong = 1 / classes - np.asarray(_target(y, classes))
@@ -125,7 +124,7 @@ def _solve(
     state = {
         "ridge": jnp.asarray(ridge, jnp.float32)[..., None],
         "scale": jnp.asarray(scale, jnp.float32)[..., None],
-        "w": zeros,
+        "w": jnp.zeros((d, count, classes), jnp.float32),
         "z": jnp.zeros((len(x), count, classes), jnp.float32),
         "g": jnp.asarray(g),
         "s": history,
