@@ -317,7 +317,7 @@ def set_schedule(config: ml_collections.ConfigDict, machine: Machine, trained: i
 def classifies(spec: str, data_dir: str, image_column: str, share: float) -> bool:
     """Whether held-out images of a source can be classified: its labels are repeated words, and two are held out."""
     try:
-        content = classification.read_source(spec, data_dir or None, image_column)
+        content = classification.read_source(spec, data_dir, image_column)
     except UserError:
         return False
     captions = 2 * len(np.unique(content.labels)) > len(content.labels)  # rather than classes

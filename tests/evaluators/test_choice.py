@@ -6,16 +6,12 @@ import numpy as np
 import pytest
 
 from tests.evaluators.test_registry import broken
-from tests.helpers.encoding import SIZE, by_name, make_encoder, small_model
+from tests.helpers.encoding import by_name, make_encoder, noise, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import choice, registry
 from xclip_jax.evaluators.choice import Choice, ChoiceSet
 
 N = 24
-
-
-def noise(n, seed=0):
-    return list(np.random.default_rng(seed).integers(0, 256, (n, SIZE, SIZE, 3), np.uint8))
 
 
 def words(n, seed=0):

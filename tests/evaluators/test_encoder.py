@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.evaluators.test_registry import broken
-from tests.helpers.encoding import LENGTH, SIZE, K, build_encoder, make_encoder, small_model, tokenize
+from tests.helpers.encoding import LENGTH, SIZE, K, build_encoder, make_encoder, noise, small_model, tokenize
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import transforms
 from xclip_jax.data.base import LazySequence
@@ -15,21 +15,12 @@ from xclip_jax.evaluators import encoder as encoder_module
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objectives.similarity import CosineSimilarity
 
-
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
-def pictures(n, size=SIZE):
-    return list(rng(n).integers(0, 256, (n, size, size, 3), np.uint8))
-
-
 TEXTS = ["fox", "a", "dog", "fox", "cat", "b", "c", "d", "e", "f", "g"]
 
 
 def test_encoder_equals_the_model_on_any_mesh():
     model, variables = small_model()
-    images = pictures(21)
+    images = noise(21)
     pixels = transforms.normalize(jnp.stack(images), *transforms.STATISTICS["imagenet"])
     tokens = np.stack([tokenize([t], LENGTH)[0] for t in TEXTS])
     out = jax.jit(model.apply)(variables, pixels, jnp.resize(tokens, (21, LENGTH)))
@@ -57,7 +48,7 @@ def test_batch_is_rounded_up_to_the_devices():
 def test_features_follow_the_similarities_and_the_request(embed, clusters, expected):
     _, variables = small_model(embed, clusters)
     encoder = make_encoder(embed, clusters)
-    assert set(encoder.images(variables, pictures(3))) == {"features", expected}
+    assert set(encoder.images(variables, noise(3))) == {"features", expected}
     assert set(encoder.texts(variables, TEXTS, ("embedding", "cluster_logits"))) == {expected}
     assert encoder.images(variables, [], ("features",))["features"].shape == (0, 16)
     assert encoder.texts(variables, [], ("features",))["features"].shape == (0, 16)
@@ -65,7 +56,7 @@ def test_features_follow_the_similarities_and_the_request(embed, clusters, expec
 
 def test_a_head_that_no_similarity_reads_is_left_out():
     encoder = build_encoder(small_model()[0], similarities=(CosineSimilarity(),))
-    assert set(encoder.images(small_model()[1], pictures(3))) == {"features", "embedding"}
+    assert set(encoder.images(small_model()[1], noise(3))) == {"features", "embedding"}
 
 
 def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
@@ -82,7 +73,7 @@ def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
             return super().encode_text(text)
 
     encoder = build_encoder(Counted(**{f: getattr(model, f) for f in ("img", "txt", "vocab", "eot_id", "heads")}), 1)
-    images = pictures(40)
+    images = noise(40)
     whole = encoder.images(variables, images)
     for n in (1, 16, 17):
         part = encoder.images(variables, images[:n], ("embedding",))["embedding"]
@@ -92,7 +83,7 @@ def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
 
 
 def test_each_image_is_loaded_once_and_in_its_place():
-    images, asked = pictures(19), []
+    images, asked = noise(19), []
     lazy = LazySequence(19, lambda i: asked.append(i) or images[i])
     encoder, variables = make_encoder(8, K, 8, 5, (2, 2, 2)), small_model()[1]
     loaded, whole = (encoder.images(variables, items)["features"] for items in (lazy, images))
@@ -109,7 +100,7 @@ def test_a_wrong_image_raises(wrong):
 
 def test_patches_come_batch_by_batch_on_any_mesh():
     model, variables = small_model()
-    images = pictures(21)
+    images = noise(21)
     pixels = transforms.normalize(jnp.stack(images), *transforms.STATISTICS["imagenet"])
     expected = model.img.patch_features(variables["params"]["img"], pixels, jnp.float32)
     for devices, batch, sizes in ((1, 16, (-1, 1, 1)), (8, 5, (2, 2, 2))):
@@ -124,7 +115,7 @@ def test_patches_come_batch_by_batch_on_any_mesh():
 
 
 def test_images_are_decoded_in_threads():
-    images, both = pictures(2), threading.Barrier(2)
+    images, both = noise(2), threading.Barrier(2)
 
     def slow(i):
         both.wait(30)  # only two threads together get past

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from tests.helpers.encoding import SIZE, by_name, make_encoder, small_model
+from tests.helpers.encoding import SIZE, by_name, make_encoder, noise, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators.feature_classifiers import Sweep
 from xclip_jax.evaluators.probe import ClassificationSet, ClassifierEvaluator, Probe, ProbeSet, renumber
@@ -35,8 +35,7 @@ def test_a_probe_finds_what_is_easy_to_see(held):
 
 def test_a_probe_gives_the_same_on_1_and_2_devices():
     labels = [np.arange(n) % 3 for n in (30, 9, 15)]
-    rng = np.random.default_rng(0)
-    pictures = [list(rng.integers(0, 256, (len(y), SIZE, SIZE, 3), dtype=np.uint8)) for y in labels]
+    pictures = [noise(len(y), seed=len(y)) for y in labels]
     data = ProbeSet("set", *pictures, {"": tuple(labels)}, Sweep((1e-2, 1.0), 1))
     one, two = (Probe(make_encoder(devices=n), data).run(small_model()[1]) for n in (1, 2))
     assert one == pytest.approx(two, abs=1e-3)

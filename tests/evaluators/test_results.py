@@ -13,7 +13,7 @@ from etils import epath
 
 from tests.demo.test_emoji_sets import small_demo  # noqa: F401
 from tests.evaluators.test_registry import folder
-from tests.helpers.encoding import make_encoder, small_model
+from tests.helpers.encoding import make_encoder, noise, small_model
 from tests.helpers.made_results import entry
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
@@ -191,9 +191,8 @@ def test_a_record_has_its_name_and_survives_json():
 
 def test_precision_is_no_share_of_the_items():
     """A binomial interval over the images would be several times too narrow for a mean average precision."""
-    rng = np.random.default_rng(0)
-    labels, pixels = rng.random((40, 3)) < 0.3, list(rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
-    data = ZeroShotSet("voc", pixels, labels, [["a"], ["b"], ["c"]], card=Provenance(metric="map"))
+    labels = np.random.default_rng(0).random((40, 3)) < 0.3
+    data = ZeroShotSet("voc", noise(40), labels, [["a"], ["b"], ["c"]], card=Provenance(metric="map"))
     measured = ZeroShot(make_encoder(8, 0), data).measure(small_model(8, 0)[1])
     assert {x.metric: x.unit for x in measured} == {"n": "", "ways": "", "map": "x 100", "map11": "x 100"}
     (without,) = from_json(to_json(measured[-1:]))  # results.json has no values of items

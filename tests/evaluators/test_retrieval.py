@@ -5,23 +5,14 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from tests.helpers.encoding import SIZE, build_encoder, by_name, make_encoder, small_model
+from tests.helpers.encoding import build_encoder, by_name, make_encoder, noise, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import retrieval
-from xclip_jax.evaluators.retrieval import (
-    Retrieval,
-    RetrievalSet,
-    SentenceSimilarity,
-    SimilaritySet,
-    TextRetrieval,
-    TextRetrievalSet,
-)
 
 
 def test_captions_are_grouped_by_image():
-    images = list(np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8))
-    data = RetrievalSet("x", images, [["a"], ["b", "c"], ["d"]])
-    items = by_name(Retrieval(make_encoder(), data).measure(small_model()[1]))[1]
+    data = retrieval.RetrievalSet("x", noise(3), [["a"], ["b", "c"], ["d"]])
+    items = by_name(retrieval.Retrieval(make_encoder(), data).measure(small_model()[1]))[1]
     assert items["retrieval/x/text_to_image/r5"].groups.tolist() == [0, 1, 1, 2]
     assert items["retrieval/x/image_to_text/r5"].groups is None
 
@@ -33,9 +24,9 @@ def pairs(n, seed):
 
 
 def test_similarity_equals_scipy_and_names_what_it_averages():
-    data = SimilaritySet("sts", {"first": pairs(40, 0), "second": pairs(10, 1)})
+    data = retrieval.SimilaritySet("sts", {"first": pairs(40, 0), "second": pairs(10, 1)})
     encoder, variables = make_encoder(), small_model()[1]
-    metrics, items = by_name(SentenceSimilarity(encoder, data).measure(variables))
+    metrics, items = by_name(retrieval.SentenceSimilarity(encoder, data).measure(variables))
     parts = []  # cosines and gold values
     for part in data.subsets.values():
         a, b = (encoder.texts(variables, [pair[side] for pair in part])["embedding"] for side in (0, 1))
@@ -56,7 +47,7 @@ def test_similarity_equals_scipy_and_names_what_it_averages():
     for key, value in expected.items():
         assert metrics[f"textual/sts/{key}"] == pytest.approx(value, abs=1e-3), key
     assert items["textual/sts/spearman_all"].value() == metrics["textual/sts/spearman_all"]
-    assert SentenceSimilarity(encoder, data).run(variables) == metrics
+    assert retrieval.SentenceSimilarity(encoder, data).run(variables) == metrics
 
 
 def test_retrieval_of_texts_by_hand():
@@ -64,11 +55,13 @@ def test_retrieval_of_texts_by_hand():
     queries = [("aaaa", 0), ("zzzz", 2), ("zzzz", 1), ("mmmm", 1)]
     groups = {"first": np.array([True, False, False, False]), "second": np.array([False, True, True, True])}
     encoder, variables = make_encoder(), small_model()[1]
-    metrics, items = by_name(TextRetrieval(encoder, TextRetrievalSet("x", texts, queries)).measure(variables))
+    data = retrieval.TextRetrievalSet("x", texts, queries)
+    metrics, items = by_name(retrieval.TextRetrieval(encoder, data).measure(variables))
     assert metrics["textual/x/r1"] == 75 and metrics["textual/x/r5"] == 100
     assert metrics["textual/x/queries"] == 4 and metrics["textual/x/texts"] == 3
     assert items["textual/x/r1"].values.tolist() == [1, 1, 0, 1]
-    grouped = TextRetrieval(encoder, TextRetrievalSet("x", texts, queries, groups)).run(variables)
+    data = retrieval.TextRetrievalSet("x", texts, queries, groups)
+    grouped = retrieval.TextRetrieval(encoder, data).run(variables)
     assert grouped["textual/x/first/r1"] == 100 and grouped["textual/x/second/r1"] == pytest.approx(200 / 3)
     assert grouped["textual/x/r1"] == pytest.approx(250 / 3)
 
@@ -83,4 +76,4 @@ def test_a_model_without_projection_compares_distributions():
 def test_a_model_without_a_similarity():
     encoder = build_encoder(small_model()[0], similarities=())
     with pytest.raises(UserError, match="does not compare images with texts"):
-        TextRetrieval(encoder, TextRetrievalSet("x", ["a"], [("a", 0)])).measure(small_model()[1])
+        retrieval.TextRetrieval(encoder, retrieval.TextRetrievalSet("x", ["a"], [("a", 0)])).measure(small_model()[1])

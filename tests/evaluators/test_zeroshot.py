@@ -6,7 +6,7 @@ import pytest
 import scipy.special
 import sklearn.metrics
 
-from tests.helpers.encoding import SIZE, K, make_encoder, similarities, small_model
+from tests.helpers.encoding import K, make_encoder, noise, similarities, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import retrieval, statistics, zeroshot
 from xclip_jax.evaluators.results import Provenance
@@ -228,7 +228,7 @@ def test_too_many_scores_are_refused_before_they_are_made(monkeypatch):
 
 def test_evaluators_on_a_real_model_agree_on_1_and_2_devices():
     _, variables = small_model()
-    images, labels = list(rng(21).integers(0, 256, (21, SIZE, SIZE, 3), np.uint8)), rng(3).integers(0, 5, 21)
+    images, labels = noise(21), rng(3).integers(0, 5, 21)
     zero_shot = ZeroShotSet("toy", images, labels, [[t] for t in ["fox", "a", "dog"]] + [["cat", "kitten"], ["fox"]])
     pairs = RetrievalSet("toy", images, [[str(i % 11), "shared"] for i in range(21)])
     results = []

@@ -23,6 +23,11 @@ def tokenize(texts, length):
     return np.array([row + [99] * (length - len(row)) for row in rows], np.int32)
 
 
+def noise(n, seed=0):
+    """Random images of the small model's size."""
+    return list(np.random.default_rng(seed).integers(0, 256, (n, SIZE, SIZE, 3), np.uint8))
+
+
 @functools.cache
 def small_model(embed=8, clusters=K):
     tower = {"width": 16, "depth": 1, "heads": 2}

@@ -2,9 +2,8 @@
 
 import abc
 import dataclasses
-import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +20,7 @@ from xclip_jax.evaluators.results import Result, flat
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.models.two_towers import Variables
 
-HELD_OUT = "holdout"  # PROTOCOL/holdout: the pairs that a run holds out of its training
+HELD_OUT = "holdout"
 # Metrics in the unit "x 100" by default: correlations, and precision averaged over a ranking.
 _TIMES_100 = ("spearman", "spearman_all", "spearman_mean", "pearson", "matthews", "map", "map11", "roc_auc")
 
@@ -169,11 +168,16 @@ class SetKind(abc.ABC):
         return ""
 
 
+def is_holdout(spec: str) -> bool:
+    """Whether a set is retrieval/holdout[@RUN] or zeroshot/holdout[@RUN], held out of the training of a run."""
+    return spec.partition("@")[0] in (f"retrieval/{HELD_OUT}", f"zeroshot/{HELD_OUT}")
+
+
 def held_out_data(spec: str, data: DataConfig) -> DataConfig:
     """Return the `data` group of the run that holds out the pairs of `spec`, or `data` for all other sets."""
-    name, at, run = spec.partition("@")
-    if name not in (f"retrieval/{HELD_OUT}", f"zeroshot/{HELD_OUT}"):
+    if not is_holdout(spec):
         return data
+    name, at, run = spec.partition("@")
     if at:
         content = RunReader(run).read_config() if run else None
         data = fields.read_group(DataConfig, content["config"]["data"] if content else {}, "data", [])
@@ -203,9 +207,8 @@ def joined(parts: Sequence[Sequence[Any]]) -> LazySequence:
     """Concatenate sequences without loading their items."""
     starts = np.cumsum([0, *map(len, parts)])
 
-    def at(read: Callable[[Any, int], Any], index: int) -> Any:
+    def place(index: int) -> tuple[Any, int]:
         part = int(np.searchsorted(starts, index, side="right")) - 1
-        return read(parts[part], index - int(starts[part]))
+        return parts[part], index - int(starts[part])
 
-    name = functools.partial(at, display_name)
-    return LazySequence(int(starts[-1]), functools.partial(at, operator.getitem), name)
+    return LazySequence(int(starts[-1]), lambda i: operator.getitem(*place(i)), lambda i: display_name(*place(i)))

@@ -211,7 +211,7 @@ class DenseProbe(Evaluator):
         mean = x.mean(axis=0)
         deviation = np.maximum(x.std(axis=0), 1e-6)
         x = (x - mean) / deviation
-        c, _ = search((x[fitted], y[fitted]), (x[~fitted], y[~fitted]), classes, _SWEEP, _score)
+        c = search((x[fitted], y[fitted]), (x[~fitted], y[~fitted]), classes, _SWEEP, _score)
         fit = logistic.fit(x, y, [c], classes, tolerance=_SWEEP.tolerance)
         predicted = np.zeros_like(self._labels[1])
         for start, h in encode(self.data.test.images, len(self._labels[0])):

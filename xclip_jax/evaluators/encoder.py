@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,7 +109,7 @@ class Encoder:
         compiled = functools.partial(jax.jit, out_shardings=replicated(mesh))
         self._scalars: Encode = compiled(scalars)
         self._encode_images: Encode = compiled(encode_images)
-        self._encode_patches: Encode = compiled(encode_patches, static_argnums=3)
+        self._encode_patches: Encode = compiled(encode_patches, static_argnames="projected")
         self._encode_texts: Encode = compiled(encode_texts)
 
     def images(self, variables: Variables, images: Rows, features: Sequence[str] | None = None) -> Features:
@@ -125,9 +125,7 @@ class Encoder:
           "embedding" (n, e) and "cluster_logits" (n, k); "class_logits" (n, classes) of a classifier. Images that
           raised `BadSample` have rows of NaN.
         """
-        features_of = self._run(self._encode_images, variables, images, self._form(images), features)
-        self._count_unreadable(features_of.pop("valid"))
-        return features_of
+        return self._run(functools.partial(self._encode_images, variables), images, self._form(images), features)
 
     def patches(
         self, variables: Variables, images: Rows, first: int = 0, *, projected: bool = False
@@ -138,22 +136,13 @@ class Encoder:
         `first` is the offset of the images' indices in `unreadable`. If `projected`, the features pass through the head
         of the model's default similarity, which was trained on pooled features.
         """
-
-        def encode(*arguments: Any) -> dict[str, jax.Array]:
-            return self._encode_patches(*arguments, projected)
-
-        valid = []
-        for start, out in self._batches(encode, variables, images, self._form(images), ("patches", "valid")):
-            valid.append(out["valid"])
+        encode = functools.partial(self._encode_patches, variables, projected=projected)
+        for start, out in self._batches(encode, images, self._form(images), ("patches",), first):
             yield start, out["patches"]
-        self._count_unreadable(np.concatenate(valid), first)
 
     def _form(self, images: Rows) -> jax.ShapeDtypeStruct:
         dtype = np.float32 if getattr(images, "dtype", None) == np.float32 else np.uint8
         return jax.ShapeDtypeStruct((self.image_size, self.image_size, 3), dtype)
-
-    def _count_unreadable(self, valid: np.ndarray, offset: int = 0) -> None:
-        self.unreadable |= {i + offset: self._reasons.get(i, "") for i in np.flatnonzero(~valid).tolist()}
 
     def texts(self, variables: Variables, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:
         """Encode `texts`, see `images`. Equal texts are encoded once, so their features are equal."""
@@ -171,7 +160,8 @@ class Encoder:
             longest = int((np.asarray(tokens) == self._eot_id).argmax(axis=1).max()) + 1
             length = min(math.ceil(longest / _LENGTHS) * _LENGTHS, length)
         rows = np.asarray(tokens)[:, :length] if length < self._text_length else tokens
-        return self._run(self._encode_texts, variables, rows, jax.ShapeDtypeStruct((length,), np.int32), features)
+        form = jax.ShapeDtypeStruct((length,), np.int32)
+        return self._run(functools.partial(self._encode_texts, variables), rows, form, features)
 
     def logits_of(self, scores: Mapping[str, np.ndarray], variables: Variables) -> np.ndarray:
         """Return the logits (n, classes) of the model's default similarity among the `scores` of `zeroshot.compare`."""
@@ -179,12 +169,9 @@ class Encoder:
         scale = 1.0 if own.scale is None else float(self._scalars(variables)[own.scale])
         return scale * scores[own.logits]
 
-    def _run(
-        self, encode: Encode, variables: Variables, items: Rows, form: jax.ShapeDtypeStruct, names: Sequence[str] | None
-    ) -> Features:
+    def _run(self, encode: Encode, items: Rows, form: jax.ShapeDtypeStruct, names: Sequence[str] | None) -> Features:
         results: Features = {}
-        keys = {"valid", *(self._default if names is None else names)}
-        for start, out in self._batches(encode, variables, items, form, keys):
+        for start, out in self._batches(encode, items, form, self._default if names is None else names):
             for key, value in out.items():
                 if key not in results:  # allocated whole: concatenating batches would need the memory twice
                     results[key] = np.empty((len(items), *value.shape[1:]), value.dtype)
@@ -192,16 +179,19 @@ class Encoder:
         return results
 
     def _batches(
-        self, encode: Encode, variables: Variables, items: Rows, form: jax.ShapeDtypeStruct, keys: Collection[str]
+        self, encode: Encode, items: Rows, form: jax.ShapeDtypeStruct, keys: Sequence[str], offset: int = 0
     ) -> Iterator[tuple[int, Features]]:
-        """Yield the first index and the features `keys` of each batch, without padding; one empty batch of no items."""
+        """Yield the first index and the features `keys` of each batch, without padding; one empty batch of no items.
+
+        At the end `unreadable` gets the unreadable images, `offset` added to their indices.
+        """
         n = len(items)
         self._reasons: dict[int, str] = {}
         unreadable: list[int] = []
 
         def fetch(out: dict[str, jax.Array], start: int) -> tuple[int, Features]:
             fetched = {key: np.asarray(value)[: n - start] for key, value in out.items()}
-            valid = fetched.get("valid", np.ones(0, bool))
+            valid = fetched.pop("valid", np.ones(0, bool))
             unreadable.extend((start + np.flatnonzero(~valid)).tolist())
             # Raised before the end: all devices would wait for each image of an unavailable store.
             if len(unreadable) > MAX_UNREADABLE * n:
@@ -220,13 +210,14 @@ class Encoder:
             while start < max(n, 1):
                 console.report_progress()
                 size = next((size for size in reversed(self.sizes) if n - start > size // 2), self.sizes[0])
-                out = encode(variables, *self._place(items, each, start, size, form))
+                out = encode(*self._place(items, each, start, size, form))
                 # Fetch one batch late: the device works while the host fetches and loads.
                 if pending[0]:
                     yield fetch(*pending)
-                pending = {key: x for key, x in out.items() if key in keys}, start
+                pending = {key: x for key, x in out.items() if key in ("valid", *keys)}, start
                 start += size
             yield fetch(*pending)
+        self.unreadable |= {i + offset: self._reasons.get(i, "") for i in unreadable}
 
     def _place(
         self, items: Rows, each: Callable[..., Iterable], start: int, size: int, form: jax.ShapeDtypeStruct

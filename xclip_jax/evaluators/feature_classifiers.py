@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,38 +22,25 @@ Score = Callable[[np.ndarray, np.ndarray], float]  # of logits (n, classes) and 
 Fit = tuple[np.ndarray, dict[str, float]]
 
 
-def knn(
-    train: np.ndarray,
-    labels: np.ndarray,
-    queries: np.ndarray,
-    classes: int,
-    k: int = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-) -> np.ndarray:
-    """Return votes of the k nearest by cosine, weighted by exp(cosine / temperature), like DINO (arXiv 2104.14294).
+def knn(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int) -> np.ndarray:
+    """Return votes of the nearest `NEIGHBOURS` by cosine, like DINO (arXiv 2104.14294).
 
-    `train` and `queries` are features (n, d) and (m, d), of any norm, `labels` classes int (n,), and the votes fp32
-    (m, classes). Equally near items rank by index, lowest first.
+    A vote has the weight exp(cosine / `TEMPERATURE`). `train` and `queries` are features (n, d) and (m, d), of any
+    norm, `labels` classes int (n,), and the votes fp32 (m, classes). Equally near items rank by index, lowest first.
     """
-    k = min(k, len(train))
+    k = min(NEIGHBOURS, len(train))
     base = jax.device_put(_unit(train), may_alias=True)
     of_base = jnp.asarray(labels)
-    step = min(max(1, _CHUNK // max(len(train), k * classes)), len(queries))
-    padded = np.zeros((-(-len(queries) // step) * step, queries.shape[1]), np.float32)
-    padded[: len(queries)] = _unit(queries)
-    votes = [
-        np.asarray(_vote(padded[i : i + step], base, of_base, temperature, k=k, classes=classes))
-        for i in range(0, len(padded), step)
-    ]
-    return np.concatenate(votes)[: len(queries)]
+    step = max(1, _CHUNK // max(len(train), k * classes))
+    parts = np.array_split(_unit(queries), math.ceil(len(queries) / step))  # of at most two sizes
+    return np.concatenate([np.asarray(_vote(part, base, of_base, k=k, classes=classes)) for part in parts])
 
 
 # The training set is an argument: an array captured by a jitted function would become a constant of the program.
 @functools.partial(jax.jit, static_argnames=("k", "classes"))
-def _vote(q: jax.Array, base: jax.Array, labels: jax.Array, temperature: float, *, k: int, classes: int) -> jax.Array:
+def _vote(q: jax.Array, base: jax.Array, labels: jax.Array, *, k: int, classes: int) -> jax.Array:
     cosine, index = jax.lax.top_k(jnp.matmul(q, base.T, precision=jax.lax.Precision.HIGHEST), k)
-    # Without the common factor exp(1 / temperature), which overflows at small temperatures.
-    weights = jnp.exp((cosine - 1) / temperature)
+    weights = jnp.exp((cosine - 1) / TEMPERATURE)  # without the common factor exp(1 / TEMPERATURE)
     return jnp.einsum("mk,mkc->mc", weights, jax.nn.one_hot(labels[index], classes, dtype=jnp.float32))
 
 
@@ -80,13 +68,11 @@ class Sweep:
     refit: bool = True
 
 
-def search(
-    train: Labelled, validation: Labelled, classes: int, sweep: Sweep, score: Score
-) -> tuple[float, dict[float, float]]:
-    """Return the C with the best score on validation items, the smallest of equals, and {C: score} of all trials."""
+def search(train: Labelled, validation: Labelled, classes: int, sweep: Sweep, score: Score) -> float:
+    """Return the C with the best score on validation items, the smallest of equals."""
     scores: dict[float, float] = {}
     cs = sweep.coarse
-    step = np.log10(cs[1] / cs[0]) if len(cs) > 1 else 0.0
+    step = np.log10(cs[1] / cs[0])
     for _ in range(sweep.halvings + 1):
         new = [c for c in cs if min(sweep.coarse) <= c <= max(sweep.coarse) and c not in scores]
         if new:
@@ -94,28 +80,27 @@ def search(
             scores |= {c: score(part, validation[1]) for c, part in zip(new, logits, strict=True)}
         step /= 2
         cs = [_best(scores) * 10.0**-step, _best(scores) * 10.0**step]
-    return _best(scores), scores
+    return _best(scores)
 
 
 def _best(scores: Mapping[float, float]) -> float:
     return min(scores, key=lambda c: (-scores[c], c))
 
 
-def folds(labels: np.ndarray, count: int) -> np.ndarray:
-    """Return each item's fold, 0 to `count` - 1, int (n,): random, stratified by class."""
+def folds(labels: np.ndarray, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield training and test items, bool (n,), of up to `count` folds, none empty: random, stratified by class."""
     order = np.random.default_rng(0).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]  # grouped by class, each in random order
     fold = np.empty(len(labels), int)
     fold[order] = np.arange(len(labels)) % count
-    return fold
+    for number in np.unique(fold):
+        yield fold != number, fold == number
 
 
 def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> float:
     """Return the C of `cs` with the best mean accuracy over `count` folds, the smallest of equals."""
-    fold_of = folds(y, count)
     accuracy = np.zeros(len(cs))
-    for fold in np.unique(fold_of):  # fewer than `count` with fewer items
-        train, test = fold_of != fold, fold_of == fold
+    for train, test in folds(y, count):
         logits = logistic.fit(x[train], y[train], cs, classes, tolerance=tolerance).logits(x[test])
         accuracy += [is_right(part, y[test]).mean() for part in logits]
     return _best(dict(zip(cs, accuracy.tolist(), strict=True)))
@@ -123,11 +108,9 @@ def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], coun
 
 def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> Fit:
     """Run SentEval's nested cross-validation: test each fold once, with C chosen by folds of all other items."""
-    fold_of = folds(y, count)
     right = np.zeros(len(y))
     chosen = []
-    for fold in np.unique(fold_of):
-        train, test = fold_of != fold, fold_of == fold
+    for train, test in folds(y, count):
         chosen.append(choose(x[train], y[train], classes, cs, count, tolerance))
         fit = logistic.fit(x[train], y[train], [chosen[-1]], classes, tolerance=tolerance)
         right[test] = is_right(fit.logits(x[test])[0], y[test])
@@ -141,18 +124,13 @@ def linear(train: Labelled, validation: Labelled, test: Labelled, classes: int, 
     random tenth of `train`, at least one item, is held out for the search.
     Returns 1.0 for right test items, else 0.0 (n,), and {"log10_c": the choice}.
     """
-    whole = train
-    given = len(validation[1]) > 0
-    if not given:
+    whole = together(train, validation) if sweep.refit else train
+    if not len(validation[1]):
         order = np.random.default_rng(0).permutation(len(train[1]))
         tenth = max(1, len(order) // 10)
         x, y = train
         validation, train = ((x[part], y[part]) for part in (order[:tenth], order[tenth:]))
-    best = sweep.coarse[0]
-    if len(sweep.coarse) > 1:
-        best, _ = search(train, validation, classes, sweep, score)
-    if given and sweep.refit:
-        whole = together(train, validation)
+    best = search(train, validation, classes, sweep, score) if len(sweep.coarse) > 1 else sweep.coarse[0]
     del train, validation  # if a tenth was held out, a copy of most features
     logits = logistic.fit(*whole, [best], classes, tolerance=sweep.tolerance).logits(test[0])[0]
     return is_right(logits, test[1]), {"log10_c": float(np.log10(best))}

@@ -79,7 +79,8 @@ def fit(
     group = max(1, _SCORES // (n * classes))
     for start in range(0, len(cs), group):
         ridge = np.outer(np.append(np.ones(d), 0.0), penalty / (n * cs[start : start + group]))  # (d + 1, cs)
-        fits.append(_solve(rotated, labels, back, ridge, curvature, classes, tolerance))
+        scale = 1 / (curvature[:, None] + ridge)
+        fits.append(_solve(rotated, labels, back, ridge, scale, classes, tolerance))
     w = np.concatenate([w for w, _ in fits], axis=1).transpose(1, 0, 2)  # (cs, d + 1, classes)
     weights = np.einsum("de,cek->cdk", axes, w[:, :-1], optimize=True)
     bias = w[:, -1] - np.einsum("d,cdk->ck", mean, weights)
@@ -112,25 +113,18 @@ def _rotate(x: np.ndarray) -> tuple[jax.Array, np.ndarray, np.ndarray, np.ndarra
 
 
 def _solve(
-    x: jax.Array,
-    y: jax.Array,
-    back: jax.Array,
-    ridge: np.ndarray,
-    curvature: np.ndarray,
-    classes: int,
-    tolerance: float,
+    x: jax.Array, y: jax.Array, back: jax.Array, ridge: np.ndarray, scale: np.ndarray, classes: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return weights (d + 1, cs, classes) and objective (cs,); `ridge` is (d + 1, cs)."""
+    """Return weights (d + 1, cs, classes) and objective (cs,); `ridge` and `scale` are (d + 1, cs)."""
     d, count = ridge.shape
-    scale = jnp.asarray(1 / (curvature[:, None] + ridge), jnp.float32)[..., None]
-    problem = {"ridge": jnp.asarray(ridge, jnp.float32)[..., None], "scale": scale}
-    zeros = jnp.zeros((d, count, classes), jnp.float32)
     history = jnp.zeros((HISTORY, d, count, classes), jnp.float32)
     # With zero weights every class has probability 1 / classes.
     wrong = 1 / classes - np.asarray(_target(y, classes))
     g = np.repeat((np.asarray(x).T @ wrong / len(x))[:, None], count, axis=1)
     state = {
-        "w": zeros,
+        "ridge": jnp.asarray(ridge, jnp.float32)[..., None],
+        "scale": jnp.asarray(scale, jnp.float32)[..., None],
+        "w": jnp.zeros((d, count, classes), jnp.float32),
         "z": jnp.zeros((len(x), count, classes), jnp.float32),
         "g": jnp.asarray(g),
         "s": history,
@@ -145,7 +139,7 @@ def _solve(
     objective = np.zeros(count)
     for _ in range(0, _ITERATIONS, _ROUND):
         console.report_progress(all_processes=False)  # the number of rounds depends on rounding
-        state = _iterate(x, y, back, problem, state, tolerance)
+        state = _iterate(x, y, back, state, tolerance)
         keep = np.flatnonzero(~np.asarray(state["done"]))
         last = not len(keep) or int(state["iteration"]) >= _ITERATIONS
         # Each new shape is compiled: drop only large problems, and only if at least a quarter has converged.
@@ -155,12 +149,11 @@ def _solve(
             if last:
                 break
             alive = alive[keep]
-            problem = {key: value[:, keep] for key, value in problem.items()}
             state |= {key: jnp.take(state[key], keep, axis=axis) for key, axis in _AXIS_OF_CS.items()}
     return weights, objective
 
 
-_AXIS_OF_CS = {"w": 1, "z": 1, "g": 1, "s": 2, "y": 2, "rho": 1, "done": 0, "value": 0}
+_AXIS_OF_CS = {"ridge": 1, "scale": 1, "w": 1, "z": 1, "g": 1, "s": 2, "y": 2, "rho": 1, "done": 0, "value": 0}
 _matmul = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -187,7 +180,7 @@ def _gradient(x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array, ridge: jax
     return value, _matmul("nd,nck->dck", x, wrong) / n + ridge * w
 
 
-def _direction(state: State, scale: jax.Array) -> jax.Array:
+def _direction(state: State) -> jax.Array:
     """Return L-BFGS's direction for each C by the two-loop recursion; empty pairs of the history have rho 0."""
     newest = (state["iteration"] - 1 - jnp.arange(HISTORY)) % HISTORY
 
@@ -204,18 +197,18 @@ def _direction(state: State, scale: jax.Array) -> jax.Array:
 
     q, alphas = jax.lax.fori_loop(0, HISTORY, down, (state["g"], jnp.zeros_like(state["rho"])))
     y, rho = state["y"][newest[0]], state["rho"][newest[0]]
-    gamma = jnp.where(rho > 0, 1 / jnp.maximum(rho * _dot(y * scale, y), 1e-30), 1.0)
-    return -jax.lax.fori_loop(0, HISTORY, up, gamma[:, None] * scale * q)
+    gamma = jnp.where(rho > 0, 1 / jnp.maximum(rho * _dot(y * state["scale"], y), 1e-30), 1.0)
+    return -jax.lax.fori_loop(0, HISTORY, up, gamma[:, None] * state["scale"] * q)
 
 
-def _search(y: jax.Array, state: State, p: jax.Array, zp: jax.Array, ridge: jax.Array, slope: jax.Array) -> jax.Array:
+def _search(y: jax.Array, state: State, p: jax.Array, zp: jax.Array, slope: jax.Array) -> jax.Array:
     """Return steps (cs,) along p at which the slope is half as steep or less: Newton's method within a bracket.
 
     Only slopes are compared: near the solution values are too coarse in fp32.
     """
     toward_labels = _label_logits(zp, y).mean(axis=0)
-    wp = _dot(ridge * state["w"], p)
-    pp = _dot(ridge * p, p)
+    wp = _dot(state["ridge"] * state["w"], p)
+    pp = _dot(state["ridge"] * p, p)
 
     def derivatives(t: jax.Array) -> tuple[jax.Array, jax.Array]:
         prob = jax.nn.softmax(state["z"] + t[:, None] * zp, axis=2)
@@ -240,23 +233,22 @@ def _search(y: jax.Array, state: State, p: jax.Array, zp: jax.Array, ridge: jax.
 
 
 @jax.jit
-def _iterate(x: jax.Array, y: jax.Array, back: jax.Array, problem: State, state: State, tolerance: float) -> State:
+def _iterate(x: jax.Array, y: jax.Array, back: jax.Array, state: State, tolerance: float) -> State:
     """Return the state after up to `_ROUND` iterations; converged problems do not change."""
-    ridge, scale = problem["ridge"], problem["scale"]
     stop = jnp.minimum(state["iteration"] + _ROUND, _ITERATIONS)
 
     def body(state: State) -> State:
-        p = _direction(state, scale)
+        p = _direction(state)
         slope = _dot(state["g"], p)
         steepest = jnp.abs(_matmul("de,eck->dck", back, state["g"])).max(axis=(0, 2))
         done = state["done"] | (steepest <= tolerance) | (-slope <= _STALLED * state["value"]) | ~jnp.isfinite(slope)
         state = state | {"done": done}
         p = jnp.where(done[:, None], 0, p)
         zp = _matmul("nd,dck->nck", x, p)
-        t = jnp.where(done, 0, _search(y, state, p, zp, ridge, slope))
+        t = jnp.where(done, 0, _search(y, state, p, zp, slope))
         s = t[:, None] * p
         w, z = state["w"] + s, state["z"] + t[:, None] * zp
-        value, g = _gradient(x, y, z, w, ridge)
+        value, g = _gradient(x, y, z, w, state["ridge"])
         change = g - state["g"]
         sy = _dot(s, change)
         slot = state["iteration"] % HISTORY

@@ -75,7 +75,7 @@ class Probe(Evaluator):
 
     def __init__(self, encoder: Encoder, data: ProbeSet) -> None:
         super().__init__(encoder, data)
-        self.family = "textual" if _are_texts(data.train) else "visual"
+        self.family = _family(data.train)
 
     def measure(self, variables: Variables) -> list[Result]:
         features = self._features(variables)
@@ -84,14 +84,13 @@ class Probe(Evaluator):
         for task, labels in self.data.tasks.items():
             tested = labels[2] if len(labels[2]) else labels[0]
             num_classes = _num_classes(labels)
-            n = len(tested)
             majority = 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
             chance = {"top1": majority, "mean_per_class": 100 / len(np.unique(tested))}  # of a constant answer
             for probe, (values, extra) in self._task(features, labels).items():
                 for key, item in _items(values, tested, num_classes).items():
                     results.append(self.result(f"{probe}/{key}", item, task=task, chance=chance.get(key)))
                 others += [self.count(f"{probe}/{key}", value, task=task) for key, value in extra.items()]
-            for key, size in (("n", n), ("train", len(labels[0])), ("ways", num_classes)):
+            for key, size in (("n", len(tested)), ("train", len(labels[0])), ("ways", num_classes)):
                 others.append(self.count(key, size, task=task))
             others.append(self.result("majority", majority, task=task))
         return results + others
@@ -117,7 +116,7 @@ class Probe(Evaluator):
         classes = _num_classes(labels)
         sweep = self.data.sweep
         count = self.data.folds
-        train, validation, test = ((x, y) for x, y in zip(features, labels, strict=True))
+        train, validation, test = zip(features, labels, strict=True)
         finite = [np.isfinite(x).all(axis=1) for x in features[:2]]
         if not finite[0].any():  # the model diverged: all answers are wrong
             wrong = np.zeros(len(test[1]) or len(train[1])), {}
@@ -141,12 +140,12 @@ class Probe(Evaluator):
         return items.get(self.data.card.metric.rpartition("/")[2], items["top1"]).value()
 
 
-def _are_texts(items: Sequence[Any]) -> bool:
-    """Whether the items are texts or tuples of texts."""
+def _family(items: Sequence[Any]) -> str:
+    """Return "textual" for texts or tuples of texts, "visual" for images."""
     try:
-        return isinstance(items[0], (str, tuple))
-    except BadSample:
-        return False  # an undecodable image
+        return "textual" if isinstance(items[0], (str, tuple)) else "visual"
+    except BadSample:  # an undecodable image
+        return "visual"
 
 
 def _num_classes(labels: Sequence[np.ndarray]) -> int:
@@ -166,8 +165,7 @@ def _items(values: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Pe
 def renumber(labels: np.ndarray, names: Sequence[str], to: Sequence[str], spec: str) -> np.ndarray:
     """Map `labels`, int (n,), from positions in `names` to positions in `to`, the classes of training.
 
-    Raises:
-      UserError: the lists differ, and `to` lacks an item's class or has two of one name; `spec` begins the message.
+    `UserError`, beginning with `spec`, if the lists differ and `to` lacks an item's class or has two of one name.
     """
     if list(names) == list(to):
         return labels
@@ -215,24 +213,22 @@ class ClassifierEvaluator(Evaluator):
             labels = renumber(data.labels, data.names, encoder.classes, data.name)
             data = dataclasses.replace(data, labels=labels, classes=len(encoder.classes), names=encoder.classes)
         super().__init__(encoder, data)
-        self.images = not _are_texts(data.items)
-        self.family = "visual" if self.images else "textual"
+        self.family = _family(data.items)
 
     def measure(self, variables: Variables) -> list[Result]:
-        encode = self.encoder.images if self.images else self.encoder.texts
-        logits = encode(variables, self.data.items, ("class_logits",)).get("class_logits")
-        if logits is None or logits.shape[1] != self.data.classes:
-            known = 0 if logits is None else logits.shape[1]
+        encode = self.encoder.texts if self.family == "textual" else self.encoder.images
+        logits = encode(variables, self.data.items, ("class_logits",)).get("class_logits", np.empty((0, 0)))
+        known = logits.shape[1]
+        if known != self.data.classes:
             raise UserError(f"{self.data.name} has {self.data.classes} classes, the model's classifier {known}.")
         labels = self.data.labels
         n = len(labels)
+        results = []
         if self.data.classes == 1:
-            results = []
             for key in ("spearman", "pearson"):
                 results.append(self.result(f"finetuned/{key}", PerExample(logits[:, 0], other=labels, statistic=key)))
             return [*results, self.count("pairs", n)]
         majority = 100 * float(np.bincount(labels).max() / n)
-        results = []
         for key, item in _items(is_right(logits, labels), labels, self.data.classes).items():
             chance = majority if key == "top1" else None
             results.append(self.result(f"finetuned/{key}", item, chance=chance))

@@ -128,11 +128,7 @@ def open_all(
 
 
 def note_failure(evaluator: Evaluator, error: Exception) -> str:
-    """Print that `measure` failed, and return the reason, for callers that continue with the next set.
-
-    Raises:
-      Exception: `error` itself, if other processes would wait for this one in the next set.
-    """
+    """Print that `measure` failed, and return the reason; raise `error` if other processes wait in the next set."""
     if jax.process_count() > 1 and not isinstance(error, TooManyUnreadable):
         raise error
     log0(f"{evaluator.name} failed: {type(error).__name__}: {describe(error)}")

@@ -167,9 +167,8 @@ def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
         fields = {key: getattr(result, key) for key in _DEFAULTS}
         if result.items is not None:
             fields["dependent"] = result.items.trials() != len(result.items.values)
-        record = {key: value for key, value in fields.items() if value != _DEFAULTS[key]}
-        protocol = {key: getattr(result.protocol, key) for key in _PROTOCOL}
-        records.append(record | {key: value for key, value in protocol.items() if value})
+        fields |= {key: getattr(result.protocol, key) for key in _PROTOCOL}
+        records.append({key: value for key, value in fields.items() if value != _DEFAULTS.get(key, "")})
     return records
 
 

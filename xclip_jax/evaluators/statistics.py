@@ -37,11 +37,8 @@ def ranks(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
         part, right = scores[block], index[block]
         target = np.take_along_axis(part, right[:, None], axis=1)
         valid = valid_rows(part) & (target[:, 0] > -np.inf)
-        before = np.count_nonzero(part > target, axis=1)
-        equal = np.count_nonzero(part == target, axis=1)
-        tied = np.flatnonzero(equal > 1)
-        lower = np.arange(part.shape[1]) < right[tied, None]
-        before[tied] += np.count_nonzero((part[tied] == target[tied]) & lower, axis=1)
+        earlier = np.arange(part.shape[1]) < right[:, None]
+        before = np.count_nonzero((part > target) | (earlier & (part == target)), axis=1)
         rank[block] = np.where(valid, before, np.iinfo(np.int64).max)
     return rank
 

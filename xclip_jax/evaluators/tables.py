@@ -60,8 +60,7 @@ class Row:
     def set_specific(self) -> list[tuple[Column, Result]]:
         """The set's headline if the layout has no column for it, else empty."""
         metrics = {column.metric for column in self.layout.columns}
-        headlines = [(key, result) for key, result in self.results.items() if result.headline and key not in metrics]
-        return [(Column(key, key, key), result) for key, result in headlines]
+        return [(Column(key, key, key), x) for key, x in self.results.items() if x.headline and key not in metrics]
 
     @property
     def shown(self) -> list[tuple[Column, Result]]:
@@ -83,16 +82,6 @@ def rows(results: Sequence[Result]) -> list[Row]:
         metrics = row.scores.setdefault(result.score, {}) if result.score else row.results
         metrics[result.metric] = result
     return [row for row in by_set.values() if row.shown]
-
-
-def title(family: str) -> str:
-    """Return the title of a family in tables."""
-    return _FAMILIES.get(family, family)
-
-
-def short_names(results: Sequence[Result]) -> dict[str, str]:
-    """Return {name of a row: short name}."""
-    return shorten(row.name for row in rows(results))
 
 
 def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
@@ -120,8 +109,9 @@ def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
 def headlines(results: Sequence[Result]) -> str:
     """Return one line with the first two metrics of each set; empty without results."""
     parts = []
-    short = short_names(results)
-    for row in rows(results):
+    everything = rows(results)
+    short = shorten(row.name for row in everything)
+    for row in everything:
         shown = ", ".join(f"{column.title} {result.value:.1f}" for column, result in row.shown[:2])
         parts.append(f"{short[row.name]} {shown}")
     return " | ".join(parts)
@@ -130,7 +120,7 @@ def headlines(results: Sequence[Result]) -> str:
 def render(results: Sequence[Result]) -> str:
     """Return one table per layout as text, with chance levels in brackets; empty without results."""
     everything = rows(results)
-    short = short_names(results)
+    short = shorten(row.name for row in everything)
     layouts = {layout.title: layout for layout in registry.layouts()}
     layouts |= {row.layout.title: row.layout for row in everything}
     chosen = [(layout, [row for row in everything if row.layout.title == title]) for title, layout in layouts.items()]
@@ -194,7 +184,8 @@ def first_set_of_each_family(results: Sequence[Result]) -> dict[str, Row]:
     first: dict[str, Row] = {}
     for row in [row for row in everything if row.role != VALIDATION] or everything:
         first.setdefault(SHIFTED if row.role == SHIFTED else row.family, row)
-    return {title(family): first[family] for family in dict.fromkeys((*_FAMILIES, *first)) if family in first}
+    families = dict.fromkeys((*_FAMILIES, *first))
+    return {_FAMILIES.get(family, family): first[family] for family in families if family in first}
 
 
 def compare(a: str, b: str, *, step: int | None = None, refused: list[str] | None = None) -> list[dict[str, Any]]:
@@ -213,12 +204,11 @@ def compare(a: str, b: str, *, step: int | None = None, refused: list[str] | Non
     entries_b, items_b = _select(b, step)
     compared = []
     for name in dict.fromkeys(entry["set"] for entry in entries_a):
-        of_a, of_b = ([entry for entry in entries if entry["set"] == name] for entries in (entries_a, entries_b))
-        if not of_b:
+        pairs = [(x, y) for x in entries_a for y in entries_b if x["set"] == y["set"] == name]
+        if not pairs:
             continue
-        # The last entries of one profile, or else the last two.
-        same = [(x, y) for x in of_a for y in of_b if all(x[key] == y[key] for key in ("profile", "changes"))]
-        left, right = same[-1] if same else (of_a[-1], of_b[-1])
+        same = [(x, y) for x, y in pairs if x["profile"] == y["profile"] and x["changes"] == y["changes"]]
+        left, right = (same or pairs)[-1]
         if different := [key for key in _COMPARED_KEYS if left.get(key) != right.get(key)]:
             key = different[0]
             fault = (

@@ -62,7 +62,7 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
 
 
 def _tiles(record: Record) -> Iterator[dict[str, Any]]:
-    short = tables.short_names(record.results)
+    short = tables.shorten(row.name for row in tables.rows(record.results))
     for family, row in tables.first_set_of_each_family(record.results).items():
         metric, result = row.shown[0]
         judged = judge(result)

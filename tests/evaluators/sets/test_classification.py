@@ -155,11 +155,8 @@ def test_of_the_hub_only_the_split_is_fetched_and_the_cache_is_enough(server, tm
     assert [name for name in server.fetched() if name.endswith("tar")] == ["test/0.tar", "test/1.tar"]
     assert (len(loaded.images), loaded.card.version) == (25, commit)
     assert len(registry.load("probe/wds:hf:lab/wds_own@main", PREPARE).train) == 5
-    for spec, named in {
-        "none": "lab/none",
-        "wds_own@v2": "'v2'",
-        "wds_own/validation": "validation/nshards.txt",
-    }.items():
+    faults = {"none": "lab/none", "wds_own@v2": "'v2'", "wds_own/validation": "validation/nshards.txt"}
+    for spec, named in faults.items():
         with pytest.raises(UserError, match=named):
             registry.load(f"wds:hf:lab/{spec}", PREPARE)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -286,7 +283,6 @@ def test_babel_imagenet_of_tfds(babel):
     [
         ("fr", None, "'FR'"),
         ("de", '{"DE": 5}', r"'.*babel_imagenet\.json' is not in the published layout"),
-        ("de", "{", r"'.*babel_imagenet\.json' is not in the published layout"),
         ("de", '{"DE": [[1, 1000], ["Goldfisch", "Einhorn"]]}', "index 1000 is out of bounds"),
     ],
 )
@@ -325,11 +321,7 @@ def test_imagenet_in_other_languages_equals_clip_benchmarks(language, languages)
 @pytest.mark.parametrize(
     ("file", "content", "named"),
     [
-        (
-            "it_classnames.json",
-            {"imagenet1k": ["tinca"]},
-            "published layout .*: 1 names for 1000 classes",
-        ),
+        ("it_classnames.json", {"imagenet1k": ["tinca"]}, "published layout .*: 1 names for 1000 classes"),
         ("it_classnames.json", {"cifar10": ["aereo"]}, "imagenet1k"),
         ("it_zeroshot_classification_templates.json", {"imagenet1k": ["una foto"]}, r"_templates.json, line 1: .*{c}"),
         ("it_zeroshot_classification_templates.json", None, "No such file .*it_zeroshot_classification_templates.json"),

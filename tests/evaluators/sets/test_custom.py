@@ -13,7 +13,6 @@ from tests.helpers import tiny
 from tests.helpers.encoding import SIZE, make_encoder, small_model
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import holdout, sources
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry, retrieval
@@ -73,10 +72,10 @@ def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
     match = retrieval.Matches(data.captions).of_images()
     assert match.shape == (6, 13) and (match.sum(axis=0) == 1).all() and match.sum(axis=1).tolist() == [3, *[2] * 5]
     copied = shutil.copytree(folder, tmp_path / "copied")  # the same images in another source of the same run
-    parts = [holdout.find("", sources.open_pairs(f"folder:{x}"), 1.0, DataConfig()) for x in (folder, copied)]
-    captions, positions = custom.captions_by_image(parts)
-    assert [x.tolist() for x in positions] == [[0, 1, 2, 3, 4, 5], []]
-    assert list(captions.values()) == [2 * texts for texts in parts[0].captions]
+    whole = DataConfig(sources=(f"folder:{folder}", f"folder:{copied}"), holdout=1.0)
+    twice = registry.load("retrieval/holdout", SIZE, data=whole)
+    single = registry.load(f"retrieval/folder:{folder}", SIZE)
+    assert len(twice.images) == 6 and twice.captions == [2 * texts for texts in single.captions]
 
 
 def test_an_image_without_captions_is_named():

@@ -96,13 +96,11 @@ def read_rows(spec: str, data: DataConfig) -> Choices:
     name, columns = query_columns(spec)
     keys = columns.get("text", list(DataConfig.text_columns))
     group, *others = columns.get("group", [""])
-    options = dataclasses.replace(sources.source_options(data), text_columns=tuple(keys), tags_key=group)
-    tables: list[Any] = []
     if others or columns.keys() - {"image", "text", "group"}:
         raise UserError(f"{spec}: its keys are image, text and one group; write {_FORM}.")
-    for key in columns.get("image", [DataConfig.image_column]):
-        image_options = dataclasses.replace(options, image_column=key)
-        tables.append(sources.open_pairs(sources.spec_from_path(name), image_options))
+    options = dataclasses.replace(sources.source_options(data), text_columns=tuple(keys), tags_key=group)
+    each = [dataclasses.replace(options, image_column=key) for key in columns.get("image", [DataConfig.image_column])]
+    tables: list[Any] = [sources.open_pairs(sources.spec_from_path(name), of_image) for of_image in each]
     if not isinstance(tables[0], ColumnSource):
         raise UserError(f"{spec}: {name!r} has no columns, unlike csv:, parquet: and hf:; write {_FORM}.")
     rows = [tables[0].texts(i) for i in range(len(tables[0]))]
@@ -120,37 +118,6 @@ def read_rows(spec: str, data: DataConfig) -> Choices:
     sizes = [size for column in cells for size in column.sizes()]
     ids = [(size[0], file_size(path)) if path else size for size, path in zip(sizes, named, strict=True)]
     return Choices(choose(joined(cells), used.tolist()), pictures.reshape(len(tables), -1).T, texts, parts, ids)
-
-
-def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ChoiceSet:
-    """Open the set `spec`, see the module's docstring; texts get the command's prefix, not the published sets'."""
-    name, _, location = spec.partition("@")
-    own = spec.startswith(PREFIX)
-    if name == "winoground" or own:
-        rows = f"{location or 'hf:facebook/winoground/test'}{_WINOGROUND}" if name == "winoground" else spec
-        items = read_rows(rows.removeprefix(PREFIX), data)
-    else:
-        with published_layout(name, location):
-            folder = pathlib.Path(location).expanduser()
-            items = aro(name, folder) if name in _ARO else sugarcrepe(folder)
-    profile = dataclasses.replace(profile, prefix=profile.prefix or "", captions=0, exif_rotation=own)
-    prepare = profile.preprocessing(prepare)
-    texts = [profile.texts(item) for item in items.texts]
-    metric = "macro_accuracy" if name in _ARO else "accuracy"
-    if items.pictures.shape[1] == 2:
-        metric = "group_score"
-    card = Provenance(
-        data=name.removeprefix(PREFIX),
-        split_hash=digest([*items.ids, *texts, *items.parts]),
-        protocol="right texts and images of an item score higher than its others; equal scores are wrong",
-        templates=f"{profile.caption_prefix}TEXT",
-        preprocessing=prepare.resizing,
-        metric=metric,
-    )
-    parts = np.array(items.parts, object)
-    groups = {part: parts == part for part in dict.fromkeys(items.parts) if part}
-    loaded = ChoiceSet(spec, pictures(items.images, prepare), items.pictures, texts, groups, card, items.files)
-    return _answerable(loaded) if own else loaded
 
 
 def _answerable(data: ChoiceSet) -> ChoiceSet:
@@ -174,7 +141,37 @@ class ChoiceSets(SetKind):
     """`sugarcrepe@`, `aro/NAME@`, `winoground` and `choice/SOURCE`."""
 
     prefixes = ("sugarcrepe", "aro", "winoground", PREFIX.rstrip("/"))
-    load = staticmethod(load)
+
+    @classmethod
+    def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ChoiceSet:
+        """Open the set `spec`, see the module's docstring; texts get the command's prefix, not the published sets'."""
+        name, _, location = spec.partition("@")
+        own = spec.startswith(PREFIX)
+        if name == "winoground" or own:
+            rows = f"{location or 'hf:facebook/winoground/test'}{_WINOGROUND}" if name == "winoground" else spec
+            items = read_rows(rows.removeprefix(PREFIX), data)
+        else:
+            with published_layout(name, location):
+                folder = pathlib.Path(location).expanduser()
+                items = aro(name, folder) if name in _ARO else sugarcrepe(folder)
+        profile = dataclasses.replace(profile, prefix=profile.prefix or "", captions=0, exif_rotation=own)
+        prepare = profile.preprocessing(prepare)
+        texts = [profile.texts(item) for item in items.texts]
+        metric = "macro_accuracy" if name in _ARO else "accuracy"
+        if items.pictures.shape[1] == 2:
+            metric = "group_score"
+        card = Provenance(
+            data=name.removeprefix(PREFIX),
+            split_hash=digest([*items.ids, *texts, *items.parts]),
+            protocol="right texts and images of an item score higher than its others; equal scores are wrong",
+            templates=f"{profile.caption_prefix}TEXT",
+            preprocessing=prepare.resizing,
+            metric=metric,
+        )
+        parts = np.array(items.parts, object)
+        groups = {part: parts == part for part in dict.fromkeys(items.parts) if part}
+        loaded = ChoiceSet(spec, pictures(items.images, prepare), items.pictures, texts, groups, card, items.files)
+        return _answerable(loaded) if own else loaded
 
     @classmethod
     def knows(cls, spec: str) -> bool:

@@ -5,6 +5,7 @@ probe/NAME, probe/SOURCE, finetuned/SOURCE; NAME is in `known_sets`, and SOURCE 
 without its split.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -21,12 +22,12 @@ from xclip_jax.data.labelled import check_one_class
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import wds
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.base import SetKind, joined, pictures
+from xclip_jax.evaluators.base import SetKind, is_holdout, joined, pictures
 from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet, renumber
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.sets.custom import captioned, is_holdout, published_layout, read_json
+from xclip_jax.evaluators.sets.custom import captioned, published_layout, read_json
 from xclip_jax.evaluators.sets.known_sets import ENTRIES, PAPER, Content, Entry, read, read_tfds
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
@@ -39,10 +40,10 @@ _IMAGES = [name for name in sources.SOURCES if sources.has_labels(f"{name}:x", "
 
 
 def read_source(
-    spec: str, data_dir: str | None, image_column: str = SourceOptions.image_column, *, one_class: bool = False
+    spec: str, data_dir: str, image_column: str = SourceOptions.image_column, *, one_class: bool = False
 ) -> Content:
     """Open labelled images; `image_column` is their default column, `one_class` refuses several labels per image."""
-    source = sources.open_labelled(spec, SourceOptions(data_dir or "", image_column))
+    source = sources.open_labelled(spec, SourceOptions(data_dir, image_column))
     if source.key != "image" or not source.names:
         raise UserError(f"{spec}: expected images in classes, got {source.key}s; use another source.")
     if one_class:
@@ -54,27 +55,20 @@ def read_source(
 
 def read_held_out(spec: str, data: DataConfig) -> Content:
     """Open the labelled images that `data.holdout` keeps out of a run's training."""
+    names = ", ".join(data.sources)
+    whole = [read_source(source, data.dir, data.image_column, one_class=True) for source in data.sources]
+    classes = sorted({name for part in whole for name in part.classes})
     parts = []
-    identities = []
-    for source_spec in data.sources:
-        part = read_source(source_spec, data.dir, data.image_column, one_class=True)
+    for part in whole:
         positions = holdout.selected(part.images, data.holdout)
-        identities += [holdout.image_hash(part.images[i]) for i in positions]
-        labels = np.array([part.classes[label] for label in part.labels[positions]], object)
+        labels = renumber(part.labels[positions], part.classes, classes, spec)
         parts.append(dataclasses.replace(part, images=choose(part.images, positions), labels=labels))
-    classes = sorted({name for part in parts for name in part.classes})
-    number = {name: i for i, name in enumerate(classes)}
-    names = np.concatenate([part.labels for part in parts])
-    if not len(names):
-        raise UserError(f"{spec}: none of the labelled images of {', '.join(data.sources)} is held out.")
-    return Content(
-        joined([part.images for part in parts]),
-        np.array([number[name] for name in names], int),
-        classes,
-        ", ".join(data.sources),
-        split=f"held out, {data.holdout:g}",
-        identity=identities,
-    )
+    images = joined([part.images for part in parts])
+    if not len(images):
+        raise UserError(f"{spec}: none of the labelled images of {names} is held out.")
+    labels = np.concatenate([part.labels for part in parts])
+    identity = list(map(holdout.image_hash, images))
+    return Content(images, labels, classes, names, split=f"held out, {data.holdout:g}", identity=identity)
 
 
 def _babel(path: pathlib.Path, language: str) -> tuple[Sequence[int], list[str], list[str]]:
@@ -100,7 +94,7 @@ def _clip_benchmark(folder: pathlib.Path, language: str) -> tuple[Sequence[int],
     return range(1000), names, texts
 
 
-def read_translated(spec: str, data_dir: str | None) -> tuple[Content, str]:
+def read_translated(spec: str, data_dir: str) -> tuple[Content, str]:
     """Read ImageNet with classes in another language, `babel/LANGUAGE@FILE` or `imagenet/LANGUAGE@FOLDER`.
 
     FILE is babel_imagenet.json, {language: [numbers of classes, names]}; the prompts, nllb_dist13b_prompts.json, may be
@@ -115,9 +109,8 @@ def read_translated(spec: str, data_dir: str | None) -> tuple[Content, str]:
         numbers, classes, templates = reader(path, name.partition("/")[2])
         if len(numbers) != len(classes):
             raise ValueError(f"{len(classes)} names for {len(numbers)} classes")
-    _, _, content = read(f"imagenet@{folder / 'val'}" if (folder / "val").is_dir() else "imagenet", data_dir)
-    position = np.full(len(content.classes), -1)
-    with published_layout(spec, location):
+        content = read(f"imagenet@{folder / 'val'}" if (folder / "val").is_dir() else "imagenet", data_dir)
+        position = np.full(len(content.classes), -1)
         position[numbers] = np.arange(len(numbers))
     kept = np.flatnonzero(position[content.labels] >= 0)
     content = dataclasses.replace(
@@ -131,62 +124,25 @@ def read_translated(spec: str, data_dir: str | None) -> tuple[Content, str]:
     return content, _described("OpenAI's" if templates == prompts.templates("openai80") else "translated", templates)
 
 
-def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ZeroShotSet | RetrievalSet:
-    """Open a zero-shot set, or captions in clip_benchmark's layout; images are decoded and preprocessed on access."""
-    if ClassSets.shows(spec) == "captions":
-        split = wds.locate(spec.removeprefix(WDS))
-        images, captions = wds.open_captions(split)
-        origin = {"data": spec.removeprefix(WDS), "split": split.name, "version": split.version}
-        return captioned(spec, images, captions, list(images.sizes()), prepare, profile, **origin)
-    name = spec.removeprefix(PREFIX)
-    if is_holdout(spec, PREFIX):
-        with imports.named_by("the config of the run that holds them out"):
-            return own_set(name, read_held_out(spec, data), prepare, profile)
-    if sources.has_labels(name, "image"):
-        return own_set(name, read_source(name, data.dir or None), prepare, profile)
-    if name.startswith(TRANSLATED):
-        content, description = read_translated(name, data.dir or None)
-        texts = prompts.prompts(content.classes, content.templates)
-        return _make(name, content, Entry(), texts, description, profile.preprocessing(prepare))
-    key, entry, content = read(name, data.dir or None)
-    classes = content.classes
-    if not entry.names:
-        classes = [prompts.readable(label) if entry.readable else prompts.spaced(label) for label in classes]
-    words: list[Any] = classes
-    synonyms = ""
-    if key == "fer2013" and profile.clips:
-        words = [prompts.SYNONYMS.get(label, label) for label in classes]
-        synonyms = ", synonyms"
-    used = prompts.chosen(entry.templates, profile)
-    description = f"{used} ({len(prompts.templates(used))}{synonyms})"
-    content = dataclasses.replace(content, classes=classes)
-    return _make(name, content, entry, prompts.prompts(words, used), description, profile.preprocessing(prepare))
-
-
 def own_set(name: str, content: Content, prepare: Preprocessing, profile: Profile) -> ZeroShotSet:
     """Return the set `name` of labelled images, with the profile's templates and class names.
 
     If the data set has templates, they and its names stay. Class names for unknown classes are ignored.
     """
     profile = dataclasses.replace(profile, exif_rotation=not name.startswith(WDS))
+    templates = content.templates or profile.templates or "dummy"
+    description = " | ".join(profile.templates) or "dummy (1)"
+    words: list[Any] = [profile.names.get(label, prompts.spaced(label)) for label in content.classes]
     if content.templates:
         prompts.check_templates(content.templates, f"{name}: {wds.TEMPLATES if name.startswith(WDS) else 'templates'}")
-        profile = dataclasses.replace(profile, templates=(), names={})
-    if profile.names and not set(profile.names) & set(content.classes):
-        raise UserError(
-            f"{name}: none of the class names, such as {min(profile.names)!r}, is among its {len(content.classes)} "
-            f"classes, such as {content.classes[0]!r}; correct the file of names, or add some of these classes."
-        )
-    # The data set's templates take its names unchanged.
-    spaced = [label if content.templates else prompts.spaced(label) for label in content.classes]
-    words = [profile.names.get(label, word) for label, word in zip(content.classes, spaced, strict=True)]
-    templates = profile.templates or content.templates or "dummy"
-    description = "dummy (1)"
-    if content.templates:
         description = _described("the data set's", content.templates)
-    elif profile.templates:
-        description = " | ".join(profile.templates)
-    if profile.names:
+        words = content.classes
+    elif profile.names:
+        if not set(profile.names) & set(content.classes):
+            raise UserError(
+                f"{name}: none of the class names, such as {min(profile.names)!r}, is among its {len(content.classes)} "
+                f"classes, such as {content.classes[0]!r}; correct the file of names, or add some of these classes."
+            )
         description += f"; own names {digest(words)}"
     entry = Entry(metric="map" if np.ndim(content.labels) == 2 else "top1")
     texts = prompts.prompts(words, templates)
@@ -218,12 +174,12 @@ def _make(
     return ZeroShotSet(spec, images, content.labels, texts, names=content.classes, card=card)
 
 
-def _read_splits(spec: str, data_dir: str | None) -> tuple[Entry, list[Content], Any]:
+def _read_splits(spec: str, data_dir: str) -> tuple[Entry, list[Content], Any]:
     """Return the entry, two or three splits (training, validation, test), and their identity for the hash."""
     name = spec.partition("/")[2]
     if sources.has_labels(name, "image"):
         source = sources.parse(name)
-        has_validation = source.kind.has_split(source.rest, "validation", SourceOptions(data_dir or ""))
+        has_validation = source.kind.has_split(source.rest, "validation", SourceOptions(data_dir))
         splits = ("train", *["validation"] * has_validation, "test")
         parts = [read_source(f"{name}/{split}", data_dir, one_class=True) for split in splits]
         parts = [dataclasses.replace(part, data=source.rest, split="test") for part in parts]
@@ -233,57 +189,8 @@ def _read_splits(spec: str, data_dir: str | None) -> tuple[Entry, list[Content],
     if not (entry.tfds and entry.train):
         raise UserError(f"{name} has no training split for probes in TFDS; write probe/folder:PATH (train and test).")
     splits = (entry.train, *[entry.held] * bool(entry.held), entry.split)
-    parts = [read_tfds(name, entry, split, data_dir) for split in splits]
+    parts = [read_tfds(entry, split, data_dir) for split in splits]
     return entry, parts, [parts[0].data, parts[0].version, *splits]
-
-
-def load_probe(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ProbeSet:
-    """Open `probe/NAME`."""
-    entry, content, identity_of_splits = _read_splits(spec, data.dir or None)
-    first = content[0]
-    # A split may lack a class of the training items.
-    content = [dataclasses.replace(x, labels=renumber(x.labels, x.classes, first.classes, spec)) for x in content]
-    if len(content) == 2:
-        content.insert(1, Content([], np.array([], int), first.classes, first.data))
-    metric = entry.metric if entry.metric == "mean_per_class" else "top1"
-    name = spec.partition("/")[2]
-    rotated = sources.has_labels(name, "image") and not name.startswith(WDS)
-    prepare = dataclasses.replace(profile, exif_rotation=rotated).preprocessing(prepare)
-    parts = ([part.labels.tolist(), part.classes, contents(part.images)] for part in content)
-    card = Provenance(
-        data=first.data,
-        version=first.version,
-        split=first.split,
-        split_hash=digest([identity_of_splits, *parts]),
-        protocol="CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
-        preprocessing=prepare.resizing,
-        metric=f"linear/{metric}",
-        note=entry.note,
-    )
-    train, validation, test = (pictures(part.images, prepare) for part in content)
-    return ProbeSet(spec, train, validation, test, {"": [part.labels for part in content]}, card=card)
-
-
-def load_finetuned(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ClassificationSet:
-    """Open `finetuned/SOURCE`."""
-    source_spec = spec.removeprefix(FINETUNED)
-    source = sources.open_labelled(source_spec, SourceOptions(data.dir))
-    check_one_class(source_spec, source)
-    labels = source.labels()
-    images = source.key == "image"
-    listed = contents(source.items) if images else source.items
-    prepare = dataclasses.replace(profile, exif_rotation=True).preprocessing(prepare)
-    card = Provenance(
-        data=source_spec,
-        version=source.version,
-        split=source_spec.rpartition("/")[2],
-        split_hash=digest([source.identity, *labels.tolist(), *source.names, *listed]),
-        protocol="the classifier that end-to-end fine-tuning fitted",
-        metric=f"finetuned/{source.metrics[0]}",
-        preprocessing=prepare.resizing if images else "",
-    )
-    items = pictures(source.items, prepare) if images else source.items
-    return ClassificationSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))
 
 
 class ClassSets(SetKind):
@@ -291,30 +198,82 @@ class ClassSets(SetKind):
 
     prefixes = (*ENTRIES, *_IMAGES, PREFIX.rstrip("/"), BABEL.rstrip("/"))
     suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
-    load = staticmethod(load)
+
+    @classmethod
+    def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ZeroShotSet | RetrievalSet:
+        if cls.shows(spec) == "captions":
+            split = wds.locate(spec.removeprefix(WDS))
+            images, captions = wds.open_captions(split)
+            origin = {"data": spec.removeprefix(WDS), "split": split.name, "version": split.version}
+            return captioned(spec, images, captions, list(images.sizes()), prepare, profile, **origin)
+        name = spec.removeprefix(PREFIX)
+        if is_holdout(spec):
+            with imports.named_by("the config of the run that holds them out"):
+                return own_set(name, read_held_out(spec, data), prepare, profile)
+        if sources.has_labels(name, "image"):
+            return own_set(name, read_source(name, data.dir), prepare, profile)
+        if name.startswith(TRANSLATED):
+            content, description = read_translated(name, data.dir)
+            texts = prompts.prompts(content.classes, content.templates)
+            return _make(name, content, Entry(), texts, description, profile.preprocessing(prepare))
+        entry = ENTRIES[name.partition("@")[0]]
+        content = read(name, data.dir)
+        if not entry.names:
+            plain = prompts.readable if entry.readable else prompts.spaced
+            content = dataclasses.replace(content, classes=list(map(plain, content.classes)))
+        words: list[Any] = content.classes
+        synonyms = ""
+        if entry.templates == "fer2013" and profile.clips:
+            words = [prompts.SYNONYMS.get(label, label) for label in words]
+            synonyms = ", synonyms"
+        used = prompts.chosen(entry.templates, profile)
+        description = f"{used} ({len(prompts.templates(used))}{synonyms})"
+        return _make(name, content, entry, prompts.prompts(words, used), description, profile.preprocessing(prepare))
 
     @classmethod
     def knows(cls, spec: str) -> bool:
         name, at, path = spec.removeprefix(PREFIX).partition("@")
         named = (name in ENTRIES and bool(path or not at)) or (name.startswith(TRANSLATED) and bool(path))
-        if is_holdout(spec, PREFIX) or named:
-            return True
-        return sources.has_labels(spec.removeprefix(PREFIX), "image")
+        return is_holdout(spec) or named or sources.has_labels(spec.removeprefix(PREFIX), "image")
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        try:
-            captions = spec.startswith(WDS) and wds.locate(spec.removeprefix(WDS), fetch=False).type == wds.CAPTIONS
-        except UserError:  # loading the set reports the fault
-            captions = False
-        return "captions" if captions else "classes"
+        with contextlib.suppress(UserError):  # loading the set reports the fault
+            if spec.startswith(WDS) and wds.locate(spec.removeprefix(WDS), fetch=False).type == wds.CAPTIONS:
+                return "captions"
+        return "classes"
 
 
 class ProbeSets(SetKind):
     """`probe/NAME` and `probe/SOURCE`."""
 
     prefixes = ("probe",)
-    load = staticmethod(load_probe)
+
+    @classmethod
+    def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ProbeSet:
+        entry, content, identity_of_splits = _read_splits(spec, data.dir)
+        first = content[0]
+        # A split may lack a class of the training items.
+        content = [dataclasses.replace(x, labels=renumber(x.labels, x.classes, first.classes, spec)) for x in content]
+        if len(content) == 2:
+            content.insert(1, Content([], np.array([], int), first.classes, first.data))
+        metric = entry.metric if entry.metric == "mean_per_class" else "top1"
+        name = spec.partition("/")[2]
+        rotated = sources.has_labels(name, "image") and not name.startswith(WDS)
+        prepare = dataclasses.replace(profile, exif_rotation=rotated).preprocessing(prepare)
+        parts = ([part.labels.tolist(), part.classes, contents(part.images)] for part in content)
+        card = Provenance(
+            data=first.data,
+            version=first.version,
+            split=first.split,
+            split_hash=digest([identity_of_splits, *parts]),
+            protocol="CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
+            preprocessing=prepare.resizing,
+            metric=f"linear/{metric}",
+            note=entry.note,
+        )
+        train, validation, test = (pictures(part.images, prepare) for part in content)
+        return ProbeSet(spec, train, validation, test, {"": [part.labels for part in content]}, card=card)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
@@ -328,7 +287,27 @@ class FinetunedSets(SetKind):
     """`finetuned/SOURCE`: labelled items for a model with a classifier."""
 
     prefixes = (FINETUNED.rstrip("/"),)
-    load = staticmethod(load_finetuned)
+
+    @classmethod
+    def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ClassificationSet:
+        source_spec = spec.removeprefix(FINETUNED)
+        source = sources.open_labelled(source_spec, SourceOptions(data.dir))
+        check_one_class(source_spec, source)
+        labels = source.labels()
+        images = source.key == "image"
+        listed = contents(source.items) if images else source.items
+        prepare = dataclasses.replace(profile, exif_rotation=True).preprocessing(prepare)
+        card = Provenance(
+            data=source_spec,
+            version=source.version,
+            split=source_spec.rpartition("/")[2],
+            split_hash=digest([source.identity, *labels.tolist(), *source.names, *listed]),
+            protocol="the classifier that end-to-end fine-tuning fitted",
+            metric=f"finetuned/{source.metrics[0]}",
+            preprocessing=prepare.resizing if images else "",
+        )
+        items = pictures(source.items, prepare) if images else source.items
+        return ClassificationSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))
 
     @classmethod
     def knows(cls, spec: str) -> bool:

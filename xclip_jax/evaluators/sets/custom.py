@@ -3,7 +3,7 @@
 retrieval/SOURCE[?image=COLUMN&text=COLUMN]     all pairs in a source or path; the columns image and text by default
 retrieval/holdout[@RUN]                         the pairs held out by `data.holdout` of the model's run, or of RUN
 
-Pairs with the same image bytes are one item with all of their captions, including equal ones.
+Pairs with the same image bytes are one item with all of their captions, equal ones too, like in Flickr8k and COCO.
 """
 
 import contextlib
@@ -14,24 +14,21 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from xclip_jax.core import imports
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.storage import unreadable_as
 from xclip_jax.data import holdout, sources
-from xclip_jax.data.base import display_name, field
+from xclip_jax.data.base import choose, display_name, field
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.holdout import Subset
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators.base import HELD_OUT, SetKind, joined, pictures
+from xclip_jax.evaluators.base import SetKind, is_holdout, joined, pictures
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
 
 PREFIX = "retrieval/"
-_COLUMNS = "?image=COLUMN&text=COLUMN"
 
 
 def published_layout(name: str, location: str) -> contextlib.AbstractContextManager[None]:
@@ -42,11 +39,6 @@ def published_layout(name: str, location: str) -> contextlib.AbstractContextMana
 def read_json(path: pathlib.Path) -> Any:
     """Return the content of a JSON file in UTF-8."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def is_holdout(spec: str, prefix: str = PREFIX) -> bool:
-    """Whether `spec` is "holdout" or "holdout@RUN" after `prefix`."""
-    return spec.partition("@")[0] == prefix + HELD_OUT
 
 
 def query_columns(name: str) -> tuple[str, dict[str, list[str]]]:
@@ -71,54 +63,6 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
     # An unused weight, since ":2" at the end of a column's name would be taken for one.
     texts = tuple(f"{column}:1" for column in columns.get("text", DataConfig.text_columns))
     return source_name, dataclasses.replace(data, image_column=image, text_columns=texts, caption_transform="")
-
-
-def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
-    """Return {image hash: captions}, and the positions of new images in each part.
-
-    Like in Flickr8k and COCO, all captions of an image are right answers and queries, including equal ones.
-    """
-    captions: dict[str, list[str]] = {}
-    positions = []
-    for part in parts:
-        new = []
-        for i, (digits, texts) in enumerate(zip(part.hashes, part.captions, strict=True)):
-            if digits not in captions:
-                new.append(i)
-            captions.setdefault(digits, []).extend(texts)
-        positions.append(np.array(new, int))
-    return captions, positions
-
-
-def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> RetrievalSet:
-    """Open the set `spec`; captions get the command's prefix, not the prefix of published sets."""
-    name = spec.removeprefix(PREFIX)
-    where: Any = contextlib.nullcontext()
-    if is_holdout(spec):
-        specs = tuple(data.sources)
-        share = data.holdout
-        where = imports.named_by("the config of the run that holds them out")
-    else:
-        source_name, data = named_columns(name, data)
-        specs = (sources.spec_from_path(source_name),)
-        share = 1.0
-        name = specs[0] + name.removeprefix(source_name)
-    with where:
-        opened = [sources.open_pairs(source_spec, sources.source_options(data)) for source_spec in specs]
-    named = zip(specs, opened, strict=True)
-    parts = [holdout.find(source_spec, source, share, data) for source_spec, source in named]
-    total = sum(map(len, opened))
-    bad = sum(part.bad for part in parts)
-    if not any(part.captions for part in parts):
-        raise UserError(f"{spec}: none of the {total} pairs in {', '.join(specs)} can be used; see `xclip-jax check`.")
-    if bad:
-        log0(f"WARNING: {spec}: {bad:,} of the {total:,} pairs cannot be read and are left out")
-    profile = dataclasses.replace(profile, prefix=profile.prefix or "", exif_rotation=True)
-    by_image, positions = captions_by_image(parts)
-    each = zip(opened, parts, positions, strict=True)
-    images: list[Any] = [field(Subset(source, part.indices[new]), "image") for source, part, new in each]
-    origin = {"data": ", ".join(specs), "split": f"held out, {share:g}" if share < 1 else ""}
-    return captioned(name, joined(images), list(by_image.values()), list(by_image), prepare, profile, **origin)
 
 
 def captioned(
@@ -158,7 +102,42 @@ class PairSets(SetKind):
         source_name, _ = named_columns(spec.removeprefix(PREFIX), DataConfig())
         return is_holdout(spec) or bool(sources.spec_from_path(source_name))
 
-    load = staticmethod(load_pairs)
+    @classmethod
+    def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> RetrievalSet:
+        """Open the set `spec`; captions get the command's prefix, not the prefix of published sets."""
+        name = spec.removeprefix(PREFIX)
+        where: Any = contextlib.nullcontext()
+        if is_holdout(spec):
+            specs = tuple(data.sources)
+            share = data.holdout
+            where = imports.named_by("the config of the run that holds them out")
+        else:
+            source_name, data = named_columns(name, data)
+            specs = (sources.spec_from_path(source_name),)
+            share = 1.0
+            name = specs[0] + name.removeprefix(source_name)
+        with where:
+            opened = [sources.open_pairs(source_spec, sources.source_options(data)) for source_spec in specs]
+        parts = [holdout.find(*named, share, data) for named in zip(specs, opened, strict=True)]
+        total = sum(map(len, opened))
+        bad = sum(part.bad for part in parts)
+        if not any(part.captions for part in parts):
+            raise UserError(
+                f"{spec}: none of the {total} pairs in {', '.join(specs)} can be used; see `xclip-jax check`."
+            )
+        if bad:
+            log0(f"WARNING: {spec}: {bad:,} of the {total:,} pairs cannot be read and are left out")
+        profile = dataclasses.replace(profile, prefix=profile.prefix or "", exif_rotation=True)
+        images = joined([field(Subset(x, y.indices), "image") for x, y in zip(opened, parts, strict=True)])
+        captions: dict[str, list[str]] = {}  # of each image by its hash
+        first: dict[str, int] = {}  # its first position
+        pairs = [pair for part in parts for pair in zip(part.hashes, part.captions, strict=True)]
+        for i, (digits, texts) in enumerate(pairs):
+            captions.setdefault(digits, []).extend(texts)
+            first.setdefault(digits, i)
+        images = choose(images, list(first.values()))
+        origin = {"data": ", ".join(specs), "split": f"held out, {share:g}" if share < 1 else ""}
+        return captioned(name, images, list(captions.values()), list(captions), prepare, profile, **origin)
 
     @classmethod
     def shows(cls, spec: str) -> str:

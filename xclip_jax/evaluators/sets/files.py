@@ -91,37 +91,37 @@ def _similarity(spec: str, split: str, subsets: Mapping[str, Sequence[Pair]], sp
     return SimilaritySet(spec, subsets, card)
 
 
-def _senteval(spec: str, parts: Sequence[Sequence[tuple[Any, int]]], how: str) -> ProbeSet:
-    """Return a probe from (text or pair of texts, label) per split; without validation, C is chosen by ten folds."""
-    train, validation, test = parts if len(parts) == 3 else (parts[0], [], parts[1])
-    items = tuple([item for item, _ in part] for part in (train, validation, test))
-    labels = tuple(np.array([label for _, label in part], int) for part in (train, validation, test))
+def senteval(name: str, path: pathlib.Path) -> ProbeSet:
+    """Read a SentEval task: one file per class, cross-validated, or one file per split."""
+    if name in _TWO_FILES:
+        rows = [(line, label) for label, file in enumerate(_TWO_FILES[name]) for line in _lines(path / file)]
+        parts = [rows, [], []]
+        how = "nested, stratified ten-fold cross-validation"
+    else:
+        parts = [_read_split(name, path / file) for file in _SPLIT_FILES[name]]
+        how = "own splits"
+    if len(parts) == 2:
+        parts.insert(1, [])
+        how += ", C by ten folds of the training items"
+    _, validation, test = parts
+    classes = sorted({label for _, label in parts[0]})
+    items = tuple([item for item, _ in part] for part in parts)
+    labels = tuple(np.array([classes.index(label) for _, label in part], int) for part in parts)
     pairs = "difference" if isinstance(items[0][0], tuple) else ""
     features = "[|u - v|, u v] of text features before projection" if pairs else "text features before projection"
     sweep = _SWEEP if validation or not test else _SWEEP_BY_FOLDS
     card = Provenance(
-        data=spec.partition("@")[0],
+        data=name,
         split_hash=digest([*(item for part in items for item in part), *(part.tolist() for part in labels)]),
         metric="linear/top1",
         protocol=f"logistic regression on {features}, C of {sweep.coarse[0]:g}..{sweep.coarse[-1]:g}; {how}",
     )
     folds = 0 if validation else _FOLDS
+    spec = f"{name}@{path}"
     return ProbeSet(spec, *items, {"": labels}, sweep, neighbours=False, pairs=pairs, folds=folds, card=card)
 
 
-def senteval(name: str, path: pathlib.Path) -> ProbeSet:
-    """Read a SentEval task: one file per class, cross-validated, or one file per split."""
-    if name in _TWO_FILES:
-        rows = [(line, label) for label, file in enumerate(_TWO_FILES[name]) for line in _lines(path / file)]
-        return _senteval(f"{name}@{path}", [rows, []], "nested, stratified ten-fold cross-validation")
-    parts = [_read_split(name, path / file) for file in _SPLIT_FILES[name]]
-    number = {label: i for i, label in enumerate(sorted({label for _, label in parts[0]}))}
-    numbered = [[(item, number[label]) for item, label in part] for part in parts]
-    how = "own splits" if len(parts) == 3 else "own splits, C by ten folds of the training items"
-    return _senteval(f"{name}@{path}", numbered, how)
-
-
-def _read_split(name: str, path: pathlib.Path) -> list[tuple[Any, str]]:
+def _read_split(name: str, path: pathlib.Path) -> list[tuple[Any, Any]]:
     if name == "sicke":
         return [((row["sentence_A"], row["sentence_B"]), row["entailment_judgment"]) for row in _rows(path)]
     lines = _lines(path)
@@ -229,9 +229,9 @@ def xflickrco(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]
     return _photographs(path, [record["img_path"] for record in records]), captions
 
 
-def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing, profile: Profile) -> RetrievalSet:
+def coco_captions(name: str, data_dir: str, prepare: Preprocessing, profile: Profile) -> RetrievalSet:
     """Read Karpathy's test split of COCO from TFDS."""
-    source, info = open_tfds("coco_captions", "test", data_dir)
+    source, info = open_tfds("coco_captions", "test", data_dir or None)
     records = (source[i] for i in range(len(source)))  # a list would keep gigabytes of images
     captions, ids = zip(*((lookup(r, "captions/text"), int(r["image/id"])) for r in records), strict=True)
     origin = {"data": name, "split": "test", "version": str(info.version)}
@@ -245,45 +245,42 @@ READERS: Mapping[str, Callable[[str, pathlib.Path], SimilaritySet | ProbeSet]] =
     **dict.fromkeys((*_TWO_FILES, *_SPLIT_FILES), senteval),
 }
 GLUE = tuple(f"glue/{task}" for task in tasks.TASKS)
-IN_TFDS = ("coco_retrieval",)
-RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval", "flickr8k_retrieval")
+IN_TFDS = "coco_retrieval"
+RETRIEVAL = (IN_TFDS, "flickr30k_retrieval", "flickr8k_retrieval")
 LANGUAGES = {"xm3600": xm3600, "multi30k": multi30k, "xtd10": xtd10, "xflickrco": xflickrco}
-_AT_PATH = (*READERS, *RETRIEVAL, *GLUE)
-
-
-def load(
-    spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile
-) -> SimilaritySet | ProbeSet | RetrievalSet:
-    """Open the set `spec`, see the module's docstring."""
-    name, _, location = spec.partition("@")
-    path = pathlib.Path(location).expanduser()
-    data_dir = data.dir or None
-    with published_layout(name, location):
-        if name in GLUE:
-            return glue(name, str(path))
-        family, _, language = name.partition("/")
-        if family in LANGUAGES:
-            images, captions = LANGUAGES[family](language, path)
-            plain = dataclasses.replace(profile, prefix=profile.prefix or "")  # a profile's prefix is English
-            return captioned(spec, images, captions, contents(images), prepare, plain, data=name, split="test")
-        if name in RETRIEVAL and location:
-            return karpathy(name, path, prepare, profile)
-        if name in RETRIEVAL:
-            return coco_captions(name, data_dir, prepare, profile)
-        return READERS[name](name, path)
 
 
 class FileSets(SetKind):
     """Texts and captions in their published layout, and from TFDS."""
 
-    prefixes = tuple(dict.fromkeys([*READERS, *RETRIEVAL, *LANGUAGES, "glue"]))
-    load = staticmethod(load)
+    prefixes = (*READERS, *RETRIEVAL, *LANGUAGES, "glue")
+
+    @classmethod
+    def load(
+        cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile
+    ) -> SimilaritySet | ProbeSet | RetrievalSet:
+        name, _, location = spec.partition("@")
+        path = pathlib.Path(location).expanduser()
+        with published_layout(name, location):
+            if name in GLUE:
+                return glue(name, str(path))
+            family, _, language = name.partition("/")
+            if family in LANGUAGES:
+                images, captions = LANGUAGES[family](language, path)
+                plain = dataclasses.replace(profile, prefix=profile.prefix or "")  # a profile's prefix is English
+                return captioned(spec, images, captions, contents(images), prepare, plain, data=name, split="test")
+            if spec == IN_TFDS:
+                return coco_captions(name, data.dir, prepare, profile)
+            if name in RETRIEVAL:
+                return karpathy(name, path, prepare, profile)
+            return READERS[name](name, path)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
         name, _, path = spec.partition("@")
-        in_language = name.partition("/")[0] in LANGUAGES and bool(name.partition("/")[2])
-        return (bool(path) and (name in _AT_PATH or in_language)) or spec in IN_TFDS
+        family, _, language = name.partition("/")
+        known = name in (*READERS, *RETRIEVAL, *GLUE) or (family in LANGUAGES and bool(language))
+        return spec == IN_TFDS or (known and bool(path))
 
     @classmethod
     def shows(cls, spec: str) -> str:

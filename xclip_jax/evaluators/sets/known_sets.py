@@ -142,27 +142,27 @@ class Content:
     templates: Sequence[str] = ()
 
 
-def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
-    """Open a set; return its name, entry, and images with their published class names."""
+def read(spec: str, data_dir: str) -> Content:
+    """Open a set, with the published names of its classes."""
     name, _, path = spec.partition("@")
     entry = ENTRIES[name]
     if not path and not entry.tfds:
         how = "its folder objectnet-1.0" if name == "objectnet" else "a CSV file or a folder with sub-folders per class"
         raise UserError(f"{name} is not in TFDS; write {name}@PATH, {how}.")
     if name == "objectnet":
-        return name, entry, read_objectnet(path)
+        return read_objectnet(path)
     if path:
         images, labels, classes = read_files(name, pathlib.Path(path))
         labels, classes = _published(spec, labels, classes, data_dir)
-        return name, entry, Content(images, labels, classes, path)
-    content = read_tfds(name, entry, entry.split, data_dir)
+        return Content(images, labels, classes, path)
+    content = read_tfds(entry, entry.split, data_dir)
     labels = content.labels
     classes = prompts.class_names(entry.names, content.classes) if entry.names else content.classes
     if entry.classes:
         number = {whole: i for i, whole in enumerate(entry.classes)}
         labels = np.array([number[label] for label in labels.tolist()], int)
         classes = [classes[i] for i in entry.classes]
-    return name, entry, dataclasses.replace(content, labels=labels, classes=classes)
+    return dataclasses.replace(content, labels=labels, classes=classes)
 
 
 def read_objectnet(location: str) -> Content:
@@ -190,26 +190,21 @@ def read_objectnet(location: str) -> Content:
     return Content(pixels, labels[kept], list(classes.values()), location, identity=contents(paths))
 
 
-def read_tfds(name: str, entry: Entry, split: str, data_dir: str | None) -> Content:
+def read_tfds(entry: Entry, split: str, data_dir: str) -> Content:
     """Open a split of an entry's TFDS data set, with the data set's labels."""
-    source, info = open_tfds(entry.tfds, split, data_dir)
+    source, info = open_tfds(entry.tfds, split, data_dir or None)
     values = [source[i][entry.label] for i in range(len(source))]  # no image is decoded
     feature = info.features[entry.label]
     classes = list(getattr(feature, "feature", feature).names)
     if np.ndim(values[0]):
-        labels = np.zeros((len(values), len(classes)), bool)
-        for row, value in zip(labels, values, strict=True):
-            row[np.asarray(value, int)] = True
-    else:
-        labels = np.array(values, int)
+        values = [np.isin(np.arange(len(classes)), value) for value in values]
     version = str(info.version)
     data = entry.tfds.partition(":")[0]
-    return Content(field(source, "image"), labels, classes, data, version, entry.split, [data, version, split])
+    identity = [data, version, split]
+    return Content(field(source, "image"), np.array(values), classes, data, version, entry.split, identity)
 
 
-def _published(
-    spec: str, labels: np.ndarray, classes: Sequence[str], data_dir: str | None
-) -> tuple[np.ndarray, list[str]]:
+def _published(spec: str, labels: np.ndarray, classes: Sequence[str], data_dir: str) -> tuple[np.ndarray, list[str]]:
     """Return labels and names of the published classes, from labels of NAME@PATH with the names `classes`."""
     name, _, path = spec.partition("@")
     entry = ENTRIES[name]
@@ -219,14 +214,13 @@ def _published(
         whole = prompts.published(entry.names)
     elif all(map(_is_number, tfds_labels)):  # in TFDS, names come with the images
         number = next(filter(_is_number, classes), None)
-        expected = len(tfds_labels)
-        if number is None and expected in (0, len(classes)):
+        expected = len(tfds_labels) or len(classes)
+        if number is None and len(classes) == expected:
             return labels, list(classes)
-        has = f"{len(classes)} classes, not {expected}" if number is None else f"a class {number!r}, a number"
         prepare = f", prepare {entry.tfds} with TFDS," if entry.tfds else ""
         raise UserError(
-            f"{name}: {path!r} has {has}, and the names of {name}'s classes are not known here. Name all of the set's "
-            f"classes as published{prepare} or evaluate folder:PATH or csv:PATH."
+            f"{name}: {path!r} has {len(classes)} classes, such as {number or classes[0]!r}, and the names of {name}'s "
+            f"{expected} classes are unknown here. Name all as published{prepare} or evaluate folder:PATH or csv:PATH."
         )
     else:
         whole = [prompts.readable(label) for label in tfds_labels] if entry.readable else tfds_labels
@@ -256,10 +250,10 @@ def _is_number(label: str) -> bool:
 
 
 @functools.cache
-def _tfds_labels(name: str, feature: str, data_dir: str | None) -> list[str]:
+def _tfds_labels(name: str, feature: str, data_dir: str) -> list[str]:
     """Return the labels of a TFDS data set, prepared or not; [] if this version of TFDS lacks it."""
     try:
-        return list(tfds.builder(name, data_dir=data_dir).info.features[feature].names)
+        return list(tfds.builder(name, data_dir=data_dir or None).info.features[feature].names)
     except Exception:  # files can be read without TFDS
         return []
 
@@ -303,6 +297,5 @@ class DenseSets(SetKind):
             metric="miou",
         )
         classes = ["pet", "background"]
-        none = MaskedImages([], [])
         texts = prompts.prompts(classes, prompts.chosen("imagenet", profile))
-        return DenseSet(spec, classes, train, none, test, prepare, card, texts)
+        return DenseSet(spec, classes, train, MaskedImages([], []), test, prepare, card, texts)
