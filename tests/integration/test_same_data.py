@@ -134,6 +134,14 @@ def test_hosts_compare_what_they_could_read(run, monkeypatch):
     assert differing == [{"source 0"}, {"source 0"}, set()]
 
 
+def test_hosts_may_list_the_keys_of_a_fingerprint_in_another_order(run, monkeypatch):
+    compared = compare(monkeypatch)
+    made = run.prepare()
+    for files in ({"a": 1, "b": 2}, {"b": 2, "a": 1}):
+        checks.check_same_data(made.experiment, [{"samples": 2, "files": files}], ())
+    assert compared[0] == compared[1]
+
+
 @pytest.mark.parametrize("weights", [(), (0.7, 0.3)])
 def test_captions_are_compared_by_source(weights, tmp_path):
     folders = [tiny.folder(tmp_path / name, 12) for name in "ab"]

@@ -62,7 +62,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         # Published SigLIPs split 384 pixels into patches of 14 and ignore the border; elsewhere it is likely a mistake.
         if self.image_size % self.patch and (self.pool != "map" or not self.grid):
             nearest = max(round(self.image_size / self.patch), 1) * self.patch
-            yield f"image_size {self.image_size} must be a multiple of patch {self.patch}; the nearest is {nearest}"
+            yield f"image_size {self.image_size} must be a multiple of patch {self.patch}; set it to {nearest}"
         yield from super().conflicts()
 
     @property

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -183,10 +184,12 @@ def check_same_data(
         return
     facts: dict[str, Any] = {}
     if experiment.config.data.tokenizer not in tokenizer.NAMES:
-        facts["tokenizer file"] = hashlib.sha256(tokenizer.read_file(experiment.config.data.tokenizer)).hexdigest()
+        content = tokenizer.read_file(experiment.config.data.tokenizer)
+        facts["tokenizer file"] = hashlib.sha256(content).hexdigest()[:12]
     for number, fingerprint in enumerate(fingerprints):
         whole = {key: value["digest"] if key in OUTCOMES else value for key, value in fingerprint.items()}
-        facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest([whole])}"
+        ordered = json.dumps(whole, sort_keys=True, default=str)  # hosts may list the same keys in another order
+        facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest([ordered])}"
     # Hosts with other items would wait for each other's batches, or measure a mixture.
     for number, evaluator in enumerate(evaluators):
         facts[f"evaluation set {number}, {evaluator.name}"] = f"hash {evaluator.data.card.split_hash}"
