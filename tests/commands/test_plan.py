@@ -152,7 +152,7 @@ def test_the_cheapest_step_that_fits(monkeypatch, memory):
 
 def test_the_command_of_a_plan_trains():
     """Its own flags are left out, in each form that absl takes; a value may begin with a minus."""
-    arguments = ["--config", "demo:steps=9", "-topology", "v5e:2x4", "--fit", "--hlo=x y", "--config.run=a b"]
+    arguments = ["--config", "demo:steps=9", "-topology", "v5e:2x4", "--hlo=x y", "--fit", "--config.run=a b"]
     arguments += ["--config.mesh.data", "-1", "--topology=v5e:2x4", "--fit=true"]
     assert plan.train_command(arguments, ["--config.x=1"]) == (
         "xclip-jax train --config demo:steps=9 '--config.run=a b' --config.mesh.data -1 --config.x=1"

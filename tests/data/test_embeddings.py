@@ -40,3 +40,5 @@ def test_a_damaged_file_is_named(tmp_path):
     for read in (embeddings.read, embeddings.about):
         with pytest.raises(UserError, match=r"x\.parquet is damaged"):
             read(tmp_path / "x.parquet")
+        with pytest.raises(FileNotFoundError, match=r"none\.parquet"):
+            read(tmp_path / "none.parquet")

@@ -117,11 +117,12 @@ def _show_suspects(source: Source, good: Sequence[Sample], options: argparse.Nam
         if not read:
             continue
         names = list(dict.fromkeys(caption for _, sample in read for caption in sample.captions))
+        column = {name: i for i, name in enumerate(names)}
         answer = options.model.zero_shot([image for image, _ in read], names, ["{}"], by=score)
         likelihoods = answer.scores if clusters else answer.probabilities
         for (_, sample), label, row in zip(read, answer.labels, likelihoods.tolist(), strict=True):
             right.append(label in sample.captions)
-            own = {caption: row[names.index(caption)] for caption in sample.captions}
+            own = {caption: row[column[caption]] for caption in sample.captions}
             if not clusters:  # captions compete with captions for other images, but not with each other
                 foreign = max(1 - sum(own.values()), 0)
                 own = {caption: p / max(p + foreign, 1e-30) for caption, p in own.items()}

@@ -142,7 +142,8 @@ def train_command(arguments: Sequence[str], changes: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("topology", "hlo", "fit"):
         parser.add_argument(f"-{name}", f"--{name}", nargs="?")
-    _, others = parser.parse_known_args(arguments)
+    # Alone, --fit has no value, but argparse would take the next word.
+    _, others = parser.parse_known_args([word for word in arguments if word not in ("-fit", "--fit")])
     return shlex.join(["xclip-jax", "train", *others, *changes])
 
 

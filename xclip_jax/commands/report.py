@@ -58,7 +58,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
     path = as_path(flags.output or ("comparison.html" if several else RunReader(flags.runs[0]).report_file))
     if not is_remote(str(path)):  # before the predictions
         check_file("--output", path)
-    specs = registry.expand_suites(flags.sets) if flags.sets else ()
+    specs = registry.expand_suites(flags.sets) if flags.sets.strip(" ,") else ()
     of_runs = [(*record.config.eval.sets_at_end, *record.config.eval.sets) for record in records]
     specs = specs or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
     first = records[0].config

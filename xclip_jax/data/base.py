@@ -287,20 +287,27 @@ def strip_texts(values: Iterable[Any]) -> list[str]:
     return [text for text in texts if text]
 
 
-def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], list[Any]]) -> Record:
+def pair(
+    image: Any,
+    name: str,
+    options: SourceOptions,
+    read: Callable[[str], list[Any]],
+    read_other: Callable[[str], list[Any]] | None = None,
+) -> Record:
     """Return a record with "id" `name`, whose texts are the strings that `read` returns for each key of `options`.
 
-    A single string of keywords is split at commas. `BadSample` for unreadable texts or no caption, if `options` require
-    captions; else the record has no texts.
+    `read_other` is for keywords and negatives, by default `read`; a single string of keywords is split at commas.
+    `BadSample` for unreadable texts or no caption, if `options` require captions; else the record has no texts.
     """
+    read_other = read_other or read
     try:
         columns = {key: read(key) for key in options.text_columns}
         texts = {key: strip_texts(values) for key, values in columns.items()}
         if options.captions and not any(texts.values()):
             raise _no_caption(columns)
-        tags = strip_texts(read(options.tags_key)) if options.tags_key else []
+        tags = strip_texts(read_other(options.tags_key)) if options.tags_key else []
         tags = strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
-        negatives = [wrong for key in options.negative_columns for wrong in strip_texts(read(key))]
+        negatives = [wrong for key in options.negative_columns for wrong in strip_texts(read_other(key))]
     except BadSample:
         if options.captions:
             raise

@@ -74,4 +74,5 @@ def about(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _naming(path: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
-    return unreadable_as(f"{path} is damaged or another program's, or cannot be read; name another file, or delete it")
+    os.stat(path)  # an error of the path is no damage
+    return unreadable_as(f"{path} is damaged or another program's; delete it, or name another file")

@@ -258,7 +258,10 @@ def batches(
     Row r of global batch g is sample g * batch + r of the run: the global batches are the same on any number of hosts
     and from any start. Host h reads the h-th of `hosts` contiguous parts or, with `shards`, these parts of
     hosts * len(shards), one after another, see `mesh.BatchPart`. A bad sample is replaced by another one of its
-    source, which depends only on the seed and the position; without a `ledger` it raises `UserError`.
+    source, which depends only on the seed and the position.
+
+    Raises:
+      UserError: a bad sample without a `ledger`, or no usable sample for a position.
     """
     shards = shards or (host,)
     n = batch // (hosts * len(shards))

@@ -124,7 +124,7 @@ def linear(train: Labelled, validation: Labelled, test: Labelled, classes: int, 
     random tenth of `train`, at least one item, is held out for the search.
     Returns 1.0 for right test items, else 0.0 (n,), and {"log10_c": the choice}.
     """
-    whole = together(train, validation) if sweep.refit else train
+    given = train, validation
     if not len(validation[1]):
         order = np.random.default_rng(0).permutation(len(train[1]))
         tenth = max(1, len(order) // 10)
@@ -132,6 +132,7 @@ def linear(train: Labelled, validation: Labelled, test: Labelled, classes: int, 
         validation, train = ((x[part], y[part]) for part in (order[:tenth], order[tenth:]))
     best = search(train, validation, classes, sweep, score) if len(sweep.coarse) > 1 else sweep.coarse[0]
     del train, validation  # if a tenth was held out, a copy of most features
+    whole = together(*given) if sweep.refit else given[0]
     logits = logistic.fit(*whole, [best], classes, tolerance=sweep.tolerance).logits(test[0])[0]
     return is_right(logits, test[1]), {"log10_c": float(np.log10(best))}
 

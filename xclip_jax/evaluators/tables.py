@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -204,7 +205,8 @@ def compare(a: str, b: str, *, step: int | None = None, refused: list[str] | Non
     entries_b, items_b = _select(b, step)
     compared = []
     for name in dict.fromkeys(entry["set"] for entry in entries_a):
-        pairs = [(x, y) for x in entries_a for y in entries_b if x["set"] == y["set"] == name]
+        of_both = ([entry for entry in entries if entry["set"] == name] for entries in (entries_a, entries_b))
+        pairs = list(itertools.product(*of_both))
         if not pairs:
             continue
         same = [(x, y) for x, y in pairs if x["profile"] == y["profile"] and x["changes"] == y["changes"]]

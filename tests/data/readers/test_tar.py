@@ -110,6 +110,11 @@ def test_captions_from_json(plain, tmp_path):
         options = base.SourceOptions(text_columns=("captions/text",), tags_key=key)
         record = TarSource(str(tmp_path / "0.tar"), options)[0]
         assert record["text"] == ["a fox", "red fur"] and record["tags"] == tags
+    # "text" is the caption's file only for captions.
+    content = {"jpg": bad_tars.jpeg(0), "txt": b"a fox", "json": b'{"text": "a hen"}'}
+    bad_tars.shard(tmp_path / "1.tar", [("a", content)])
+    record = TarSource(str(tmp_path / "1.tar"), base.SourceOptions(tags_key="text", negative_columns=("text",)))[0]
+    assert (record["text"], record["tags"], record["negatives"]) == (["a fox"], ["a hen"], ["a hen"])
 
 
 def test_json_that_is_nested_or_holds_half_a_letter(tmp_path):

@@ -33,10 +33,10 @@ class FolderSource(Source):
             self._root = os.path.commonprefix(self.images).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
         has_captions = not self.options.captions or any(map(os.path.isfile, map(_caption_file, self.images)))
         if not self.images or not has_captions:
-            raise UserError(
-                f"{str(place)!r} has {len(self.images)} images ({', '.join(IMAGE_SUFFIXES)}), and none has a caption, "
-                "a .txt file of the same name; name another folder or, if a table has the captions, csv:FILE."
-            )
+            remedy = "none has a caption, a .txt file of the same name; if a table has the captions, name it, csv:FILE"
+            if not self.images:
+                remedy = "name another folder"
+            raise UserError(f"{str(place)!r} has {len(self.images)} images ({', '.join(IMAGE_SUFFIXES)}); {remedy}.")
 
     def __len__(self) -> int:
         return len(self.images)

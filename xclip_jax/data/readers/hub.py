@@ -31,12 +31,15 @@ _MAX_MESSAGE = 300  # letters of an error message of `datasets`
 @contextlib.contextmanager
 def _package(spec: str) -> Iterator[Any]:
     """Provide the package `datasets` and convert its errors to `UserError`."""
-    package = import_extra("datasets", "datasets", spec)
     try:
-        yield package
+        yield import_extra("datasets", "datasets", spec)
+    except UserError:
+        raise
     except Exception as error:  # an unknown split or configuration, no connection, a full disk, ...
         message = " ".join(str(error).split())[:_MAX_MESSAGE].rstrip(".") or type(error).__name__
         remedy = f"check the name, or {hub_client.LOG_IN}"
+        if isinstance(error, ImportError):
+            remedy = "install it"
         raise UserError(f"{spec}: datasets cannot open it: {message}; {remedy}.") from error
 
 

@@ -95,22 +95,25 @@ class TarSource(Source):
             raise BadSample("image file is empty")
 
         @functools.cache
-        def fields() -> Any:
-            content = decode_utf8(parts["json"] or b"{}")
+        def content() -> Any:
+            text = decode_utf8(parts["json"] or b"{}")
             try:
-                return json.loads(content)
+                return json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise BadSample("JSON file is damaged", str(error)) from error
 
-        def values(key: str) -> list[Any]:
-            if key != "text" or key not in parts:
-                return json_values(fields(), key)
+        def field(key: str) -> list[Any]:
+            return json_values(content(), key)
+
+        def caption(key: str) -> list[Any]:
+            if key != "text":
+                return field(key)
             if parts["text"] is None and len(self.options.text_columns) == 1:
                 raise BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
             return [decode_text(parts["text"] or b"")]
 
         name = f"{redact(tar)}#{row['key'].decode(errors='replace')}"
-        return pair(parts["image"], name, self.options, values)
+        return pair(parts["image"], name, self.options, caption, field)
 
     def _read(self, tar: str, row: np.void, parts: Sequence[str]) -> dict[str, bytes | None]:
         """Return the content of some files of a sample, None for missing ones."""

@@ -17,6 +17,7 @@ from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, check
 
 B = TypeVar("B", bound=tfds.core.DatasetBuilder)
 _FORM = "tfds:NAME/SPLIT"
+_LONGEST = 500  # letters of an error message of TFDS, which may list all data sets
 
 
 def lookup(record: Record, key: str) -> list[Any]:
@@ -35,16 +36,20 @@ def open_tfds(
 
     `UserError` for an unknown data set or split, or one not prepared for random access.
     """
-    folder = f" --data_dir={data_dir}" if data_dir else ""
-    with storage.unreadable_as(
-        f"TFDS data set {spec!r}, split {split!r}, cannot be read; check both names, or prepare the set once, with "
-        f"`pip install 'xclip_jax[tfds-prepare]'` and `tfds build {spec} --file_format=array_record{folder}`"
-    ):
+    try:
         builder: Any = tfds.builder(spec, data_dir=data_dir)
         features = builder.info.features
         encoded = image_column in features and isinstance(features[image_column], tfds.features.Image)
         decoders = {image_column: tfds.decode.SkipDecoding()} if encoded else None
         return builder.as_data_source(split, decoders=decoders), builder.info
+    except Exception as error:  # unknown, not prepared, prepared without random access, an unknown split, ...
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST].rstrip(".")
+        folder = f" --data_dir={data_dir}" if data_dir else ""
+        raise UserError(
+            f"TFDS data set {spec!r}, split {split!r}, cannot be read; check both names, or prepare the set once, with "
+            f"`pip install 'xclip_jax[tfds-prepare]'` and `tfds build {spec} --file_format=array_record{folder}` "
+            f"({reason})."
+        ) from error
 
 
 class TfdsSource(Source):

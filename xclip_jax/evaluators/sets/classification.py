@@ -109,8 +109,9 @@ def read_translated(spec: str, data_dir: str) -> tuple[Content, str]:
         numbers, classes, templates = reader(path, name.partition("/")[2])
         if len(numbers) != len(classes):
             raise ValueError(f"{len(classes)} names for {len(numbers)} classes")
-        content = read(f"imagenet@{folder / 'val'}" if (folder / "val").is_dir() else "imagenet", data_dir)
-        position = np.full(len(content.classes), -1)
+    content = read(f"imagenet@{folder / 'val'}" if (folder / "val").is_dir() else "imagenet", data_dir)
+    position = np.full(len(content.classes), -1)
+    with published_layout(spec, location):
         position[numbers] = np.arange(len(numbers))
     kept = np.flatnonzero(position[content.labels] >= 0)
     content = dataclasses.replace(

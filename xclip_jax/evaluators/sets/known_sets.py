@@ -217,10 +217,11 @@ def _published(spec: str, labels: np.ndarray, classes: Sequence[str], data_dir: 
         expected = len(tfds_labels) or len(classes)
         if number is None and len(classes) == expected:
             return labels, list(classes)
+        has = f"{len(classes)} classes, not {expected}" if number is None else f"a class {number!r}, a number"
         prepare = f", prepare {entry.tfds} with TFDS," if entry.tfds else ""
         raise UserError(
-            f"{name}: {path!r} has {len(classes)} classes, such as {number or classes[0]!r}, and the names of {name}'s "
-            f"{expected} classes are unknown here. Name all as published{prepare} or evaluate folder:PATH or csv:PATH."
+            f"{name}: {path!r} has {has}, and the names of {name}'s classes are unknown here. Name all of them as "
+            f"published{prepare} or evaluate folder:PATH or csv:PATH."
         )
     else:
         whole = [prompts.readable(label) for label in tfds_labels] if entry.readable else tfds_labels
