@@ -202,7 +202,9 @@ def test_recorded_runs_are_of_declared_arms():
     record = records.read((ROOT / "tests/studies/golden/record.jsonl").read_text())  # of e2fee370
     changes = spaces.changes_of("xclip", spaces.TEAMS["xclip"][2], 1280)
     arm = stages.arm_of("final_xclip", "", "xclip", changes, (3,), "split=train")
-    assert study.run(arm, 3).key == record.key and record.value("photographs/test_unseen", "") == 50.0
+    assert (
+        stages.Photographs({}, {}).run(arm, 3).key == record.key and record.value("photographs/test_unseen", "") == 50.0
+    )
 
 
 def test_the_page(tmp_path, monkeypatch):
