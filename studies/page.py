@@ -50,9 +50,8 @@ def estimate_text(value: Estimate | None, measure: Measure, *, difference: bool 
     factor = ""
     if measure.ratio:
         value = value.mapped(math.exp)
-        if difference:
-            form = ".2f"
-            factor = "x "
+        form = ".2f"
+        factor = "x " if difference else ""
     interval = f"(n = {value.n})" if value.n < MIN_SEEDS else f"[{value.low:{form}}, {value.high:{form}}]"
     return f"{factor}{value.mean:{form}} {interval}"
 

@@ -49,11 +49,8 @@ def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
     text += ["## The recommended recipe", "", "Points behind the best setting, on validation.", "", *regrets(matrix)]
     text += ["## Length and search", "", _length(matrix), ""]
     for team in spaces.TEAMS:
-        winner, by_own = (
-            ", ".join(f"{name} {value:g}" for name, value in settings.get(team, {}).items())
-            for settings in (matrix.chosen, matrix.by_own)
-        )
-        text += [f"Winner of {team}: {winner or 'open'}."]
+        winner, by_own = (spaces.in_words(settings.get(team, {})) for settings in (matrix.chosen, matrix.by_own))
+        text += [f"Winner of {spaces.TITLES[team]}: {winner or 'open'}."]
         text += [f"By the embeddings' similarity alone: {by_own}.", ""] if winner and by_own != winner else [""]
     searched = [arm.name for arm in matrix.study.arms if arm.name.startswith(("pilot_", "search"))]
     text += page.arms(matrix, searched, MEASURES)

@@ -27,6 +27,14 @@ TEAMS: dict[str, list[Settings]] = {
     ],
 }
 
+TITLES = {"clip": "CLIP", "xclip": "xCLIP"}
+
+
+def in_words(settings: Settings) -> str:
+    """Return "rate 0.004, warm-up 0.6, smoothing 0"."""
+    names = {"lr": "rate", "warmup": "warm-up"}
+    return ", ".join(f"{names.get(key, key)} {value:g}" for key, value in settings.items())
+
 
 def changes_of(objective: str, settings: Settings, steps: int) -> Settings:
     """Return the changes of an arm by its team's settings, as far as its recipe's objective has them."""

@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 from studies.declaration import Arm, Measure, Study
 from studies.matrix import Matrix
 from studies.photographs.claims import BOTH_WAYS, CLAIMS
-from studies.photographs.spaces import CONTROLS, TEAMS, TIMED, Settings, changes_of
+from studies.photographs.spaces import CONTROLS, TEAMS, TIMED, TITLES, Settings, changes_of, in_words
 from studies.records import RunRecord
 
 RECIPE, ICONS = "studies/photographs/recipe.py", "studies/icons/recipe.py"
@@ -179,7 +179,8 @@ class Photographs(Matrix):
             arms = []
             for i in left:
                 changes = changes_of(team, TEAMS[team][i], steps)
-                arms.append(arm_of(f"search{number}_{team}_{i + 1}", f"{team} {i + 1}", team, changes, seeds))
+                title = f"{TITLES[team]}, {in_words(TEAMS[team][i])}, {steps:,} steps"
+                arms.append(arm_of(f"search{number}_{team}_{i + 1}", title, team, changes, seeds))
             self.study.arms.extend(arms)
             runs = [self.complete(arm) for arm in arms]
             if not all(runs):
@@ -204,9 +205,8 @@ class Photographs(Matrix):
         return 0
 
     def _final(self, team: str, steps: int) -> Arm:
-        title = {"clip": "CLIP", "xclip": "xCLIP"}[team]
         changes = changes_of(team, self.chosen[team], steps)
-        return arm_of(f"final_{team}", title, team, changes, SEEDS, "split=train")
+        return arm_of(f"final_{team}", TITLES[team], team, changes, SEEDS, "split=train")
 
     def _control(self, name: str, steps: int) -> Arm:
         title, objective, team, own = CONTROLS[name]
@@ -238,7 +238,8 @@ class Photographs(Matrix):
                 name = f"captions_{captions}{'' if own else '_pairs'}_{team}"
                 changes = changes_of(team, self.chosen[team], steps[team]) | own
                 data = f"split=train,captions={captions}"
-                arms.append(arm_of(name, f"{team}, {captions}", team, changes, seeds, data))
+                title = f"{TITLES[team]}, {captions} captions{'' if own else ', equal ones not matching'}"
+                arms.append(arm_of(name, title, team, changes, seeds, data))
         return arms
 
     def _batches(self, steps: Mapping[str, int]) -> list[Arm]:
@@ -250,7 +251,7 @@ class Photographs(Matrix):
                 scaled = settings | {"lr": settings["lr"] * math.sqrt(batch / 256)}
                 changes = changes_of(team, scaled, round(steps[team] * 256 / batch)) | {"data.batch": batch}
                 name = f"batch_{batch}_{team}"
-                arms.append(arm_of(name, f"{team}, batch {batch}", team, changes, CONTROL_SEEDS, "split=train"))
+                arms.append(arm_of(name, f"{TITLES[team]}, batch {batch}", team, changes, CONTROL_SEEDS, "split=train"))
         return arms
 
 

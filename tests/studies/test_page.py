@@ -14,8 +14,8 @@ def test_tables():
     assert page.arms(matrix, ["clip", "xclip"], made.MEASURES) == [
         "| arm | runs | top-1 | mean | rank |",
         "| --- | --- | --- | --- | --- |",
-        "| clip | 2 | 5.0 (n = 2) | 7.5 (n = 2) | 9.8 (n = 2) |",
-        "| xclip | 1 of 2 | 8.0 (n = 1) | 12.0 (n = 1) | 16.0 (n = 1) |",
+        "| clip | 2 | 5.0 (n = 2) | 7.5 (n = 2) | 9.80 (n = 2) |",
+        "| xclip | 1 of 2 | 8.0 (n = 1) | 12.0 (n = 1) | 16.00 (n = 1) |",
         "",
     ]
     assert "| xclip | +4.0 (n = 1) | +6.0 (n = 1) | x 2.00 (n = 1) |" in page.differences(matrix, "clip", ["xclip"])

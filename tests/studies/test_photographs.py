@@ -210,7 +210,7 @@ def test_recorded_runs_are_of_declared_arms():
 def test_the_page(tmp_path, monkeypatch):
     command.main(["--page", "--home", str(tmp_path), "--docs", str(tmp_path)])
     text = (tmp_path / "tables.md").read_text()
-    assert "**39 runs are missing.**" in text and "Winner of xclip: open." in text and "Undecided" in text
+    assert "**39 runs are missing.**" in text and "Winner of xCLIP: open." in text and "Undecided" in text
     assert [path.name for path in tmp_path.iterdir()] == ["tables.md"]
 
     study = finish(monkeypatch, 9999, arms="pilot")
@@ -225,7 +225,7 @@ def test_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "values", lambda name, _: {i: i + name.endswith(ahead) for i in study.finished(name)})
     study.by_own["clip"] = {"lr": 0.5}
     lines = page.lines(study, page.charts_of(study))
-    assert [line for line in lines if "alone" in line] == ["By the embeddings' similarity alone: lr 0.5."]
+    assert [line for line in lines if "alone" in line] == ["By the embeddings' similarity alone: rate 0.5."]
     assert "| photographs/validation_known top1 | +0.0 | +1.5 |" in lines  # after equal shares of the time
     assert {"![differences](differences.svg)", "![validation_known_top1](validation_known_top1.svg)"} <= set(lines)
     assert "Validation chose to read models with two heads by the embeddings' similarity." in lines
