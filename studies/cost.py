@@ -57,7 +57,7 @@ def stepper(config: ml_collections.ConfigDict) -> Callable[[], float]:
 
 
 def compare(
-    config: ml_collections.ConfigDict, clock: ml_collections.ConfigDict, *, turns: int = 48, steps: int = 3
+    config: ml_collections.ConfigDict, clock: ml_collections.ConfigDict, *, turns: int = 192, steps: int = 3
 ) -> dict[str, Any]:
     """Return "ratio", the median over turns of the ratio of the median steps, and its quartiles "low" and "high".
 

@@ -15,7 +15,6 @@ from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import tokenizer
 from xclip_jax.evaluators.base import Evaluator
-from xclip_jax.evaluators.results import digest
 from xclip_jax.processes import runtime
 from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
@@ -184,14 +183,17 @@ def check_same_data(
         return
     facts: dict[str, Any] = {}
     if experiment.config.data.tokenizer not in tokenizer.NAMES:
-        content = tokenizer.read_file(experiment.config.data.tokenizer)
-        facts["tokenizer file"] = hashlib.sha256(content).hexdigest()[:12]
+        facts["tokenizer file"] = _hash(tokenizer.read_file(experiment.config.data.tokenizer))
     for number, fingerprint in enumerate(fingerprints):
         whole = {key: value["digest"] if key in OUTCOMES else value for key, value in fingerprint.items()}
-        ordered = json.dumps(whole, sort_keys=True, default=str)  # hosts may list the same keys in another order
-        facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest([ordered])}"
+        content = json.dumps(whole, sort_keys=True, default=str)  # hosts may list the same keys in another order
+        facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {_hash(content.encode())}"
     # Hosts with other items would wait for each other's batches, or measure a mixture.
     for number, evaluator in enumerate(evaluators):
         facts[f"evaluation set {number}, {evaluator.name}"] = f"hash {evaluator.data.card.split_hash}"
     remedy = "all processes have to read the same data.sources, data.tokenizer and evaluation sets, and all records"
     peers.check_same(facts, remedy)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
