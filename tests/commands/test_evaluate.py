@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import types
 
 import pytest
 
@@ -10,6 +11,7 @@ from tests.helpers import tiny
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry
+from xclip_jax.processes import runtime
 
 pytestmark = pytest.mark.long
 
@@ -54,6 +56,40 @@ def test_the_results_say_what_they_are_and_are_the_same_twice(runs, capsys):
 def test_an_earlier_step_can_be_evaluated(runs):
     found = evaluate.evaluate(str(runs / "a"), f"folder:{runs / 'set'}", step=2, output=str(runs / "one.json"))
     assert found["step"] == 2
+
+
+def test_processes_compare_what_they_evaluate(runs, tmp_path, monkeypatch):
+    """Before the first set: with other weights in one of them the results would be a mixture."""
+
+    def facts(run, suite, **options):
+        compared = {}
+
+        def check_same(round_, remedy):
+            compared.update(round_)
+            if "fingerprint" in round_:
+                raise UserError(remedy)
+
+        monkeypatch.setattr(runtime, "peers", lambda: types.SimpleNamespace(check_same=check_same))
+        with pytest.raises(UserError, match="start all processes with the same command, code and packages"):
+            evaluate.evaluate(str(runs / run), suite, output=str(tmp_path / "x.json"), **options)
+        return compared
+
+    fewer = shutil.copytree(runs / "set", tmp_path / "set")
+    (fewer / "cat" / "3.png").unlink()
+    suite, other = f"folder:{runs / 'set'}", f"folder:{fewer}"
+    first = facts("a", suite)
+    hashes = {f"evaluation set 0, zeroshot/{name}" for name in (suite, other)}
+    assert first.keys() >= {"version of jax", "code's commit"} and not (tmp_path / "x.json").exists()
+    for differing, found in (
+        (set(), facts("a", suite)),
+        ({"fingerprint", "step"}, facts("b", suite)),
+        ({"fingerprint", "step"}, facts("a", suite, step=2)),
+        ({"profile"}, facts("a", suite, profile="slip")),
+        ({"changes"}, facts("a", suite, changes={"templates": ["{c}"]})),
+        ({"set 0", *hashes}, facts("a", other)),
+    ):
+        assert {key for key in first | found if first.get(key) != found.get(key)} >= differing
+        assert bool(differing) == (first != found)
 
 
 def test_a_set_that_fails_does_not_keep_others_from_their_results(runs, tmp_path, capsys):

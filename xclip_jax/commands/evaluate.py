@@ -44,12 +44,15 @@ from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
 from xclip_jax.interop import hub
 from xclip_jax.parallel import compiler
-from xclip_jax.train import weights
+from xclip_jax.processes import runtime
+from xclip_jax.train import checks, weights
 from xclip_jax.train.build import make_encoder, profile_of_run
 
 PROFILE_FIELDS = ("prefix", "lower", "captions", "templates", "names")
+SAME = "start all processes with the same command, code and packages, and let all read the same weights and sets"
 
 
+@runtime.ends_all()
 def evaluate(
     run: str,
     suite: str | Sequence[str],
@@ -61,6 +64,8 @@ def evaluate(
     output: str = "",
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, add the results to the file set by set, and print their table.
+
+    If there are several processes (`runtime.join`), all call it, and the first one writes.
 
     Args:
       run, step: see `weights.load`.
@@ -74,13 +79,16 @@ def evaluate(
       The added entries, as "results", and facts about the command.
 
     Raises:
-      UserError: bad input, before the first set is evaluated; or failed sets, after the others.
+      UserError: bad input, or processes that differ, before the first set is evaluated; or failed sets, after the
+        others.
     """
     began = time.perf_counter()
     names = registry.expand_suites(suite)
     changes = json.loads(json.dumps(changes or {}))  # like in the file
     check_choice("--profile", profile, PROFILES)
     dataclasses.replace(PROFILES[profile], **changes)  # raises errors before the work
+    asked = {"step": step, "profile": profile, "changes": changes}
+    checks.check_same_command(asked | {f"set {i}": name for i, name in enumerate(names)}, SAME)
     place = hub.locate(run)
     config, experiment, variables, loaded_step, classes = weights.load(place, step)
     path = as_path(output) if output else hub.results_file(place.name)
@@ -96,6 +104,8 @@ def evaluate(
     model = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length} | shared
     model |= {"eval": results.settings(config.eval), "fingerprint": weights.fingerprint(experiment, variables)}
     model |= {"commit": place.commit} if place.commit else {}
+    loaded = {key: model[key] for key in ("fingerprint", "step", "eval")}
+    checks.check_same_command(loaded | checks.set_hashes(opened), SAME)
     entries = []
     measured: list[Result] = []
     failed: dict[str, str] = {}

@@ -159,19 +159,31 @@ def require(findings: Iterable[Finding]) -> None:
             raise UserError(f"{finding.sentence.removesuffix('.')}.")
 
 
-def check_same_config(config: Config, folder: RunWriter) -> None:
-    """Raise `UserError` unless config, code, packages and newest checkpoint agree with process 0."""
+def check_same_command(facts: Mapping[str, Any], remedy: str) -> None:
+    """Raise `UserError` unless `facts`, values for JSON, code and packages agree with process 0."""
     peers = runtime.peers()
     if peers is None:
         return
+    captured = environment.capture()
+    code = {f"code's {key}": captured[key] for key in ("commit", "python", "platform")}
+    versions = {f"version of {package}": version for package, version in captured["versions"].items()}
+    peers.check_same({**facts, **code, **versions}, remedy)
+
+
+def check_same_config(config: Config, folder: RunWriter) -> None:
+    """Raise `UserError` unless config, code, packages and newest checkpoint agree with process 0."""
+    if runtime.peers() is None:
+        return
     of_a_host = schema.keys_where(host="own")
     facts = {key: value for key, value in schema.flatten(schema.to_dict(config)).items() if key not in of_a_host}
-    captured = environment.capture()
-    facts |= {f"code's {key}": captured[key] for key in ("commit", "python", "platform")}
-    facts |= {f"version of {package}": version for package, version in captured["versions"].items()}
     facts["newest checkpoint in --config.run"] = folder.latest_step()
     remedy = "start all processes with the same command, code and packages, and --config.run on storage that all share"
-    peers.check_same(facts, remedy)
+    check_same_command(facts, remedy)
+
+
+def set_hashes(evaluators: Sequence[Evaluator]) -> dict[str, str]:
+    """Return facts on sets to compare: hosts with other items would wait for each other, or measure a mixture."""
+    return {f"evaluation set {i}, {x.name}": f"hash {x.data.card.split_hash}" for i, x in enumerate(evaluators)}
 
 
 def check_same_data(
@@ -188,11 +200,8 @@ def check_same_data(
         whole = {key: value["digest"] if key in OUTCOMES else value for key, value in fingerprint.items()}
         content = json.dumps(whole, sort_keys=True, default=str)  # hosts may list the same keys in another order
         facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {_hash(content.encode())}"
-    # Hosts with other items would wait for each other's batches, or measure a mixture.
-    for number, evaluator in enumerate(evaluators):
-        facts[f"evaluation set {number}, {evaluator.name}"] = f"hash {evaluator.data.card.split_hash}"
     remedy = "all processes have to read the same data.sources, data.tokenizer and evaluation sets, and all records"
-    peers.check_same(facts, remedy)
+    peers.check_same(facts | set_hashes(evaluators), remedy)
 
 
 def _hash(content: bytes) -> str:
