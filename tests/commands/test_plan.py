@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from xclip_jax.config import load as config_file
 from xclip_jax.core.errors import UserError
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build, cost
+from xclip_jax.train.cost.roofline import CHIPS
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
@@ -119,13 +121,13 @@ def test_no_accelerator_is_asked():
 @pytest.mark.parametrize("memory", [5.5, 7, 9.5, 14, 25, 40, 70, 200, 1e4])
 def test_the_cheapest_step_that_fits(monkeypatch, memory):
     """Against all steps, by a model of their memory, and of their cost: features twice in microbatches."""
-    monkeypatch.setattr(plan, "devices_of", lambda _: ([None] * 8, None))
+    monkeypatch.setattr(plan, "devices_of", lambda _: ([None] * 8, CHIPS["v5e"]))
     held = {"none": 2.0, "dots": 1.0, "full": 0.3}  # per pair; 5 for the state
 
     def fits(size, microbatches, remat):
         return 5 + held[remat] * size / microbatches <= memory
 
-    def compile_config(trial, devices):
+    def compile_config(trial, devices, memory):
         remat = trial.model.img.remat
         assert trial.model.txt.remat == remat
         step = trial.data.batch, trial.optim.microbatches, remat
@@ -148,6 +150,15 @@ def test_the_cheapest_step_that_fits(monkeypatch, memory):
         f"--config.optim.microbatches={n}",
         *(f"--config.model.{t}.remat={remat}" for t in ("img", "txt")),
     ]
+
+
+def test_a_state_that_is_too_large_is_not_compiled(monkeypatch, capsys):
+    monkeypatch.setattr(cost, "compile_if_fits", lambda _: pytest.fail("compiled"))
+    monkeypatch.setattr(plan, "devices_of", lambda _: (jax.devices(), dataclasses.replace(CHIPS["v5e"], memory=1e5)))
+    small = config("clip")
+    small.data.batch = 8
+    assert plan.fit(small, "v5e:2x4") == (0, [])
+    assert "8 pairs, 1 microbatches, remat=dots: does not fit, its state takes " in capsys.readouterr().out
 
 
 def test_the_command_of_a_plan_trains():

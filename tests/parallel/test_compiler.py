@@ -13,6 +13,7 @@ from xclip_jax.commands import plan
 from xclip_jax.config import load as config_file
 from xclip_jax.parallel import compiler
 from xclip_jax.train import cost
+from xclip_jax.train.cost.roofline import CHIPS
 
 pytestmark = pytest.mark.long
 
@@ -84,7 +85,7 @@ def test_remat_computes_again_on_tpus():
         for tower in (config.model.img, config.model.txt):
             tower.remat, tower.depth = remat, 2
         config.data.length_groups = "full"
-        _, compiled, trouble = cost.compile_config(config, chips)
+        _, compiled, trouble = cost.compile_config(config, chips, CHIPS["v5e"].memory)
         assert not trouble
         flops[remat] = compiled.cost_analysis()["flops"]
     assert flops["full"] > 1.15 * flops["none"]

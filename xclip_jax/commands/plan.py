@@ -47,7 +47,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, hlo: str = "") -> 
         check_file("--hlo", hlo)
     devices, chip = devices_of(topology)
     began = time.perf_counter()
-    experiment, compiled, trouble = cost.compile_config(config, devices)
+    experiment, compiled, trouble = cost.compile_config(config, devices, chip.memory)
     work = cost.step_flops(experiment.config, rows=experiment.text_rows[0])
     facts: dict[str, Any] = {
         "topology": topology,
@@ -100,7 +100,7 @@ def fit(config: ml_collections.ConfigDict, topology: str) -> tuple[int, list[str
     Returns:
       The largest batch, the config's times a power of two, with remat=dots; 0 if none fits. Flags of the step.
     """
-    devices, _ = devices_of(topology)
+    devices, chip = devices_of(topology)
     batch = config.data.batch
     towers = [name for name in ("img", "txt") if name not in config.model.plugins]  # custom towers may lack remat
 
@@ -113,7 +113,7 @@ def fit(config: ml_collections.ConfigDict, topology: str) -> tuple[int, list[str
         trial.optim.microbatches = microbatches
         for name in towers:
             trial.model[name].remat = remat
-        _, compiled, trouble = cost.compile_config(trial, devices)
+        _, compiled, trouble = cost.compile_config(trial, devices, chip.memory)
         verdict = "fits" if compiled is not None else f"does not fit, {trouble}"
         log0(f"{size:,} pairs, {microbatches} microbatches, remat={remat}: {verdict}")
         return compiled is not None

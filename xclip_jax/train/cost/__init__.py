@@ -13,6 +13,7 @@ import jax
 import ml_collections
 
 from xclip_jax.config.schema import Config
+from xclip_jax.core.console import format_bytes
 from xclip_jax.core.environment import host_memory
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
@@ -157,9 +158,15 @@ def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
         return None, f"it needs {needed[1]} besides the state" if needed else "it needs more"
 
 
-def compile_config(config: ml_collections.ConfigDict, devices: list[Any]) -> tuple[Experiment, Any, str]:
-    """Build a config; return the experiment with the results of `compile_if_fits`."""
+def compile_config(config: ml_collections.ConfigDict, devices: list[Any], memory: float) -> tuple[Experiment, Any, str]:
+    """Build a config; return the experiment with the results of `compile_if_fits`.
+
+    A step whose state alone exceeds `memory`, a device's bytes, is not compiled, which would take minutes.
+    """
     experiment = build(config, devices)
+    state = bytes_on_device(experiment.abstract)
+    if state > memory:
+        return experiment, None, f"its state takes {format_bytes(state)}"
     return experiment, *compile_if_fits(experiment)
 
 
