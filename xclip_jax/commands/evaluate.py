@@ -79,8 +79,7 @@ def evaluate(
       The added entries, as "results", and facts about the command.
 
     Raises:
-      UserError: bad input, or processes that differ, before the first set is evaluated; or failed sets, after the
-        others.
+      UserError: bad input or differing processes, before the first set is evaluated; or failed sets, after the others.
     """
     began = time.perf_counter()
     names = registry.expand_suites(suite)
