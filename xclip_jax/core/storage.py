@@ -16,7 +16,7 @@ import socket
 import stat as stat_modes
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -236,14 +236,38 @@ def stat(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=1 << 18)
-def _remote_stat(path: str) -> tuple[int, int]:
-    """Return `stat` of a URL; cached, since requests for thousands of files take minutes."""
+def _retried(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a read, to try it again after transient failures, but not after slow answers."""
+
+    @functools.wraps(read)
+    def tries(*arguments: Any) -> Any:
+        for wait in WAITS:
+            try:
+                return read(*arguments)
+            except OSError as error:
+                if error.errno not in (errno.EIO, socket.EAI_AGAIN) and not isinstance(error, ConnectionError):
+                    raise
+                time.sleep(wait)
+        return read(*arguments)
+
+    return tries
+
+
+@_retried
+def remote_info(path: str) -> dict[str, Any]:
+    """Return what fsspec tells of a remote file, "size" among it; `OSError` if the server does not report the size."""
     system, name = file_system(path)
     with os_errors(path):
         info = system.info(name)
     if info.get("size") is None:
         raise OSError(errno.EINVAL, "the server does not report the file's size; download the file", path)
+    return info
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _remote_stat(path: str) -> tuple[int, int]:
+    """Return `stat` of a URL; cached, since requests for thousands of files take minutes."""
+    info = remote_info(path)
     keys = (
         "etag", "ETag", "md5Hash", "Content-MD5", "generation", "xet_hash", "blob_id", "mtime", "LastModified",
         "Last-Modified", "updated", "created",
@@ -267,16 +291,14 @@ class File:
                 raise OSError(errno.EINVAL, "not a regular file", path)
             self.size = status.st_size
 
+    @_retried
     def read(self, offset: int, size: int) -> bytes:
-        """Read `size` bytes from `offset`, fewer at the end. Transient failures are retried, slow answers are not."""
-        for wait in WAITS:
-            try:
-                return self._read(offset, size)
-            except OSError as error:
-                if error.errno in (errno.EIO, socket.EAI_AGAIN) or isinstance(error, ConnectionError):
-                    time.sleep(wait)
-                elif error.errno != errno.ESTALE or not self._reopen():
-                    raise
+        """Read `size` bytes from `offset`, fewer at the end."""
+        try:
+            return self._read(offset, size)
+        except OSError as error:
+            if error.errno != errno.ESTALE or not self._reopen():
+                raise
         return self._read(offset, size)
 
     def _reopen(self) -> bool:
