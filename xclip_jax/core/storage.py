@@ -203,6 +203,7 @@ def expand(pattern: str) -> list[str]:
     "a/{00000..00331}.tar,b/*.tar" is 332 files and all matches of the glob. Each file is listed once, globs are sorted
     and skip folders. The path of an existing file is taken literally, and so are commas and braces in a glob that then
     matches local files ("a,b/*.tar" for the folder "a,b"); "?" matches a bracket.
+    In the query of a web address a comma splits only before another address, SCHEME://, and before /, ~ and "."
     `UserError` if nothing matches a glob, or a file does not exist.
     """
     whole = os.path.expanduser(pattern)
@@ -211,8 +212,12 @@ def expand(pattern: str) -> list[str]:
     if re.search("[,{]", whole) and not is_remote(whole) and (files := _glob(whole)):
         return files
     names: dict[str, None] = {}
+    parts = [""]
     # Commas inside braces, even nested ones, do not split.
-    for part in filter(None, map(str.strip, re.split(r",(?![^{}]*(?:\{[^{}]*\}[^{}]*)*\})", pattern))):
+    for part in re.split(r",(?![^{}]*(?:\{[^{}]*\}[^{}]*)*\})", pattern):
+        in_query = re.match(r"\s*https?://[^?]*\?", parts[-1], re.I) and not re.match(r"\s*([/~.]|[\w+.-]+://)", part)
+        parts[-1:] = [f"{parts[-1]},{part}"] if in_query else [parts[-1], part]
+    for part in filter(None, map(str.strip, parts)):
         for name in map(os.path.expanduser, _braces(part)):
             matches = _glob(name) if glob.has_magic(redact(name)) else [name]  # a query is not a glob
             names |= dict.fromkeys(matches)
