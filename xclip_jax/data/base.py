@@ -254,8 +254,7 @@ def open_binary(path: str) -> Any:
         def _fetch_range(self, start: int, end: int) -> bytes:
             return b"".join(file.read(i, min(_REQUEST, end - i)) for i in range(start, end, _REQUEST))
 
-    system, name = storage.file_system(path)
-    return Remote(system, name, block_size=_REQUEST, size=storage.remote_info(path)["size"])
+    return Remote(*storage.file_system(path), block_size=_REQUEST, size=storage.remote_info(path)["size"])
 
 
 def read_csv(path: str, columns: Sequence[str]) -> Any:
