@@ -53,6 +53,19 @@ def test_pages_include_no_files():
         assert "--8<--" not in path.read_text(), path
 
 
+def test_anchors_of_links_are_those_of_github_and_of_the_site():
+    """The site joins the hyphens that GitHub leaves of "a % of b", and numbers equal headings in another way."""
+    texts = {
+        path: re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+        for path in [*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")]
+    }
+    for path, text in texts.items():
+        for name, anchor in re.findall(r"\]\(([\w/.]*)#([^)]+)\)", text):
+            headings = re.findall(r"^#+ +(.+)$", texts[(path.parent / name).resolve() if name else path], re.M)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors and anchor == re.sub("-+", "-", anchor).strip("-"), (path.name, name, anchor)
+
+
 @pytest.mark.parametrize("name", ["docs/verdicts.md", "README.md"])
 def test_intervals_of_the_answer_are_in_the_tables_of_the_studies(name):
     """A difference may be stated from either side."""

@@ -167,6 +167,8 @@ def test_a_suite_is_a_name_or_names():
     for names in ("demo,imagenet", ["demo", "imagenet"]):
         assert registry.expand_suites(names) == (*demo, "imagenet")
     assert registry.expand_suites(f"mnist, demo,{demo[0]}") == ("mnist", *demo)
+    with pytest.raises(UserError, match=r"'b'.*; write a comma in an address as %2C"):
+        registry.expand_suites("retrieval/csv:https://host/a.csv?columns=a,b")
 
 
 @pytest.mark.parametrize(

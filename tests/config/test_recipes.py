@@ -35,6 +35,7 @@ def test_parse_arg():
     for arg, message in (
         ("steps=5,b", "'b' is unknown"),
         ("stpes=5", "did you mean 'steps'"),
+        ("name=https://h/a?x=1,b=2", "'b' is unknown; .*; write a comma in an address as %2C"),
         ("steps=many", "steps='many'; expected an integer"),
         ("objective=clap", "objective is 'clap'"),
     ):

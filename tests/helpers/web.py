@@ -13,12 +13,14 @@ class Site:
 
     Attributes:
       files: {path: bytes, or a function of the handler that writes the whole answer}.
+      statuses: {path: statuses of the next answers, 0 for a right one}.
       sent: bytes that were sent of answers by functions.
       requests: paths that were asked for.
     """
 
     def __init__(self, port):
         self.port, self.files, self.sent, self.requests, self.closed = port, {}, 0, [], False
+        self.statuses = {}
 
     def url(self, path, *, secret=False):
         """The address of a file; one that is secret needs its password and its signature, and has them."""
@@ -72,6 +74,9 @@ class _Files(Handler):
         path, _, query = self.path.lstrip("/").partition("?")
         site = self.server.site
         site.requests.append(path)
+        if site.statuses.get(path) and (status := site.statuses[path].pop(0)):
+            self._send(status, b"", body=body)
+            return
         login = f"Basic {base64.b64encode(f'{USER}:{PASSWORD}'.encode()).decode()}"
         if path.startswith("secret/"):
             path = path.removeprefix("secret/")

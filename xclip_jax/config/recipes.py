@@ -37,6 +37,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     for key, text in items:
         if key not in defaults:
             hint = f"did you mean {nearest(key, defaults)!r}? Known: {', '.join(defaults)}"
+            hint += "; write a comma in an address as %2C" * ("://" in str(arg))
             raise UserError(f"config argument {key!r} is unknown; {hint}.")
         values[key] = _convert(key, text, defaults[key])
     objective = values.get("objective", "")

@@ -16,7 +16,7 @@ import socket
 import stat as stat_modes
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -203,6 +203,7 @@ def expand(pattern: str) -> list[str]:
     "a/{00000..00331}.tar,b/*.tar" is 332 files and all matches of the glob. Each file is listed once, globs are sorted
     and skip folders. The path of an existing file is taken literally, and so are commas and braces in a glob that then
     matches local files ("a,b/*.tar" for the folder "a,b"); "?" matches a bracket.
+    In the query of a web address a comma splits only before another address, SCHEME://, and before /, ~ and "."
     `UserError` if nothing matches a glob, or a file does not exist.
     """
     whole = os.path.expanduser(pattern)
@@ -211,8 +212,12 @@ def expand(pattern: str) -> list[str]:
     if re.search("[,{]", whole) and not is_remote(whole) and (files := _glob(whole)):
         return files
     names: dict[str, None] = {}
+    parts = [""]
     # Commas inside braces, even nested ones, do not split.
-    for part in filter(None, map(str.strip, re.split(r",(?![^{}]*(?:\{[^{}]*\}[^{}]*)*\})", pattern))):
+    for part in re.split(r",(?![^{}]*(?:\{[^{}]*\}[^{}]*)*\})", pattern):
+        in_query = re.match(r"\s*https?://[^?]*\?", parts[-1], re.I) and not re.match(r"\s*([/~.]|[\w+.-]+://)", part)
+        parts[-1:] = [f"{parts[-1]},{part}"] if in_query else [parts[-1], part]
+    for part in filter(None, map(str.strip, parts)):
         for name in map(os.path.expanduser, _braces(part)):
             matches = _glob(name) if glob.has_magic(redact(name)) else [name]  # a query is not a glob
             names |= dict.fromkeys(matches)
@@ -236,14 +241,38 @@ def stat(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=1 << 18)
-def _remote_stat(path: str) -> tuple[int, int]:
-    """Return `stat` of a URL; cached, since requests for thousands of files take minutes."""
+def _retried(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a read, to try it again after transient failures, but not after slow answers."""
+
+    @functools.wraps(read)
+    def tries(*arguments: Any) -> Any:
+        for wait in WAITS:
+            try:
+                return read(*arguments)
+            except OSError as error:
+                if error.errno not in (errno.EIO, socket.EAI_AGAIN) and not isinstance(error, ConnectionError):
+                    raise
+                time.sleep(wait)
+        return read(*arguments)
+
+    return tries
+
+
+@_retried
+def remote_info(path: str) -> dict[str, Any]:
+    """Return what fsspec tells of a remote file, "size" among it; `OSError` if the server does not report the size."""
     system, name = file_system(path)
     with os_errors(path):
         info = system.info(name)
     if info.get("size") is None:
         raise OSError(errno.EINVAL, "the server does not report the file's size; download the file", path)
+    return info
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _remote_stat(path: str) -> tuple[int, int]:
+    """Return `stat` of a URL; cached, since requests for thousands of files take minutes."""
+    info = remote_info(path)
     keys = (
         "etag", "ETag", "md5Hash", "Content-MD5", "generation", "xet_hash", "blob_id", "mtime", "LastModified",
         "Last-Modified", "updated", "created",
@@ -267,16 +296,14 @@ class File:
                 raise OSError(errno.EINVAL, "not a regular file", path)
             self.size = status.st_size
 
+    @_retried
     def read(self, offset: int, size: int) -> bytes:
-        """Read `size` bytes from `offset`, fewer at the end. Transient failures are retried, slow answers are not."""
-        for wait in WAITS:
-            try:
-                return self._read(offset, size)
-            except OSError as error:
-                if error.errno in (errno.EIO, socket.EAI_AGAIN) or isinstance(error, ConnectionError):
-                    time.sleep(wait)
-                elif error.errno != errno.ESTALE or not self._reopen():
-                    raise
+        """Read `size` bytes from `offset`, fewer at the end."""
+        try:
+            return self._read(offset, size)
+        except OSError as error:
+            if error.errno != errno.ESTALE or not self._reopen():
+                raise
         return self._read(offset, size)
 
     def _reopen(self) -> bool:

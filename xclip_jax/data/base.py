@@ -7,7 +7,7 @@ import pathlib
 import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
 )  # fmt: skip
 MAX_BYTES = {"image": 1 << 28, "text": 1 << 20, "json": 1 << 24}  # larger files are refused
+_REQUEST = 8 << 20  # most bytes of one request
 _MAX_LINES = 20  # a longer field more likely begins with an unpaired quote
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 # Columns are named at a spec's end, or before the split that a probe adds.
@@ -241,12 +242,19 @@ def read_text(path: pathlib.Path) -> str:
         raise UserError(f"{str(path)!r} is not UTF-8 ({error}); {_TO_UTF8}.") from error
 
 
-def open_binary(path: str, **options: Any) -> IO[bytes]:
-    """Open a local or remote file for reading; fsspec takes the `options` of a remote one."""
+def open_binary(path: str) -> Any:
+    """Open a local or remote file for reading; a remote one as `storage.File`, in requests of bounded size."""
     if not storage.is_remote(path):
         return open(path, "rb")
-    system, name = storage.file_system(path)
-    return system.open(name, "rb", **options)
+    import fsspec.spec  # only remote files need it
+
+    file = storage.File(path)
+
+    class Remote(fsspec.spec.AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            return b"".join(file.read(i, min(_REQUEST, end - i)) for i in range(start, end, _REQUEST))
+
+    return Remote(*storage.file_system(path), block_size=_REQUEST, size=storage.remote_info(path)["size"])
 
 
 def read_csv(path: str, columns: Sequence[str]) -> Any:

@@ -74,8 +74,8 @@ def load(
     return kind.load(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
 
 
-def check(spec: str) -> type[SetKind]:
-    """Return the kind of the set `spec`; raise `UserError` if the name is unknown."""
+def check(spec: str, hint: str = "") -> type[SetKind]:
+    """Return the kind of the set `spec`; raise `UserError`, with a hint, if the name is unknown."""
     prefix = re.split("[/:@]", spec, maxsplit=1)[0]
     kind = next((kind for kind in KINDS.values() if prefix in kind.prefixes), None)
     if kind is None and (name := class_name(spec)):
@@ -84,7 +84,7 @@ def check(spec: str) -> type[SetKind]:
         return kind
     raise UserError(
         f"unknown evaluation set {spec!r}. docs/evaluate.md lists the names; your own images are folder:PATH, csv:PATH "
-        "or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
+        f"or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists{hint}."
     )
 
 
@@ -101,7 +101,7 @@ def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise UserError(f"--suite is empty; it must be one of {', '.join(named)} or names of sets.")
     for name in names:
-        check(name)
+        check(name, "; write a comma in an address as %2C" if "://" in str(suites) else "")
     return tuple(names)
 
 

@@ -11,7 +11,8 @@ import pytest
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from tests.helpers import bad_tars
+from tests.helpers import bad_tars, web
+from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, records, sources
 from xclip_jax.data.base import read_csv
@@ -118,6 +119,22 @@ def test_remote_tables_are_read_alike(tmp_path, images, kind):
     memory.pipe_file(f"/tables/{kind}", b"")
     with pytest.raises(UserError, match=rf"table 'memory://tables/{kind}' cannot be read"):
         open_source(f"{kind}:memory://tables/{kind}")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_requests_for_a_table_on_the_web_are_tried_again(tmp_path, kind, monkeypatch):
+    write(tmp_path / "x.csv", [("image", "text"), *[("a.jpg", "a fox")] * 50])
+    write_parquet(tmp_path / "x.parquet", image=["a.jpg"] * 50, text=["a fox"] * 50)
+    monkeypatch.setattr(storage, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(base, "_REQUEST", 100)
+    with web.serve() as site:
+        site.files["x"] = (tmp_path / f"x.{kind}").read_bytes()
+        site.statuses["x"] = [503, 503, 0, 503, 429, 0, 503]  # HEAD and GET for the size, HEAD; parts of the content
+        source = open_source(f"{kind}:{site.url('x')}")
+        assert not site.statuses["x"] and source.texts(49) == [["a fox"]] and len(source) == 50
+        site.statuses["x"] = [0, 503, 503, 503]
+        with pytest.raises(UserError, match=f"table '{site.url('x')}' cannot be read .*, status 503"):
+            open_source(f"{kind}:{site.url('x')}")
 
 
 def test_semicolons_as_spreadsheets_write_them(tmp_path, images):

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from tests.helpers import bad_tars, bucket
+from tests.helpers import bad_tars, bucket, web
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.readers import tar_index
@@ -81,6 +81,15 @@ def test_hosts_share_indexes_in_a_bucket_that_they_may_write(writable, tmp_path,
         for one, other in zip(first, second, strict=True):
             assert one != other and one.read_bytes() == other.read_bytes()
     system.rm("s3://pairs", recursive=True)
+
+
+def test_requests_for_an_index_are_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "WAITS", (0.0, 0.0))
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path))
+    with web.serve() as site:
+        site.files["0.tar"] = bad_tars.pairs(tmp_path / "0.tar", 0, 3).read_bytes()
+        site.statuses["0.tar"] = [503, 503, 0, 0, 503]  # HEAD and GET for the size, HEAD twice; the content
+        assert len(TarSource(site.url("0.tar"))) == 3 and not site.statuses["0.tar"]
 
 
 def test_names_with_line_breaks(tmp_path, capfd):

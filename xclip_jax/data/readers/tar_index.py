@@ -32,7 +32,6 @@ OK, NO_TEXT, NO_IMAGE, CUT_OFF, DAMAGED, EMPTY, TOO_LARGE = range(len(FAULTS))
 _VERSION = 2
 _FOLDER = ".xclip_index"
 _CHUNK = 1 << 20
-_REMOTE_BLOCK = 8 << 20
 _BUCKETS = ("gs", "gcs", "s3", "az", "abfs")  # stores that may be writable, to keep an index next to its tar
 _LONGEST = 4096  # bytes of a name
 _MOST_REFUSED = 100  # headers refused by `tarfile` before reading of a tar ends
@@ -61,7 +60,7 @@ def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
 
     Bytes that do not belong to a tar are yielded as (b"", offset, size). Links and folders are skipped.
     """
-    with storage.os_errors(path), open_binary(path, block_size=_REMOTE_BLOCK) as file:
+    with storage.os_errors(path), open_binary(path) as file:
         end = 0
         # Without `ignore_zeros`, the first damaged header would silently end the tar.
         with _Tar(fileobj=file, ignore_zeros=True, encoding="utf-8") as tar:  # not the locale's
