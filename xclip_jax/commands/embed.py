@@ -34,7 +34,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
@@ -243,7 +242,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="number of items to encode at once")
     add_trust(parser)
     flags = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)
     with exit_with_message():
         share = [int(x) if x.isdecimal() else 0 for x in flags.share.split("/")]
         if len(share) != 2 or not 1 <= share[0] <= share[1]:

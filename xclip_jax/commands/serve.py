@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from xclip_jax.commands.embed import embed, ledger_of
@@ -183,7 +182,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="images encoded at once")
     add_trust(parser)
     flags = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)
     with exit_with_message():
         uvicorn = import_extra("uvicorn", "serve", "serve")
         check_count("--batch", flags.batch, 1)
