@@ -38,7 +38,6 @@ FINETUNED = "finetuned/"
 WDS = "wds:"
 BABEL = "babel/"
 TRANSLATED = (BABEL, "imagenet/")
-_NAMED = 20  # classes that a warning names
 _IMAGES = [name for name in sources.SOURCES if sources.has_labels(f"{name}:x", "image")]
 
 
@@ -209,8 +208,7 @@ def _numbered_alike(spec: str, splits: Sequence[Content]) -> list[Content]:
     *fitted, test = [dataclasses.replace(x, labels=renumber(x.labels, x.classes, classes, spec)) for x in splits]
     lacking = ~np.isin(test.labels, np.concatenate([part.labels for part in fitted]))
     if lacking.any():
-        names = [classes[label] for label in np.unique(test.labels[lacking])]
-        named = ", ".join(map(repr, names[:_NAMED])) + ", ..." * (len(names) > _NAMED)
+        named = ", ".join(repr(classes[label]) for label in np.unique(test.labels[lacking])[:20])
         fault = f"{spec}: {lacking.sum():,} of {len(lacking):,} test images have classes that training lacks: {named}"
         if np.mean(lacking & (test.labels >= len(known))) > MAX_UNREADABLE:
             raise UserError(f"{fault}; add such images to the training split, or leave these classes out.")
