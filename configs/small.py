@@ -357,11 +357,12 @@ def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> st
     if "nclip" in config.objective.terms:
         objective += f", {model.cluster_head.clusters:,} clusters"
     trained = max(pairs * (1 - share), 1)
+    epochs = "epochs without data.drop" if config.data.drop else "epochs"  # steps are chosen before flags are read
     corpora = "icons and photographs" if objective == "clip" else "drawings of icons"
     tuned = f", tuned on {corpora}" if config.optim.name == "muon" else ""
     return (
         f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {objective}, "
         f"{f'towers of {initial}' if initial else recipes.size_of(model)}, {model.img.image_size} px, "
         f"{model.txt.context_length} tokens, batch {batch}{parts}, {config.steps:,} steps "
-        f"({config.steps * batch / trained:.3g} epochs), {config.optim.name} at {config.optim.lr:g}{tuned}{note}"
+        f"({config.steps * batch / trained:.3g} {epochs}), {config.optim.name} at {config.optim.lr:g}{tuned}{note}"
     )

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import yaml
+from absl import logging
 
 import xclip_jax
 from xclip_jax import main as cli
@@ -133,8 +134,10 @@ ABSL = ("train", "plan")
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_help_names_the_program_as_it_was_called(name, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["xclip-jax"])
+    logging.set_verbosity(logging.WARNING)
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
+    assert logging.get_verbosity() == logging.ERROR  # warnings of libraries are not shown
     shown = capsys.readouterr().out
     assert not stopped.value.code and f"usage: xclip-jax {name} " in shown and "python -m" not in shown
     assert Parser.program is None

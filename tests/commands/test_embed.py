@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 import xclip_jax
-from tests.helpers import bad_tars, tiny
+from tests.helpers import bad_tars, tiny, web
 from xclip_jax.commands import embed, inputs
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.run_folder import lock
@@ -140,8 +140,25 @@ def test_files_missing_from_a_tables_folder_are_no_failing_disk(root, tmp_path, 
     columns, about = read(tmp_path / "x.parquet")
     assert columns["id"] == [f"{tmp_path}/000.png"] and about["bad"] == 6
     (tmp_path / "y.csv").write_text("image\n000.png\n" + "disk/0.png\n" * 6)
-    with pytest.raises(SystemExit, match=r"6 of 7 items .*disk/0\.png' \(file does not exist.*Leave them out, or"):
+    with pytest.raises(SystemExit, match=r"6 of 7 items .*disk/0\.png' \(file does not exist.*Restore them, or"):
         embed.main(flags(root, tmp_path / "y.parquet", images=tmp_path / "y.csv"))
+
+
+def test_addresses_that_are_refused_are_left_out_on_demand(root, tmp_path, monkeypatch):
+    """The same command resumes with the limit that the error names."""
+    monkeypatch.setattr(embed, "_FEW", 3)
+    with web.serve() as site:
+        site.files["0.png"] = (root / "pictures" / "000.png").read_bytes()
+        good, refused = site.url("0.png"), site.url("secret/0.png")
+        (tmp_path / "x.csv").write_text("\n".join(["image", *[good] * 8, *[refused] * 5, good]))
+        changes = {"images": tmp_path / "x.csv"}
+        with pytest.raises(SystemExit, match=r"^error: 5 of 6 .* 403.*by --max_unreadable=0\.84: .* after 8 items"):
+            embed.main(flags(root, tmp_path / "x.parquet", **changes))
+        asked = len(site.requests)
+        embed.main(flags(root, tmp_path / "x.parquet", max_unreadable=0.84, **changes))
+        assert len(site.requests) - asked == 6
+    columns, about = read(tmp_path / "x.parquet")
+    assert columns["id"] == [good] * 9 and about["bad"] == 5
 
 
 def test_samples_without_an_image_are_no_failing_disk(root, tmp_path, monkeypatch):
@@ -256,6 +273,7 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys, mo
         ({"share": "1/99"}, "fewer shares than items"),
         ({"share": "1/3", "out": "{}/straight.parquet"}, "straight.parquet' is not a folder"),
         ({"dims": 17}, "dims is 17"),
+        ({"max_unreadable": 30}, "--max_unreadable is 30"),
         ({"dims": -1}, "dims is -1"),
         ({"images": "{}/run"}, "run' has 0 images"),
         ({"texts": "{}/none.txt"}, "none.txt'"),

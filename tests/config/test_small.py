@@ -240,3 +240,5 @@ def test_the_description_is_that_of_the_config_with_its_flags():
         "small: 1,000 pairs, 20 % of them held out; xclip (0.5 clip + 0.25 nclip), 512 clusters, towers of other sizes "
         "than a preset, 96 px, 32 tokens, batch 16, 30 steps (0.6 epochs), adamw at 0.002"
     )
+    c.data.drop = "suspects.jsonl"  # an epoch has fewer pairs
+    assert "30 steps (0.6 epochs without data.drop), adamw" in describe(c)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from xclip_jax.commands.diagnosis import check_run
 from xclip_jax.config import load
@@ -129,7 +129,6 @@ def zeros(experiment: Experiment) -> dict[str, jax.Array]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    logging.set_verbosity(logging.ERROR)
     words = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="xclip-jax doctor", description=__doc__)
     before = any(re.match(r"--?(no)?config\b", word) for word in words)

@@ -17,7 +17,8 @@ zeros. Both are counted, and listed in OUT.bad.jsonl.
 
 The work is done in parts, stored in OUT.parts until all are complete: after an interruption, the same command resumes
 without repeating a part. It stops with an error if the weights, the text file, or names or sizes of images changed.
-It also stops if over 5 % of a part cannot be read. A missing file in a table is unusable, unless its folder is missing.
+It also stops if over 5 % of a part cannot be read, such as addresses that a server refuses; --max_unreadable=0.3 leaves
+out up to 30 %. A missing file in a table is unusable, unless its folder is missing.
 It does not notice images with new content but the same size, nor any change of image files in a bucket or named by a
 table.
 
@@ -34,7 +35,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
@@ -52,6 +52,7 @@ from xclip_jax.parallel import compiler
 
 PART = 4096  # rows that an interruption may cost
 _REFUSED = ("file cannot be read", "tar cannot be read")  # faults of a disk or store, not of the content
+MAY_FAIL = "fraction of a part's items that may be unreadable, by default 0.05; they are left out"
 _FEW = 10  # number of items per part that a disk may always refuse
 
 
@@ -109,7 +110,13 @@ def ledger_of(out: pathlib.Path) -> pathlib.Path:
 
 
 def embed(
-    model: inference.Model, sources: Mapping[str, Inputs], out: str, *, threads: int = 0, share: Sequence[int] = (1, 1)
+    model: inference.Model,
+    sources: Mapping[str, Inputs],
+    out: str,
+    *,
+    threads: int = 0,
+    share: Sequence[int] = (1, 1),
+    max_unreadable: float = MAX_UNREADABLE,
 ) -> dict[str, Any]:
     """Embed all items into one file, resuming after an interruption; return the file's metadata.
 
@@ -119,10 +126,13 @@ def embed(
       out: Parquet file to write, or the folder of several shares.
       threads: number of threads that read and decode; 0 for one per core.
       share: number of the share that the sources' `numbers` are, from 1, and number of shares.
+      max_unreadable: fraction of a part's items that may be refused by a disk or store; they are left out.
 
     Raises:
       UserError: existing parts belong to other items or weights, or too many items are refused or bad.
     """
+    if not 0 <= max_unreadable <= 1:
+        raise UserError(f"--max_unreadable is {max_unreadable:g}; expected a fraction from 0 to 1.")
     # The name of a tokenizer's file depends on the model's folder; its content is among the weights.
     plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit", "tokenizer")}
     plan |= {"part": PART, "weights": model.fingerprint()}
@@ -153,12 +163,13 @@ def embed(
                 return embeddings.about(path)
         folder.mkdir(exist_ok=True)
         write_json(plan_file, plan)
-        files = [file for name, source in sources.items() for file in _embed(model, name, source, folder, threads)]
+        rest = folder, threads, max_unreadable
+        files = [file for name, source in sources.items() for file in _embed(model, name, source, *rest)]
         return _join(files, sum(map(len, sources.values())), path, model.card | {"plan": plan})
 
 
 def _embed(
-    model: inference.Model, modality: str, source: Inputs, folder: pathlib.Path, threads: int
+    model: inference.Model, modality: str, source: Inputs, folder: pathlib.Path, threads: int, max_unreadable: float
 ) -> list[pathlib.Path]:
     """Write the missing parts of a source; return the files of all parts."""
     starts = range(0, len(source), PART)
@@ -172,7 +183,7 @@ def _embed(
     began = time.perf_counter()
     for file, start, part in zip(files[complete:], starts[complete:], parts, strict=True):
         names = [source.name(start + row) for row in range(len(part.texts))]
-        _check_refused(names, part.bad, start)
+        _check_refused(names, part.bad, start, max_unreadable)
         with file.with_suffix(".bad.jsonl").open("w") as ledger:
             for row, error in part.bad.items():
                 place = {"kind": modality, "id": names[row], "index": source.numbers[start + row]}
@@ -197,13 +208,13 @@ def _is_refused(name: str, error: BadSample) -> bool:
     return error.reason in _REFUSED or bool(lost and not storage.is_remote(name))
 
 
-def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int) -> None:
+def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int, limit: float) -> None:
     refused = [row for row, error in bad.items() if _is_refused(names[row], error)]
-    if len(refused) > max(MAX_UNREADABLE * len(names), _FEW):
+    if len(refused) > max(limit * len(names), _FEW):
         raise UserError(
-            f"{len(refused)} of {len(names)} items cannot be read, more than {MAX_UNREADABLE:.0%}; the first is "
-            f"{names[refused[0]]!r} ({bad[refused[0]]}). Leave them out, or restore them: the same command resumes "
-            f"after {start:,} items."
+            f"{len(refused)} of {len(names)} items cannot be read, more than {100 * limit:g} %; the first is "
+            f"{names[refused[0]]!r} ({bad[refused[0]]}). Restore them, or leave them out by --max_unreadable="
+            f"{-(-100 * len(refused) // len(names)) / 100:g}: the same command resumes after {start:,} items."
         )
 
 
@@ -241,9 +252,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--share", default="1/1", metavar="I/N", help="embed share I, from 1, of N; OUT is a folder")
     parser.add_argument("--dims", type=int, default=0, help="dimensions to keep, the first ones; 0 for all")
     parser.add_argument("--batch", type=int, default=32, help="number of items to encode at once")
+    parser.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, help=MAY_FAIL)
     add_trust(parser)
     flags = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)
     with exit_with_message():
         share = [int(x) if x.isdecimal() else 0 for x in flags.share.split("/")]
         if len(share) != 2 or not 1 <= share[0] <= share[1]:
@@ -264,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("there is nothing to embed; give --images, --texts or both, and fewer shares than items.")
         compiler.enable_cache()
         model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch, dims=flags.dims, trust=flags.trust)
-        embed(model, sources, flags.out, share=share)
+        embed(model, sources, flags.out, share=share, max_unreadable=flags.max_unreadable)
 
 
 if __name__ == "__main__":

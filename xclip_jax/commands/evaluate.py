@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import logging
 
 from xclip_jax.config import schema
 from xclip_jax.core import environment
@@ -162,7 +161,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     flags = _arguments(argv)
-    logging.set_verbosity(logging.ERROR)
     with exit_with_message(), trusting(flags.trust):
         if flags.compare:
             log0(render_comparison(compare(*flags.compare, step=flags.step), *flags.compare))

@@ -14,7 +14,6 @@ import os
 from collections.abc import Sequence
 
 import jax
-from absl import logging
 
 from xclip_jax import interop
 from xclip_jax.commands import onnx_files
@@ -78,7 +77,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_trust(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write")
     flags = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)
     with exit_with_message(), trusting(flags.trust):
         export(flags.checkpoint, flags.out, to=flags.to, step=flags.step, push=flags.push)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import app, flags, logging
+from absl import app, flags
 
 from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes, log0
@@ -190,7 +190,6 @@ def render(facts: dict[str, Any]) -> str:
 
 def main(_: list[str]) -> None:
     """Run the command."""
-    logging.set_verbosity(logging.ERROR)
     config = flags.FLAGS.config
     with exit_with_message():
         if not _TOPOLOGY.value:

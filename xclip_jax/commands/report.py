@@ -17,7 +17,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import logging
 from etils import epath
 
 from xclip_jax.core.console import log0
@@ -45,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=os.path.expanduser, default="", help="the page, by default RUN/report.html")
     add_trust(parser)
     flags = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)
     with exit_with_message(), trusting(flags.trust):
         log0(f"report: {make(flags)}")
 

@@ -22,10 +22,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
-from xclip_jax.commands.embed import embed, ledger_of
+from xclip_jax.commands.embed import MAX_UNREADABLE, MAY_FAIL, embed, ledger_of
 from xclip_jax.commands.inputs import IMAGES, Images, open_images
 from xclip_jax.core import json_lines, storage
 from xclip_jax.core.console import log0
@@ -110,7 +109,7 @@ class Index:
         return content.getvalue()
 
 
-def make_index(model: Model, pattern: str) -> Index:
+def make_index(model: Model, pattern: str, max_unreadable: float = MAX_UNREADABLE) -> Index:
     """Return the index of the images of `pattern`, see `xclip_jax.commands.embed`, after embedding them if necessary.
 
     Raises `UserError` if no image can be read.
@@ -121,7 +120,7 @@ def make_index(model: Model, pattern: str) -> Index:
     places = [path if storage.is_remote(path) else os.path.abspath(path) for path in tables]
     key = hashlib.sha256(f"{model.fingerprint()} {source.digest()} {places}".encode()).hexdigest()[:16]
     file = storage.cache_dir() / "search" / f"{key}.parquet"
-    embed(model, {"image": source}, str(file))
+    embed(model, {"image": source}, str(file), max_unreadable=max_unreadable)
     columns = embeddings.read(file)
     bad = {entry["index"] for entry in json_lines.read(storage.as_path(ledger_of(file)))}
     return Index(model, source, [i for i in range(len(source)) if i not in bad], columns)
@@ -181,9 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
     parser.add_argument("--port", type=int, default=8000, help="8000 by default; 0 for any free port")
     parser.add_argument("--batch", type=int, default=32, help="images encoded at once")
+    parser.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, help=MAY_FAIL)
     add_trust(parser)
     flags = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)
     with exit_with_message():
         uvicorn = import_extra("uvicorn", "serve", "serve")
         check_count("--batch", flags.batch, 1)
@@ -194,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with listening:
             compiler.enable_cache()
             model = load(flags.checkpoint, step=flags.step, batch=flags.batch, trust=flags.trust)
-            index = make_index(model, flags.images)
+            index = make_index(model, flags.images, flags.max_unreadable)
             index.by_text("an image")  # compiles
             log0(f"{len(index):,} images: http://127.0.0.1:{listening.getsockname()[1]}  (Ctrl-C to end)")
             config = uvicorn.Config(make_app(index), ws="none", log_level="warning", server_header=False)

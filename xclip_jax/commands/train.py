@@ -5,7 +5,7 @@ RECIPE is the name of a recipe of the package, such as demo, or the path of a fi
 
 import logging as python_logging
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from xclip_jax import report
 from xclip_jax.config import load
@@ -29,7 +29,6 @@ flags.declare_key_flag("trust")  # for --help
 
 def main(_: list[str]) -> None:
     """Run the trainer."""
-    logging.set_verbosity(logging.ERROR)
     python_logging.getLogger("jax._src.xla_bridge").setLevel("WARNING")  # JAX warns of an unused GPU or TPU
     with runtime.exits(), errors.exit_with_message(), imports.trusting(load.TRUST.value):
         errors.end_at_once()  # until the run handles signals

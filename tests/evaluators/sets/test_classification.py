@@ -18,7 +18,7 @@ from tests.data.readers.test_wds import array, write
 from tests.evaluators.sets.test_known_sets import evaluate as evaluated
 from tests.evaluators.sets.test_known_sets import records
 from tests.evaluators.sets.test_known_sets import write as write_image
-from tests.helpers.encoding import PREPARE, SIZE
+from tests.helpers.encoding import PREPARE, SIZE, make_encoder, small_model
 from tests.helpers.foreign import MODELS, make_open_clip
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import BadSample, UserError
@@ -26,6 +26,7 @@ from xclip_jax.data import sources
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.probe import Sweep
 from xclip_jax.evaluators.prompts import PROFILES
+from xclip_jax.evaluators.results import items
 from xclip_jax.evaluators.sets import known_sets
 
 NAMES = ["tree frog", "espresso machine", "hand-held_computer", "go-kart", "moving van", "wok", "viaduct"]
@@ -217,9 +218,25 @@ def test_a_probe_without_a_training_split(tmp_path):
     for name in ("imagenet_a", "gtsrb"):
         with pytest.raises(UserError, match=rf"^{name} .*probe/folder:PATH"):
             registry.load(f"probe/{name}", SIZE)
-    write_image(tmp_path / "train" / "cat" / "0.png", 0)
-    write_image(tmp_path / "test" / "dog" / "0.png", 0)
-    with pytest.raises(UserError, match=r"^probe/folder:.* has the class 'dog'"):
+
+
+def test_a_rare_class_without_training_images_is_wrong_and_named(tmp_path, capsys):
+    """A class of validation images is fitted on; 1 of 20 test images is allowed, 2 of 20 are not."""
+    for part, counts in (("train", {"cat": 2, "emu": 2}), ("validation", {"cat": 1, "fox": 1}),
+                         ("test", {"cat": 10, "dog": 1, "emu": 8, "fox": 1})):  # fmt: skip
+        for value, (name, count) in enumerate(counts.items()):
+            for i in range(count):
+                write_image(tmp_path / part / name / f"{i}.png", 50 * value)
+    data = registry.load(f"probe/folder:{tmp_path}", SIZE)
+    assert "1 of 20 test images have classes that training lacks: 'dog'; they count" in capsys.readouterr().out
+    train, held, test = data.tasks[""]
+    assert (train.tolist(), held.tolist()) == ([0, 0, 1, 1], [0, 3])
+    assert test.tolist() == [0] * 10 + [2] + [1] * 8 + [3]
+    results = registry.evaluator(make_encoder(), dataclasses.replace(data, sweep=Sweep((1.0,), 0)))
+    for item in items(results.measure(small_model()[1])).values():
+        assert item.values[10] == 0
+    (tmp_path / "test" / "cat" / "0.png").rename(tmp_path / "test" / "dog" / "1.png")
+    with pytest.raises(UserError, match=r"^probe/folder:.* 2 of 20 test images .*: 'dog'; add such images"):
         registry.load(f"probe/folder:{tmp_path}", SIZE)
 
 

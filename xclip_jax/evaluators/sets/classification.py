@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xclip_jax.core import imports
+from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import SourceOptions, choose
@@ -23,6 +24,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import wds
 from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.base import SetKind, is_holdout, joined, pictures
+from xclip_jax.evaluators.encoder import MAX_UNREADABLE
 from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet, renumber
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
@@ -194,6 +196,26 @@ def _read_splits(spec: str, data_dir: str) -> tuple[Entry, list[Content], Any]:
     return entry, parts, [parts[0].data, parts[0].version, *splits]
 
 
+def _numbered_alike(spec: str, splits: Sequence[Content]) -> list[Content]:
+    """Number the classes of all splits like those of the training images, and further classes after them.
+
+    No probe predicts a class without training and validation images: test images of it count as wrong, and a warning
+    names it. `UserError` if more than `MAX_UNREADABLE` of the test images have classes that training does not name.
+    """
+    known = splits[0].classes
+    used = {part.classes[label] for part in splits for label in np.unique(part.labels)}
+    classes = [*known, *sorted(used - set(known))]
+    *fitted, test = [dataclasses.replace(x, labels=renumber(x.labels, x.classes, classes, spec)) for x in splits]
+    lacking = ~np.isin(test.labels, np.concatenate([part.labels for part in fitted]))
+    if lacking.any():
+        named = ", ".join(repr(classes[label]) for label in np.unique(test.labels[lacking])[:20])
+        fault = f"{spec}: {lacking.sum():,} of {len(lacking):,} test images have classes that training lacks: {named}"
+        if np.mean(lacking & (test.labels >= len(known))) > MAX_UNREADABLE:
+            raise UserError(f"{fault}; add such images to the training split, or leave these classes out.")
+        log0(f"WARNING: {fault}; they count as wrong")
+    return [*fitted, test]
+
+
 class ClassSets(SetKind):
     """`NAME` and `NAME@PATH` of the table, `SOURCE` or `zeroshot/SOURCE`, and held-out images."""
 
@@ -253,9 +275,8 @@ class ProbeSets(SetKind):
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ProbeSet:
         entry, content, identity_of_splits = _read_splits(spec, data.dir)
+        content = _numbered_alike(spec, content)
         first = content[0]
-        # A split may lack a class of the training items.
-        content = [dataclasses.replace(x, labels=renumber(x.labels, x.classes, first.classes, spec)) for x in content]
         if len(content) == 2:
             content.insert(1, Content([], np.array([], int), first.classes, first.data))
         metric = entry.metric if entry.metric == "mean_per_class" else "top1"
