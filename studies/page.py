@@ -84,16 +84,17 @@ def arms(matrix: Matrix, names: Sequence[str], measures: Sequence[Measure]) -> l
     return table(["arm", "runs", *(measure.label for measure in measures)], rows)
 
 
-def differences(matrix: Matrix, baseline: str, names: Sequence[str]) -> list[str]:
-    """Return a table of the differences of arms from a baseline, paired by seed, of all measures."""
+def differences(
+    matrix: Matrix, head: str, pairs: Mapping[str, tuple[str, str]], measures: Sequence[Measure]
+) -> list[str]:
+    """Return a table of differences, paired by seed, with a row for each {title: (arm, baseline)}."""
     rows = []
-    for name in names:
-        row = [title_of(matrix, name)]
-        for measure in matrix.study.measures:
-            d = verdicts.difference(matrix, ClaimPart("", measure.name, [name], [baseline]))
-            row.append(estimate_text(d, measure, difference=True))
-        rows.append(row)
-    return table([f"minus {title_of(matrix, baseline)}", *(measure.label for measure in matrix.study.measures)], rows)
+    for title, (name, baseline) in pairs.items():
+        parts = [ClaimPart("", measure.name, [name], [baseline]) for measure in measures]
+        found = [verdicts.difference(matrix, part) for part in parts]
+        texts = [estimate_text(d, measure, difference=True) for d, measure in zip(found, measures, strict=True)]
+        rows.append([title, *texts])
+    return table([head, *(measure.label for measure in measures)], rows)
 
 
 def claims(matrix: Matrix) -> list[str]:

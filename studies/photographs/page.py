@@ -32,9 +32,20 @@ DEFAULTS = {  # measures of the recommended recipe
         Measure("probe", "probe", stages.ICON_VALIDATION[2]),
     ),
 }
-_READ = tuple(m for m in stages.MEASURES if m.name.startswith(("unseen", "known", "colours", "to_", "retrieval")))
-DRAWN = ("unseen", "kind", "retrieval")  # measures of the chart
+_NAMING = tuple(m for m in stages.MEASURES if m.name.startswith(("unseen", "known", "colours")))
+_RETRIEVAL = tuple(m for m in stages.MEASURES if m.name.startswith(("to_", "retrieval")))
+_FEATURES = tuple(m for m in stages.MEASURES if m not in (*_NAMING, *_RETRIEVAL))
+_READ = (*_NAMING, *_RETRIEVAL)  # measures that depend on the reading of two heads
+DRAWN = ("unseen", "kind", "retrieval")  # measures of the charts of differences
 BASELINE = "final_clip"
+GAINS = {  # of xCLIP over CLIP, by training
+    "loose titles, batch 256": ("final_xclip", BASELINE),
+    "half of them tight": ("captions_half_xclip", "captions_half_clip"),
+    "tight captions": ("captions_tight_xclip", "captions_tight_clip"),
+    "tight, equal ones not matching": ("captions_tight_pairs_xclip", "captions_tight_pairs_clip"),
+    "loose titles, batch 64": ("batch_64_xclip", "batch_64_clip"),
+    "loose titles, batch 512": ("batch_512_xclip", "batch_512_clip"),
+}
 
 
 def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
@@ -58,13 +69,12 @@ def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
     if tested:
         reading = "the sum of both similarities" if matrix.both_heads else "the embeddings' similarity"
         text += ["## Tests", "", f"Validation chose to read models with two heads by {reading}.", ""]
-        text += page.arms(matrix, tested, stages.MEASURES)
+        compared = {page.title_of(matrix, name): (name, BASELINE) for name in _compared(matrix)}
+        for title, measures in (("Naming", _NAMING), ("Retrieval", _RETRIEVAL), ("Features", _FEATURES)):
+            text += [f"### {title}", "", *page.arms(matrix, tested, measures)]
+            text += page.differences(matrix, "minus CLIP", compared, measures)
+            text += page.differences(matrix, "xCLIP minus CLIP", _gains(matrix), measures)
         text += _by_the_other_reading(matrix, tested)
-        text += page.differences(matrix, BASELINE, _compared(matrix))
-        for name in tested:
-            rival = name.removesuffix("xclip") + "clip"
-            if name.endswith("_xclip") and rival in tested and rival != BASELINE:
-                text += page.differences(matrix, rival, [name])
         text += _over_training(matrix)
     text += [line for name in charts for line in (f"![{name}]({name}.svg)", "")]
     return [*text, "## Claims", "", *page.claims(matrix)]
@@ -85,7 +95,8 @@ def _by_the_other_reading(matrix: stages.Photographs, names: Sequence[str]) -> l
     other = copy.copy(matrix)
     other.both_heads = not matrix.both_heads
     two_heads = [name for name in names if any(matrix.values(name, m) != other.values(name, m) for m in _READ)]
-    return ["By the other reading:", "", *page.arms(other, two_heads, _READ)] if two_heads else []
+    lines = [line for measures in (_NAMING, _RETRIEVAL) for line in page.arms(other, two_heads, measures)]
+    return ["### By the other reading of two heads", "", *lines] if two_heads else []
 
 
 def _over_training(matrix: Matrix) -> list[str]:
@@ -96,13 +107,20 @@ def _over_training(matrix: Matrix) -> list[str]:
         pairs = zip(xclip[name], clip[name], strict=False)
         rows.append([name, *(f"{value - before:+.1f}" for (_, value), (_, before) in pairs)])
     head = ["xCLIP minus CLIP on validation", *(f"{i}/{stages.EIGHTHS}" for i in range(1, stages.EIGHTHS + 1))]
-    return page.table(head, sorted(rows)) if rows else []
+    note = "By the embeddings' similarity, after each eighth of the time; means over seeds."
+    return ["### Over training", "", note, "", *page.table(head, sorted(rows))] if rows else []
 
 
 def _compared(matrix: Matrix) -> list[str]:
     """Return the arms that are compared with `BASELINE`."""
     names = [arm.name for arm in matrix.study.arms if arm.name.startswith(("final_", "control_"))]
     return [name for name in names if name != BASELINE]
+
+
+def _gains(matrix: Matrix) -> dict[str, tuple[str, str]]:
+    """Return `GAINS` of declared arms."""
+    tested = {arm.name for arm in matrix.study.arms if arm.tested}
+    return {title: pair for title, pair in GAINS.items() if tested.issuperset(pair)}
 
 
 def regrets(matrix: Matrix) -> list[str]:
@@ -130,12 +148,20 @@ def regrets(matrix: Matrix) -> list[str]:
 
 def charts_of(matrix: Matrix) -> dict[str, str]:
     """Return {name: SVG} of the charts with something to show."""
-    groups = {}
-    for arm in _compared(matrix):
-        parts = {matrix.study.measure(name).label: ClaimPart("", name, (arm,), (BASELINE,)) for name in DRAWN}
-        rows = {label: verdicts.difference(matrix, part) for label, part in parts.items()}
-        groups[page.title_of(matrix, arm)] = {label: d for label, d in rows.items() if d is not None}
-    made = {"differences": page.chart_of_differences("Differences from CLIP", groups, "points, 95 %")}
+    of_arms = {page.title_of(matrix, arm): (arm, BASELINE) for arm in _compared(matrix)}
+    made = {}
+    for name, title, pairs in (
+        ("differences", "Differences from CLIP", of_arms),
+        ("gains", "xCLIP minus CLIP", _gains(matrix)),
+    ):
+        groups = {}
+        for label, (arm, baseline) in pairs.items():
+            tight = arm.startswith("captions_tight")  # these models retrieve the captions that they learned
+            measures = {name: f"{name}_tight" if tight and name == "retrieval" else name for name in DRAWN}
+            parts = {matrix.study.measure(k).label: ClaimPart("", m, (arm,), (baseline,)) for k, m in measures.items()}
+            rows = {measure: verdicts.difference(matrix, part) for measure, part in parts.items()}
+            groups[label] = {measure: d for measure, d in rows.items() if d is not None}
+        made[name] = page.chart_of_differences(title, groups, "points, 95 %")
     curves = {arm: _evaluations(matrix, arm) for arm in (BASELINE, "final_xclip")}
     for name in curves[BASELINE]:
         drawn = {page.title_of(matrix, arm): lines[name] for arm, lines in curves.items() if name in lines}
@@ -145,12 +171,12 @@ def charts_of(matrix: Matrix) -> dict[str, str]:
 
 
 def _evaluations(matrix: Matrix, arm: str) -> dict[str, Sequence[tuple[float, float]]]:
-    """Return {headline: (step, mean over seeds) points} of the evaluations during an arm's runs."""
+    """Return {headline: (step, mean over seeds) points} of the sets that an arm's runs evaluate during training."""
     values: dict[str, dict[float, list[float]]] = {}
     for record in matrix.finished(arm).values():
         for line in record.evaluations:
             for name, value in line.items():
-                if name != "step":
+                if name.startswith(stages.CURVES):
                     values.setdefault(name, {}).setdefault(line["step"], []).append(value)
     return {
         name: [(step, float(np.mean(points))) for step, points in sorted(steps.items())]

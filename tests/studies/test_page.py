@@ -18,7 +18,9 @@ def test_tables():
         "| xclip | 1 of 2 | 8.0 (n = 1) | 12.0 (n = 1) | 16.00 (n = 1) |",
         "",
     ]
-    assert "| xclip | +4.0 (n = 1) | +6.0 (n = 1) | x 2.00 (n = 1) |" in page.differences(matrix, "clip", ["xclip"])
+    assert "| xclip | +4.0 (n = 1) | +6.0 (n = 1) | x 2.00 (n = 1) |" in page.differences(
+        matrix, "minus clip", {"xclip": ("xclip", "clip")}, matrix.study.measures
+    )
     text = "\n".join(page.claims(matrix))
     assert "**Undecided.**" in text and "| top-1 is higher | +4.0 (n = 1) | 1 of 1 | 1.0000 |" in text
     assert "| xclip | `xclip` | 1 |" in page.missing(matrix)

@@ -227,7 +227,7 @@ def test_the_page(tmp_path, monkeypatch):
     lines = page.lines(study, page.charts_of(study))
     assert [line for line in lines if "alone" in line] == ["By the embeddings' similarity alone: rate 0.5."]
     assert "| photographs/validation_known top1 | +0.0 | +1.5 |" in lines  # after equal shares of the time
-    assert {"![differences](differences.svg)", "![validation_known_top1](validation_known_top1.svg)"} <= set(lines)
+    assert {f"![{name}]({name}.svg)" for name in ("differences", "gains", "validation_known_top1")} <= set(lines)
     assert "Validation chose to read models with two heads by the embeddings' similarity." in lines
     assert any(line.startswith("| xCLIP | +1.0 [+1.0, +1.0] |") for line in lines)
     assert f"| 0.004_0 |{' 1.0 |' * 8}" in lines and f"| 0.004_0.1 |{' 0.0 |' * 8}" in lines
