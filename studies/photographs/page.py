@@ -36,7 +36,7 @@ _NAMING = tuple(m for m in stages.MEASURES if m.name.startswith(("unseen", "know
 _RETRIEVAL = tuple(m for m in stages.MEASURES if m.name.startswith(("to_", "retrieval")))
 _FEATURES = tuple(m for m in stages.MEASURES if m not in (*_NAMING, *_RETRIEVAL))
 _READ = (*_NAMING, *_RETRIEVAL)  # measures that depend on the reading of two heads
-DRAWN = ("unseen", "kind", "retrieval")  # measures of the charts of differences
+DRAWN = ("unseen", "known", "kind", "retrieval")  # measures of the charts of differences
 BASELINE = "final_clip"
 GAINS = {  # of xCLIP over CLIP, by training
     "loose titles, batch 256": ("final_xclip", BASELINE),
@@ -65,7 +65,7 @@ def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
         text += [f"By the embeddings' similarity alone: {by_own}.", ""] if winner and by_own != winner else [""]
     searched = [arm.name for arm in matrix.study.arms if arm.name.startswith(("pilot_", "search"))]
     text += page.arms(matrix, searched, MEASURES)
-    tested = [arm.name for arm in matrix.study.arms if arm.tested]
+    tested = [arm.name for arm in matrix.study.arms if arm.tested and matrix.finished(arm.name)]
     if tested:
         reading = "the sum of both similarities" if matrix.both_heads else "the embeddings' similarity"
         text += ["## Tests", "", f"Validation chose to read models with two heads by {reading}.", ""]
@@ -91,12 +91,18 @@ def _length(matrix: stages.Photographs) -> str:
 
 
 def _by_the_other_reading(matrix: stages.Photographs, names: Sequence[str]) -> list[str]:
-    """Return a table of the arms whose values depend on `both_heads`, with the other choice."""
+    """Return tables of the arms whose values depend on `both_heads`, with the other choice."""
     other = copy.copy(matrix)
     other.both_heads = not matrix.both_heads
     two_heads = [name for name in names if any(matrix.values(name, m) != other.values(name, m) for m in _READ)]
-    lines = [line for measures in (_NAMING, _RETRIEVAL) for line in page.arms(other, two_heads, measures)]
-    return ["### By the other reading of two heads", "", *lines] if two_heads else []
+    if not two_heads:
+        return []
+    pairs = {page.title_of(matrix, name): (name, BASELINE) for name in _compared(matrix) if name in two_heads}
+    lines = ["### By the other reading of two heads", ""]
+    for measures in (_NAMING, _RETRIEVAL):
+        lines += page.arms(other, two_heads, measures)
+        lines += page.differences(other, "minus CLIP", pairs, measures)
+    return lines
 
 
 def _over_training(matrix: Matrix) -> list[str]:
@@ -112,15 +118,14 @@ def _over_training(matrix: Matrix) -> list[str]:
 
 
 def _compared(matrix: Matrix) -> list[str]:
-    """Return the arms that are compared with `BASELINE`."""
+    """Return the arms with runs to compare with `BASELINE`."""
     names = [arm.name for arm in matrix.study.arms if arm.name.startswith(("final_", "control_"))]
-    return [name for name in names if name != BASELINE]
+    return [name for name in names if name != BASELINE and matrix.finished(name)]
 
 
 def _gains(matrix: Matrix) -> dict[str, tuple[str, str]]:
-    """Return `GAINS` of declared arms."""
-    tested = {arm.name for arm in matrix.study.arms if arm.tested}
-    return {title: pair for title, pair in GAINS.items() if tested.issuperset(pair)}
+    """Return `GAINS` of arms with runs."""
+    return {title: pair for title, pair in GAINS.items() if all(map(matrix.finished, pair))}
 
 
 def regrets(matrix: Matrix) -> list[str]:
