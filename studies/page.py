@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from studies import verdicts
-from studies.declaration import ClaimPart, Measure
+from studies.declaration import Measure
 from studies.matrix import Matrix
-from studies.statistics import MIN_SEEDS, Estimate, estimate
+from studies.statistics import MIN_SEEDS, Estimate, estimate, paired
 from xclip_jax.core.storage import write_whole
 from xclip_jax.report.charts import tick_labels, ticks
 
@@ -90,8 +90,7 @@ def differences(
     """Return a table of differences, paired by seed, with a row for each {title: (arm, baseline)}."""
     rows = []
     for title, (name, baseline) in pairs.items():
-        parts = [ClaimPart("", measure.name, [name], [baseline]) for measure in measures]
-        found = [verdicts.difference(matrix, part) for part in parts]
+        found = [paired(matrix.values(name, measure), matrix.values(baseline, measure)) for measure in measures]
         texts = [estimate_text(d, measure, difference=True) for d, measure in zip(found, measures, strict=True)]
         rows.append([title, *texts])
     return table([head, *(measure.label for measure in measures)], rows)

@@ -58,6 +58,13 @@ def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
     if len(matrix.chosen) < len(spaces.TEAMS) or matrix.to_measure:
         text += ["Later arms follow from these.", ""]
     text += ["## The recommended recipe", "", "Points behind the best setting, on validation.", "", *regrets(matrix)]
+    for corpus, measures in DEFAULTS.items():
+        pairs = {
+            f"smoothing {x:g} at a rate of {lr:g}": (f"defaults_{corpus}_{lr:g}_{x:g}", f"defaults_{corpus}_{lr:g}_0")
+            for lr in stages.RATES
+            for x in stages.SMOOTHINGS[1:]
+        }
+        text += page.differences(matrix, f"change of CLIP on {corpus}", pairs, measures)
     text += ["## Length and search", "", _length(matrix), ""]
     for team in spaces.TEAMS:
         winner, by_own = (spaces.in_words(settings.get(team, {})) for settings in (matrix.chosen, matrix.by_own))
