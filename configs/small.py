@@ -52,6 +52,8 @@ LIMITS = {"Ti": (1024, 144), "S": (2048, 224)}
 LARGEST = (4096, 224)
 CPU_LIMITS = {"Ti": (256, 96)}
 CPU_LARGEST = (256, 224)
+# Captions of at most 8 tokens are names, like those of the icons; longer ones of which a tenth repeat are titles.
+NAME_TOKENS, TITLE_REPEATS = 8, 0.1
 SMALL_WIDTH = 192  # of the image tower, up to which the studies of small towers decide
 FEWEST_CLUSTERS, MOST_OF_SMALL, MOST_CLUSTERS = 256, 1024, 32_768
 # FLOP/s of a core, measured with these towers, and the most seconds of a run on a CPU at this speed.
@@ -170,13 +172,15 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Descri
     data.cache = source is not None and size < min(machine.memory / 8, 2**31)  # else of unknown size
     data.holdout = share
     config.eval.batch = min(256, 8 * max(data.batch // 8, machine.devices))
-    note = ""
+    note = reason = ""
     if source is not None:  # training needs the same reading of all pairs, and does not repeat it
         known = holdout.find(spec, source, share, DataConfig(**data))
         while not len(known.indices) and share < 0.9:  # the hashes of a few pairs may hold out none
             share = data.holdout = round(share + 0.1, 1)
             known = holdout.find(spec, source, share, DataConfig(**data))
         data.spread_duplicate_captions = known.repeats > MANY_REPEATS
+        if saved is None and not args.objective:
+            reason = why_clip(counts.tokens, known.repeats)
         if sources.has_labels(spec, "image") and classifies(spec, args.dir, args.image, share):
             config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
         else:
@@ -187,7 +191,7 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Descri
     set_schedule(config, machine, trained, args.epochs, args.steps)
     # The number of chips is unknown for `device`; `checks.check_memory` names the key if a batch does not fit.
     config.optim.microbatches = 1 if args.device in ("gpu", "tpu") else microbatches(config, machine)
-    return functools.partial(summary, pairs=pairs, note=note)
+    return functools.partial(summary, pairs=pairs, note=note, reason=reason)
 
 
 def run_name(spec: str) -> str:
@@ -218,6 +222,18 @@ def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
         raise UserError(f"all {len(captions)} captions that were read are {captions[0]!r}: there is nothing to learn.")
     width, height = (int(np.median([sample.size[axis] for sample in good])) for axis in (0, 1))
     return Counts(n, width, height, tokens=int(np.percentile(tokens.lengths(tokens(captions, 77)), 95)))
+
+
+def why_clip(tokens: int, repeats: float) -> str:
+    """Return a remark on the objective clip for captions of a 95th percentile of `tokens`, by docs/verdicts.md.
+
+    `repeats` is the share of pairs whose captions equal those of another pair.
+    """
+    if tokens <= NAME_TOKENS:
+        return "it beats xclip on names like these captions"
+    if repeats > TITLE_REPEATS:
+        return "on titles like these captions xclip names classes better, but retrieves worse"
+    return "no study here compared it with xclip on captions like these"
 
 
 def _limits(preset: str, machine: Machine) -> tuple[int, int]:
@@ -343,8 +359,8 @@ def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, ob
         config.objective.terms = dict(RECIPES[config.objective.name])
 
 
-def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> str:
-    """Return a sentence about a run of `config` on this number of pairs, with a note."""
+def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "", reason: str = "") -> str:
+    """Return a sentence about a run of `config` on this number of pairs, with a note, and a reason for clip."""
     share = config.data.holdout
     batch = config.data.batch
     model = config.model
@@ -358,7 +374,10 @@ def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> st
         objective += f", {model.cluster_head.clusters:,} clusters"
     trained = max(pairs * (1 - share), 1)
     epochs = "epochs without data.drop" if config.data.drop else "epochs"  # steps are chosen before flags are read
-    corpora = "icons and photographs" if objective == "clip" else "drawings of icons"
+    corpora = "drawings of icons"
+    if objective == "clip":
+        corpora = "icons and photographs"
+        objective += f" ({reason}: docs/verdicts.md)" if reason else ""
     tuned = f", tuned on {corpora}" if config.optim.name == "muon" else ""
     return (
         f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {objective}, "

@@ -184,7 +184,8 @@ def test_the_context_is_long_enough_for_every_column(tmp_path):
 def test_the_pairs_decide_on_size_context_and_captions_apart(discs):
     c, describe = load.load_recipe(f"small:pairs={discs},tokenizer=bytes")
     assert describe(c) == (
-        f"small: 128 pairs, 16 % of them held out; clip, Ti/12, 36 px, 24 tokens, batch {c.data.batch}, {c.steps} "
+        "small: 128 pairs, 16 % of them held out; clip (on titles like these captions xclip names classes better, but "
+        f"retrieves worse: docs/verdicts.md), Ti/12, 36 px, 24 tokens, batch {c.data.batch}, {c.steps} "
         f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs), muon at {c.optim.lr:g}, "
         "tuned on icons and photographs"
     )
@@ -228,6 +229,27 @@ def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(tmp_path):
     c, describe = load.load_recipe(f"small:pairs={tmp_path / 'pairs'},tokenizer=bytes")
     assert c.eval.sets == ("retrieval/holdout",)
     assert "by retrieval, which does not show how well images are named: that needs images of two" in describe(c)
+
+
+@pytest.mark.parametrize(
+    ("captions", "reason"),
+    [
+        (["a fox", "hens"], "; clip (it beats xclip on names like these captions: docs/verdicts.md), "),
+        (
+            ["Turtle Check Men Navy Blue Shirt by Brand"],
+            "; clip (on titles like these captions xclip names classes better, ",
+        ),
+        ([], "; clip (no study here compared it with xclip on captions like these: "),
+    ],
+)
+def test_a_reason_for_the_objective(tmp_path, captions, reason):
+    folder = tiny.folder(tmp_path / "pairs", 24)
+    for i in range(24):
+        names = captions or [f"photograph {i} of a fox in the snow at night"]
+        (folder / f"{i:03d}.txt").write_text(f"{names[i % len(names)]} {'a' * (not i)}")
+    c, describe = load.load_recipe(f"small:pairs={folder}")
+    assert reason in describe(c)
+    assert "docs/verdicts.md" not in small.summary(c, 24)  # of a chosen objective
 
 
 def test_the_description_is_that_of_the_config_with_its_flags():
