@@ -30,6 +30,8 @@ SHORT_NAMES = {
     "studies.photographs.corpus:PhotographSplits:": "photographs:",
     "studies.icons.sets:IconSets/": "icons/",
     "studies.icons.sources:IconSplits:": "icons:",
+    "studies.duel.terms:SecondHead": "second_head",  # its former place
+    "studies.photographs.terms:SecondHead": "second_head",
 }
 # Former config keys. All runs had their default, or the value that the objective has without the key; runs on icons
 # have the stem "hmlp", which only the code of their commit knows.

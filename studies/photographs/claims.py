@@ -16,7 +16,7 @@ _TEXTS = {
 # Control: the explanation that it excludes.
 _CONTROLS = {
     "same_optimizer": "its rate",
-    "untrained_head": "an untrained head",
+    "fixed_head": "an untrained head",
     "shuffled": "other pairs' pseudo-labels",
     "second_head": "a second head",
     "smoothing_0.1": "smoothing 0.1",

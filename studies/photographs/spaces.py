@@ -62,11 +62,22 @@ _TOKENS = {
     "objective.terms": {"clip": 1.0, "common": 1.0},
     "objective.plugins": {"common": {"type": "studies.photographs.terms:CommonTokens"}},
 }
+_FIXED = {
+    "objective.name": "fixed",
+    "objective.terms": {"clip": 1.0, "fixed": 1.0},
+    "objective.plugins": {"fixed": {"type": "studies.photographs.terms:FixedHead"}},
+}
+_DETACHED = {
+    "objective.name": "detached",
+    "objective.plugins": {
+        "detached": {"type": "studies.photographs.terms:DetachedHead", "target": "detach", "tau": 0.5},
+    },
+}
 # Control: (title, objective of its recipe, team whose settings it has, changes).
 CONTROLS: dict[str, tuple[str, str, str, Settings]] = {
     "same_optimizer": ("CLIP at xCLIP's rate and warm-up", "clip", "xclip", {}),
     "untrained_head": (
-        "CLIP, untrained cluster head", "xclip", "clip", {"objective.terms": {"clip": 1.0, "nclip": 0.0}},
+        "CLIP, cluster head of weight 0", "xclip", "clip", {"objective.terms": {"clip": 1.0, "nclip": 0.0}},
     ),
     "shuffled": ("xCLIP, shuffled pseudo-labels", "xclip", "xclip", {"objective.nclip.shuffle_targets": True}),
     "second_head": ("CLIP, second contrastive head", "clip", "clip", _SECOND),  # with the smoothing of `clip`
@@ -80,5 +91,7 @@ CONTROLS: dict[str, tuple[str, str, str, Settings]] = {
         {"objective.clip.label_smoothing": 0.0, "objective.clip.gce_q": 0.3},
     ),
     "tokens": ("CLIP, tokens of SuperCLIP", "clip", "clip", _TOKENS),
+    "fixed_head": ("CLIP, untrained cluster head", "clip", "clip", _FIXED),
+    "detached_head": ("CLIP, cluster head that does not train the towers", "clip", "xclip", _DETACHED),  # with its tau
 }  # fmt: skip
 TIMED = ("shuffled", "second_head", "siglip", "nclip", "tokens")  # controls whose step is not CLIP's

@@ -214,7 +214,12 @@ class Photographs(Matrix):
         changes = changes_of(objective, settings, steps) | own
         if name == "second_head":
             changes["objective.plugins.second.label_smoothing"] = settings["smoothing"]
-        return arm_of(f"control_{name}", title, objective, changes, CONTROL_SEEDS, "split=train")
+        if name == "detached_head":  # xCLIP but for the gradient
+            changes["objective.terms"] = {"clip": round(1 - settings["weight"], 6), "detached": settings["weight"]}
+            changes["objective.plugins.detached.tau"] = settings["tau"]
+        # The head of weight 0 changes nothing, so that one seed shows it.
+        seeds = CONTROL_SEEDS[:1] if name == "untrained_head" else CONTROL_SEEDS
+        return arm_of(f"control_{name}", title, objective, changes, seeds, "split=train")
 
     def _declare_tested(self) -> None:
         """Declare the tested arms, as far as their costs are known."""
@@ -222,7 +227,8 @@ class Photographs(Matrix):
         self.study.arms.extend(self._final(team, of_team) for team, of_team in steps.items() if of_team)
         for name in CONTROLS:
             make = functools.partial(self._control, name)
-            of_control = self._equal_time(make) if name in TIMED else self.length
+            like_xclip = name == "detached_head"
+            of_control = self._equal_time(make) if name in TIMED else steps["xclip" if like_xclip else "clip"]
             if of_control:
                 self.study.arms.append(make(of_control))
         if steps["xclip"]:

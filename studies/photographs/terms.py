@@ -1,4 +1,4 @@
-"""Objective terms of two controls: a second contrastive head, and SuperCLIP's tokens over only the common tokens.
+"""Objective terms of controls: a second contrastive head, SuperCLIP's tokens over only the common ones, idle heads.
 
 Each head costs about as much as a cluster head.
 """
@@ -52,6 +52,39 @@ class CommonTokens(Tokens):
         classes[known] = np.arange(len(known))
         text = jnp.asarray(classes).at[batch["text"]].get(mode="fill", fill_value=0)
         return super().__call__(out, teacher, state, {**batch, "text": text}, chunk=chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedHead(Nclip):
+    """Cluster heads that keep their initial parameters and teach nothing, but are read like nCLIP's."""
+
+    title: ClassVar[str] = "fixed cluster head"
+
+    def __call__(
+        self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
+    ) -> Result:
+        """Return a loss of 0 with nCLIP's metrics, see `Term.__call__`."""
+        _, metrics, state = super().__call__(out, teacher, state, batch, chunk=chunk)
+        return jnp.zeros(()), metrics, state
+
+
+class DetachedClusters(ClusterHead):
+    """`ClusterHead` without a gradient for its inputs."""
+
+    def __call__(self, h: jax.Array, **options: Any) -> Any:
+        return super().__call__(jax.lax.stop_gradient(h), **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class DetachedHead(Nclip):
+    """nCLIP's loss of cluster heads, which does not train the towers."""
+
+    title: ClassVar[str] = "detached cluster head"
+
+    def heads(self, model: ModelConfig, vocab: int) -> Heads:
+        module = DetachedClusters(**dataclasses.asdict(model.cluster_head), dtype=jnp.dtype(model.dtype))
+        heads = super().heads(model, vocab).items()
+        return {name: dataclasses.replace(head, module=module) for name, head in heads}
 
 
 class UnitHead(ClusterHead):

@@ -1,7 +1,10 @@
 import dataclasses
 import types
 
+import chex
 import cv2
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -17,6 +20,9 @@ from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.results import Result
+from xclip_jax.models.heads import ClusterHeadConfig
+from xclip_jax.models.two_towers import ModelConfig
+from xclip_jax.objectives.nclip import Nclip
 
 TIMED = ["final_xclip", *(f"control_{name}" for name in spaces.TIMED)]
 
@@ -114,6 +120,28 @@ def test_the_second_head_against_its_definition():
     assert float(loss) == pytest.approx(np.mean(by_hand), abs=1e-5)
 
 
+def test_heads_that_teach_the_towers_nothing():
+    """The loss of one is 0, that of the other has nCLIP's gradient for its parameters, and none for the features."""
+    h = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 4)))
+    model = ModelConfig(cluster_head=ClusterHeadConfig(clusters=5, layers=0))
+    params = {"clusters": {"kernel": jnp.eye(4, 5), "bias": jnp.zeros(5)}}
+
+    def gradients(term):
+        heads = term.heads(model, 0)
+
+        def loss(params, h):
+            towers = zip(("img", "txt"), heads.values(), h, strict=True)
+            out = {f"s_{tower}": head.module.apply({"params": params}, x) for tower, head, x in towers}
+            return term(out, None, {}, {})[0]
+
+        return jax.grad(loss, (0, 1))(params, h)
+
+    expected, of_features = gradients(Nclip())
+    chex.assert_trees_all_close(gradients(terms.DetachedHead()), (expected, 0 * h))
+    chex.assert_trees_all_equal(gradients(terms.FixedHead()), jax.tree.map(jnp.zeros_like, (expected, h)))
+    assert np.abs(of_features).max() > 1e-3
+
+
 def test_tokens_that_are_not_common_share_a_class():
     term = terms.CommonTokens()
     start, *common = terms.common_tokens().tolist()
@@ -157,7 +185,8 @@ def test_stages_follow_from_records(monkeypatch, settled, length):
     assert study.length == length and not study.to_measure and sum("search2" in name for name in arms) == 8
     assert study.chosen == {team: candidates[2] for team, candidates in spaces.TEAMS.items()} == study.by_own
     steps = {name: arm.changes["steps"] for name, arm in arms.items()}
-    assert steps["final_xclip"] == round(length / 1.25) and steps["batch_64_clip"] == 4 * length
+    assert steps["final_xclip"] == steps["control_detached_head"] == round(length / 1.25)
+    assert steps["batch_64_clip"] == 4 * length
     for part in (part for claim in claims.CLAIMS for part in claim.parts):
         assert {arm for side in (part.plus, part.minus) for arm, _ in part.terms(side)} <= arms.keys()
     for name, arm in arms.items():  # every arm is a config of the package
