@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         (near,) = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0)
         sys.exit(f"error: unknown command {command!r}; did you mean {near!r}? See xclip-jax --help")
-    logging.set_verbosity(logging.ERROR)  # libraries warn of what users of a command cannot change
+    logging.set_verbosity(logging.ERROR)  # users cannot act on warnings of libraries
     sys.argv = [sys.argv[0], *arguments]
     Parser.program = f"xclip-jax {command}"
     try:

@@ -260,7 +260,7 @@ def _retried(read: Callable[..., Any]) -> Callable[..., Any]:
 
 @_retried
 def remote_info(path: str) -> dict[str, Any]:
-    """Return what fsspec tells of a remote file, "size" among it; `OSError` if the server does not report the size."""
+    """Return fsspec's facts about a remote file; `OSError` if the server does not report its "size"."""
     system, name = file_system(path)
     with os_errors(path):
         info = system.info(name)

@@ -161,7 +161,7 @@ def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
 def compile_config(config: ml_collections.ConfigDict, devices: list[Any], memory: float) -> tuple[Experiment, Any, str]:
     """Build a config; return the experiment with the results of `compile_if_fits`.
 
-    A step whose state alone exceeds `memory`, a device's bytes, is not compiled, which would take minutes.
+    If the state exceeds `memory`, a device's bytes, the step is not compiled, which would take minutes.
     """
     experiment = build(config, devices)
     state = bytes_on_device(experiment.abstract)
