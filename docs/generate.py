@@ -25,16 +25,18 @@ COLORS = {"image": "#0072b2", "text": "#e69f00", "neither": "#999999"}
 
 def config_page() -> str:
     """Return a table of keys, defaults, allowed values and doc strings for each group of the config."""
-    lines, group = ["# All keys of a config", ""], None
+    lines = ["# All keys of a config", ""]
     lines += ["Each key is a flag, `--config.optim.lr=1e-3`, and names in a list need no quotes,"]
     lines += ["`--config.data.text_columns=title,alt`. The defaults are those that recipes start from; a recipe"]
     lines += [f"changes some of them, and `config.json` in a run's folder has the values of that run. {MADE}"]
+    rows: dict[str, list[str]] = {}
     for name, default, allowed, doc in fields.describe(schema.Config):
-        if name.rpartition(".")[0] != group:
-            group = name.rpartition(".")[0]
-            lines += ["", f"## {group or 'The run'}", "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
         cells = (f"`{name}`", f"`{default!r}`", allowed, doc)
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        row = f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        rows.setdefault(name.rpartition(".")[0], []).append(row)
+    for group, of_group in rows.items():
+        lines += ["", f"## {group or 'The run'}", "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+        lines += of_group
     return "\n".join(lines) + "\n"
 
 
