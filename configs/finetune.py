@@ -66,7 +66,7 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> None:
         weights.adopt(config, args.weights)
     counted = KNOWN.get(config.data.sources[0], (args.examples, args.classes))
     if not all(counted):
-        source = sources.open_labelled(config.data.sources[0], SourceOptions(args.dir))
+        source = sources.open_labelled(config.data.sources[0], SourceOptions(args.dir, config.data.image_column))
         counted = (len(source), labelled.count_classes(config.data.sources[0], source))
     examples = args.examples or counted[0]
     text = config.objective.classify.tower == "txt"

@@ -1,6 +1,6 @@
 """Shows how clusters arise, and what a contrastive term adds: nCLIP and xCLIP on points of a plane and words.
 
-    python -m examples.clusters docs/clusters
+    python -m examples.clusters [docs/clusters]
 
 Takes two minutes on two cores and draws the two figures of docs/clusters.md. An image is a point near one of twelve
 places, its caption one of the two words for that place. The loss learns neither which words mean the same nor how
@@ -140,7 +140,7 @@ def compare(name: str, steps: int = 1000) -> tuple[float, float, float]:
     return float((found == right).mean()), float((found // SIDES == right // SIDES).mean()), float(information)
 
 
-def main(folder: str) -> None:
+def main(folder: str = "docs/clusters") -> None:
     """Train with each setting; print the last metrics, draw points and words, and the mutual information."""
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     planes = Row(470)

@@ -89,7 +89,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """The example; see the module's docstring."""
     options = _arguments(argv)
-    seeds = list(map(int, options.seeds.split(",")))
+    words = options.seeds.split(",")
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"--seeds is {options.seeds!r}; expected numbers joined by commas, such as 0,1,2.")
+    seeds = list(dict.fromkeys(map(int, words)))
     if len(seeds) < 2:
         raise UserError(f"--seeds {options.seeds} has one seed; an interval needs at least two.")
     results: dict[str, dict[int, Values]] = {"a": {}, "b": {}}

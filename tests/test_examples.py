@@ -172,8 +172,10 @@ def test_study(tmp_path, pairs, capsys):
     study.main(flags)
     assert capsys.readouterr().out.rpartition("\nA: ")[2] == first
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())  # finished runs are not repeated
-    with pytest.raises(UserError, match="--seeds 0 has one seed; an interval needs at least two"):
-        study.main(["--seeds", "0"])
+    with pytest.raises(UserError, match="--seeds 0,0 has one seed; an interval needs at least two"):
+        study.main(["--seeds", "0,0"])
+    with pytest.raises(UserError, match="--seeds is '0-4'; expected numbers"):
+        study.main(["--seeds", "0-4"])
 
 
 def test_a_study_pairs_differences_by_seed():

@@ -146,6 +146,12 @@ def test_nothing_in_nothing_out(model):
         assert found.shape == (0, 16) and found.dtype == np.float32
 
 
+def test_texts_and_class_names_may_be_arrays_and_generators(model):
+    np.testing.assert_array_equal(model.encode_text(text for text in TEXTS), model.encode_text(TEXTS))
+    names = np.unique(["owl", "fox"])
+    assert model.zero_shot(pictures(2), names).labels == model.zero_shot(pictures(2), ["fox", "owl"]).labels
+
+
 @pytest.mark.parametrize("objective", ["xclip", "nclip"])
 def test_zero_shot_by_every_score_is_its_definition(objective):
     """Against SciPy on outputs of the heads; a class is the mean of its prompts."""

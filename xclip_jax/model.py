@@ -206,7 +206,7 @@ class Model:
           (2, (2, 3))
         """
         strings = isinstance(class_names, str) or isinstance(templates, str)
-        if strings or not class_names or not templates or not all("{}" in template for template in templates):
+        if strings or not len(class_names) or not len(templates) or not all("{}" in template for template in templates):
             raise UserError(
                 f"class_names and templates must be lists of at least one string, templates with {{}} for the class "
                 f"name; templates are {templates!r:.80}."
@@ -293,6 +293,7 @@ class Model:
         return self._encoder.images(self._variables, images, keys)
 
     def _texts(self, texts: Sequence[str], keys: Sequence[str]) -> Features:
+        texts = texts if isinstance(texts, str) else list(texts)
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"texts is {texts!r:.40}; pass a list of strings.")
         return self._encoder.texts(self._variables, texts, keys)

@@ -179,5 +179,5 @@ def freeze(tx: optax.GradientTransformation, frozen: Collection[str]) -> optax.G
 
 
 def ema_momentum(step: Any, steps: int, start: float) -> Any:
-    """Return the momentum of the moving average at `step`, rising from `start` to 1 on a cosine."""
-    return 1 - (1 - start) * 0.5 * (1 + jnp.cos(jnp.pi * step / steps))
+    """Return the momentum of the moving average at `step`, rising from `start` to 1 on a cosine of `steps`."""
+    return 1 - (1 - start) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(step, steps) / steps))

@@ -10,6 +10,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 
 from tests.evaluators.test_logistic import overlapping
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import feature_classifiers, logistic
 from xclip_jax.evaluators.feature_classifiers import Sweep
 
@@ -77,6 +78,8 @@ def test_given_validation_items_are_fitted_on_unless_refit_is_off():
     assert scores[0] != scores[1] and 10 ** extra["log10_c"] == pytest.approx((1e-3, 1.0)[int(np.argmax(scores))])
     np.testing.assert_array_equal(found, right(parts[0], 10 ** extra["log10_c"]))
     assert np.any(right((x[:60], y[:60]), 1.0) != right((x[:30], y[:30]), 1.0))
+    with pytest.raises(UserError, match="one training item and no validation split"):
+        feature_classifiers.linear((x[:1], y[:1]), *parts[1:], 3, sweep, accuracy)
 
 
 def test_folds_are_even_and_stratified():

@@ -147,6 +147,7 @@ def test_the_command_writes_a_page_of_runs(tmp_path, monkeypatch, capsys):
     own = {"eval__templates": ("art of {c}",), "eval__class_names": str(tmp_path / "names.json")}
     tiny.untrained(tmp_path / "a", "clip", **changes, **own)
     tiny.untrained(tmp_path / "b", "nclip", **changes | {"data__holdout": 0.5})
+    (tmp_path / "names.json").unlink()  # the run has a copy
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
     prompts = []

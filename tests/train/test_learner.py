@@ -104,6 +104,7 @@ def test_images(learner, pairs):
     assert np.array_equal(views, learner.preprocess([pathlib.Path(path).read_bytes() for path in paths]))
     crops = [learner.transform(paths, np.random.default_rng(seed)) for seed in (0, 0, 1)]
     assert np.array_equal(crops[0], crops[1]) and not np.array_equal(crops[0], crops[2])
+    assert learner.preprocess([]).shape == (0, 16, 16, 3)
     with pytest.raises(BadSample):
         learner.preprocess([b"no image"])
 

@@ -18,6 +18,7 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
+from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.train import checkpoint_files, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_writer import RunWriter
@@ -63,22 +64,28 @@ def test_metrics_before_a_first_checkpoint(pairs, tmp_path):
     folder.check(config)
 
 
-def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, capsys):
+def test_a_run_may_be_moved_with_its_data_tokenizer_and_class_names(pairs, tmp_path, capsys):
     vocabulary = tmp_path / "tokenizer.json"
     save_words(vocabulary, ["?", "<pad>", "<s>", "</s>", "picture", "number"])
     data = pathlib.Path(shutil.copytree(pairs, tmp_path / "data"))
-    short = {"steps": 1, "data__tokenizer": str(vocabulary)}
+    names = tmp_path / "names.json"
+    names.write_text('{"fox": "a red fox"}')
+    short = {"steps": 1, "data__tokenizer": str(vocabulary), "eval__class_names": str(names)}
     trainer.run(tiny.short(data, tmp_path / "run", **short))
     (tmp_path / "moved").mkdir()
     for name in ("run", "data"):
         shutil.move(tmp_path / name, tmp_path / "moved" / name)
     vocabulary.rename(tmp_path / "moved" / "words.json")
+    names.rename(tmp_path / "moved" / "names.json")
     there = tmp_path / "moved"
     short["data__tokenizer"] = str(there / "words.json")
+    short["eval__class_names"] = str(there / "names.json")
     trainer.run(tiny.short(there / "data", there / "run", **short))
     assert "resuming at step 1" in capsys.readouterr().out
     loaded, *_ = weights.load(str(there / "run"))
     assert loaded.data.tokenizer == str(there / "run" / "tokenizer.json")
+    assert loaded.eval.class_names == str(there / "run" / "class_names.json")
+    assert read_class_names(loaded.eval.class_names) == {"fox": "a red fox"}
     (there / "words.json").write_text("{}")
     (there / "run" / "results.json").unlink()
     with pytest.raises(UserError, match=r"data\.tokenizer='.*words\.json' differs from "):

@@ -11,6 +11,7 @@ import torch
 from tests.data.test_tokenizer import save_words
 from tests.helpers import tiny
 from tests.helpers.util import random_variables, two_towers
+from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader, tokenizer
 from xclip_jax.models.transformer import stack_blocks, unstack_blocks
@@ -162,3 +163,10 @@ def test_a_config_adopts_the_tokenizer_in_the_folder_of_a_run(tmp_path):
     c = tiny.config("clip")
     weights.adopt(c, str(run))
     assert c.data.tokenizer == str(run / "tokenizer.json") and tokenizer.load(c.data.tokenizer).vocab_size == 5
+
+
+def test_a_config_adopts_the_width_of_embeddings_that_a_style_demands(tmp_path):
+    parts = {"model__img__pool": "map", "model__img__style": "siglip", "model__txt__style": "siglip",
+             "model__txt__causal": False, "model__txt__pool": "last"}  # fmt: skip
+    run = tiny.untrained(tmp_path / "run", "siglip", model__embed=32, **parts)
+    assert load_config(f"finetune:data=folder:x,weights={run},examples=8,classes=2").model.embed == 32

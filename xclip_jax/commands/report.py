@@ -29,7 +29,7 @@ from xclip_jax.report import collect, page
 from xclip_jax.report.collect import Record, Run
 from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.train.build import make_encoder, profile_of_run
-from xclip_jax.train.weights import load
+from xclip_jax.train.weights import load, run_config
 
 _MOST_RUNS = 8  # the page has eight colours
 
@@ -60,7 +60,8 @@ def make(flags: argparse.Namespace) -> epath.Path:
     of_runs = [(*record.config.eval.sets_at_end, *record.config.eval.sets) for record in records]
     specs = specs or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
     first = records[0].config
-    options = {"data": first.data, "data_dir": flags.data_dir, "profile": profile_of_run(first)}
+    profile = profile_of_run(run_config(RunReader(flags.runs[0])))  # with the run's copy of class names
+    options = {"data": first.data, "data_dir": flags.data_dir, "profile": profile}
     runs = []
     for color, (name, record) in enumerate(zip(names, records, strict=True)):
         if several:

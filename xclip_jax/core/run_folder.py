@@ -49,6 +49,7 @@ class RunReader:
         self.config_file = self.path / "config.json"
         self.data_file = self.path / "data.json"
         self.tokenizer_file = self.path / "tokenizer.json"
+        self.class_names_file = self.path / "class_names.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.results_log_file = self.path / "results.jsonl"
         self.results_file = self.path / "results.json"

@@ -141,7 +141,7 @@ def check_columns(source: str, names: Iterable[str], keys: Iterable[str]) -> Non
             raise UserError(
                 f"{source} has {columns} {key!r}; its columns are {', '.join(map(repr, names))}; name its columns, by "
                 "data.image_column and data.text_columns, small:pairs=SOURCE,image=COLUMN,text=COLUMN, "
-                "SOURCE?label=COLUMN or retrieval/SOURCE?image=COLUMN&text=COLUMN."
+                "SOURCE?image=COLUMN&label=COLUMN or retrieval/SOURCE?image=COLUMN&text=COLUMN."
             )
 
 
@@ -275,7 +275,13 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
         strings = dict.fromkeys(columns, pyarrow.string())
         conversion = pyarrow.csv.ConvertOptions(check_utf8=False, column_types=strings, strings_can_be_null=False)
         place: Any = file if storage.is_remote(path) else path
-        table = pyarrow.csv.read_csv(place, parse_options=parsing, convert_options=conversion)
+        try:
+            table = pyarrow.csv.read_csv(place, parse_options=parsing, convert_options=conversion)
+        except pyarrow.ArrowInvalid as error:
+            if "straddl" not in str(error):  # a row does not end within two blocks
+                raise
+            fault = "a row is longer than a megabyte: a field is a long text, or a quote in it is unpaired"
+            raise UserError(f"table {path!r}: {fault}; close the quote, or shorten the field.") from error
     line_end = pyarrow.compute.MatchSubstringOptions("\n")
     for name, column in zip(table.column_names, table.columns, strict=True):  # unused ones also swallow rows
         if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_binary(column.type)):

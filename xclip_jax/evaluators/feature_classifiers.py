@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import logistic
 from xclip_jax.evaluators.statistics import valid_rows
 
@@ -126,6 +127,8 @@ def linear(train: Labelled, validation: Labelled, test: Labelled, classes: int, 
     """
     given = train, validation
     if not len(validation[1]):
+        if len(train[1]) < 2:
+            raise UserError("a probe has one training item and no validation split; it needs two items, or the split.")
         order = np.random.default_rng(0).permutation(len(train[1]))
         tenth = max(1, len(order) // 10)
         x, y = train

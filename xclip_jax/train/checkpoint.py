@@ -143,13 +143,17 @@ class Checkpointer:
         steps = self._manager.all_steps()
         step = self.latest() if step is None else step
         if step is None or step not in steps:
-            raise UserError(f"{self.path} holds no checkpoint{f' of step {step}' if step else ''}.")
+            raise UserError(f"{self.path} holds no checkpoint{'' if step is None else f' of step {step}'}.")
         try:
             return self._read(abstract, step)
         except _Damaged as error:
             others = sorted((other for other in steps if other != step), reverse=True)
             whole = next((other for other in others if self.find_fault(other) is None), None)
-            newest = f"the newest whole one is of step {whole}: --step {whole}" if whole else "no other one is whole"
+            newest = (
+                f"the newest whole one is of step {whole}: --step {whole}"
+                if whole is not None
+                else "no other one is whole"
+            )
             raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {newest}.") from error
 
     def restore_good(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:

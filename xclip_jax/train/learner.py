@@ -82,7 +82,9 @@ class Learner:
           OSError: a file that cannot be read.
           BadSample: an image that cannot be decoded.
         """
-        return np.stack([self.experiment.preprocessing(_content(image)) for image in images])
+        size = self.experiment.image_size
+        rows = [self.experiment.preprocessing(_content(image)) for image in images]
+        return np.stack(rows) if rows else np.empty((0, size, size, 3), np.uint8)
 
     def transform(self, images: Sequence[ImageLike], rng: np.random.Generator) -> np.ndarray:
         """Return random crops for training (`data.crop_scale`), uint8 (b, size, size, 3); see `preprocess`."""

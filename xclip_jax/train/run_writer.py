@@ -13,7 +13,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
 from xclip_jax.core.errors import UserError, check_writable
 from xclip_jax.core.run_folder import RunReader, lock
-from xclip_jax.core.storage import is_remote, write_json, write_whole
+from xclip_jax.core.storage import as_path, is_remote, write_json, write_whole
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, to_json, write_items
@@ -148,6 +148,9 @@ class RunWriter(RunReader):
                 file.unlink(missing_ok=True)
             self._write_config(config, groups, text_rows, init_step)
             write_json(self.data_file, list(fingerprints))
+            self.class_names_file.unlink(missing_ok=True)
+            if config.eval.class_names:
+                write_whole(self.class_names_file, as_path(config.eval.class_names).read_bytes())
             if self.latest_step() is None:
                 self.tokenizer_file.unlink(missing_ok=True)  # left by a start that failed
                 if config.data.tokenizer not in tokenizer.NAMES:

@@ -124,6 +124,7 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
         # remat only affects how a tower is computed.
         tower.update(as_dict(getattr(saved.model, name)) | {"remat": tower.remat})
     config.model.plugins = saved.model.plugins
+    config.model.embed = saved.model.embed  # a style may tie it to the width
     config.model.img.drop_path = 0.0
     prepare = Preprocessing.from_config(saved).to_config()
     config.eval.update(prepare["eval"])
@@ -152,14 +153,16 @@ def fingerprint(experiment: Experiment, variables: Variables) -> str:
 
 def _completed(run: RunReader) -> ml_collections.ConfigDict:
     config = schema.complete((run.read_config() or {})["config"])
-    # The tokenizer file may have moved since.
+    # Files that the config names may have moved since.
     if config.data.tokenizer not in tokenizer.NAMES and run.tokenizer_file.exists():
         config.data.tokenizer = str(run.tokenizer_file)
+    if config.eval.class_names and run.class_names_file.exists():
+        config.eval.class_names = str(run.class_names_file)
     return config
 
 
 def run_config(run: RunReader) -> Config:
-    """Return the config in a run's folder, with the folder's copy of the tokenizer file."""
+    """Return the config in a run's folder, with the folder's copies of the tokenizer's file and of class names."""
     config = _completed(run)
     with imports.named_by(run.config_file):
         try:

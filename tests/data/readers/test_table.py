@@ -96,6 +96,13 @@ def test_open__names_the_table_and_the_fault(tmp_path, rows, named):
         open_source(f"csv:{tmp_path}/x.csv")
 
 
+def test_an_unpaired_quote_in_a_large_table_is_named(tmp_path):
+    rows = ["image,text", '0.jpg,"a 5 screen', *(f"{i}.jpg,{'a long caption ' * 4}{i}" for i in range(40_000))]
+    (tmp_path / "x.csv").write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"x\.csv': a row is longer than a megabyte: .* close the quote"):
+        read_csv(f"{tmp_path}/x.csv", ["text"])
+
+
 def test_quotes_mean_nothing_between_tabs(tmp_path):
     captions = [f"caption {i}" for i in range(1001)]
     captions[500] = '"a quote that nobody closes'

@@ -88,6 +88,8 @@ def test_tfds(tmp_path, monkeypatch):
     for changes in ({"text_columns": ("title/text",)}, {"image_column": "title"}, {"tags_key": "title"}):
         with pytest.raises(UserError, match=r"'title.*'; its columns are 'image', 'text'"):
             open_source("tfds:numbers/train", folder, **changes)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(open_source("tfds:numbers/train", "~/a")) == 3
     part = open_source("tfds:numbers/train[:2]", folder)
     assert len(part) == 2 and part.fingerprint()["hash"] != card["hash"]
     monkeypatch.setattr(Numbers, "n", 4)

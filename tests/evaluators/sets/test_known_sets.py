@@ -5,11 +5,13 @@ import shutil
 
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
 from tests.helpers.encoding import SIZE, make_encoder, small_model
 from xclip_jax.core.errors import UserError
+from xclip_jax.data.config import DataConfig
 from xclip_jax.evaluators import prompts, registry
 from xclip_jax.evaluators.prompts import PROFILES
 from xclip_jax.evaluators.sets import known_sets
@@ -307,6 +309,18 @@ def test_a_probe_of_own_folders(tmp_path):
 def test_an_unknown_set(spec):
     with pytest.raises(UserError, match=f"unknown evaluation set {spec!r}"):
         registry.check(spec)
+
+
+def test_a_finetuned_set_has_its_images_in_the_column_of_the_config(tmp_path):
+    for i in range(2):
+        write(tmp_path / f"{i}.png", i)
+    columns = {"photo": [(tmp_path / f"{i}.png").read_bytes() for i in range(2)], "kind": ["cat", "dog"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    spec = f"finetuned/parquet:{tmp_path}/x.parquet?label=kind"
+    data = registry.load(spec, SIZE, data=DataConfig(image_column="photo"))
+    assert data.names == ("cat", "dog") and [int(item[0, 0, 0]) for item in data.items] == [0, 1]
+    with pytest.raises(UserError, match=r"SOURCE\?image=COLUMN&label=COLUMN"):
+        registry.load(spec, SIZE)
 
 
 # What the hash of a set covers.

@@ -37,7 +37,7 @@ def open_tfds(
     `UserError` for an unknown data set or split, or one not prepared for random access.
     """
     try:
-        builder: Any = tfds.builder(spec, data_dir=data_dir)
+        builder: Any = tfds.builder(spec, data_dir=os.path.expanduser(data_dir) if data_dir else None)
         features = builder.info.features
         encoded = image_column in features and isinstance(features[image_column], tfds.features.Image)
         decoders = {image_column: tfds.decode.SkipDecoding()} if encoded else None
@@ -118,7 +118,7 @@ class TfdsSplits(SourceKind):
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
         try:
-            return split in tfds.builder(rest, data_dir=options.dir or None).info.splits
+            return split in tfds.builder(rest, data_dir=os.path.expanduser(options.dir) or None).info.splits
         except Exception:  # opening the first split explains the error
             return False
 
@@ -129,7 +129,7 @@ def prepare_dataset(make: Callable[[str], B], data_dir: str | os.PathLike | None
     `make` returns the builder for a root of TFDS data sets: `data_dir`, $TFDS_DATA_DIR or `tfds` in
     `storage.cache_dir`. `check` raises an error if the preparation would fail.
     """
-    root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or storage.cache_dir() / "tfds")
+    root = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or storage.cache_dir() / "tfds")
     builder = make(root)
     tfds.disable_progress_bar()  # a dozen nested bars would hide other output
     if not builder.is_prepared():

@@ -313,7 +313,7 @@ class FinetunedSets(SetKind):
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ClassificationSet:
         source_spec = spec.removeprefix(FINETUNED)
-        source = sources.open_labelled(source_spec, SourceOptions(data.dir))
+        source = sources.open_labelled(source_spec, SourceOptions(data.dir, data.image_column))
         check_one_class(source_spec, source)
         labels = source.labels()
         images = source.key == "image"

@@ -9,6 +9,7 @@ prompts, and none may be missing.
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -254,7 +255,7 @@ def _is_number(label: str) -> bool:
 def _tfds_labels(name: str, feature: str, data_dir: str) -> list[str]:
     """Return the labels of a TFDS data set, prepared or not; [] if this version of TFDS lacks it."""
     try:
-        return list(tfds.builder(name, data_dir=data_dir or None).info.features[feature].names)
+        return list(tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None).info.features[feature].names)
     except Exception:  # files can be read without TFDS
         return []
 
