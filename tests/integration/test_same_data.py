@@ -3,6 +3,7 @@
 import json
 import types
 
+import numpy as np
 import pytest
 
 from tests.helpers import tiny
@@ -120,6 +121,14 @@ def test_hosts_compare_their_evaluation_sets(tmp_path, monkeypatch):
     (name,) = (key for key in first if key.startswith("evaluation set 0, retrieval/"))
     assert all({key for key in first if first[key] != other[key]} == {name} for other in (changed, fewer))
     assert len({first[name], changed[name], fewer[name]}) == 3
+
+
+def test_hosts_compare_the_weights_that_they_start_from(run, monkeypatch):
+    compared, made = compare(monkeypatch), run.prepare()
+    for value in (1.0, 1.0, 2.0):
+        checks.check_same_data(made.experiment, [], (), {"b": np.ones(()), "a": np.full((2, 3), value)})
+    assert compared[0] == compared[1] and "init.weights" in compared[0][1]
+    assert {key for key, x in compared[0][0].items() if compared[2][0][key] != x} == {"tensors of init.weights"}
 
 
 def test_hosts_compare_what_they_could_read(run, monkeypatch):

@@ -11,6 +11,7 @@ from tests.helpers import tiny
 from tests.helpers.util import assert_close
 from xclip_jax import interop
 from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.interop import tensor_files
 from xclip_jax.train import build, state
 from xclip_jax.train.learner import Learner
 
@@ -80,9 +81,28 @@ def test_optimizer__replaces_the_recipes():
         xclip_jax.create("Ti/12", optimizer=optax.sgd(1.0), lr=1.0, **sizes)
 
 
-def test_save__load_and_a_new_run_have_the_same_model(learner, tmp_path):
+def test_optimizer__keeps_its_counters():
+    """A schedule inside `optax.MultiSteps` counts updates, not steps."""
+    inner = optax.MultiSteps(optax.sgd(lambda count: 0.1 * count), 2)
+    learner = xclip_jax.create("Ti/12", optimizer=inner.gradient_transformation(), devices=jax.devices()[:1], **SIZES)
+    state = learner.init()
+    for _ in range(4):
+        state, _ = learner.step(state, batch(learner))
+    counts = [
+        int(x)
+        for path, x in jax.tree.leaves_with_path(state.opt_state)
+        if jax.tree_util.keystr(path).endswith(".count")
+    ]
+    assert counts == [2] and int(state.step) == 4
+
+
+def test_save__load_and_a_new_run_have_the_same_model(learner, tmp_path, monkeypatch):
     trained, _ = learner.step(learner.init(), batch(learner))
     learner.save(tmp_path / "saved", trained)
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files.safetensors.numpy, "save", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learner.save(tmp_path / "saved", learner.init())
     _, variables = interop.read(str(tmp_path / "saved"))
     assert all(map(np.array_equal, leaves(variables["params"]), leaves(trained.params)))
     model = xclip_jax.load(tmp_path / "saved")

@@ -170,3 +170,13 @@ def test_a_config_adopts_the_width_of_embeddings_that_a_style_demands(tmp_path):
              "model__txt__causal": False, "model__txt__pool": "last"}  # fmt: skip
     run = tiny.untrained(tmp_path / "run", "siglip", model__embed=32, **parts)
     assert load_config(f"finetune:data=folder:x,weights={run},examples=8,classes=2").model.embed == 32
+
+
+def test_a_fingerprint_does_not_depend_on_the_layout_of_blocks():
+    stacked, plain = (build.build(tiny.config("clip", model__scan=scan), jax.devices()[:1]) for scan in (True, False))
+    params = state.create(stacked.init, stacked.abstract).params
+    converted = {name: getattr(plain.model, name).convert(params[name])[0] for name in plain.model.towers}
+    found = weights.fingerprint(stacked, {"params": params})
+    assert found == weights.fingerprint(plain, {"params": params | converted})
+    changed = params | {"log_scale": params["log_scale"] + 1}
+    assert found != weights.fingerprint(stacked, {"params": changed})

@@ -20,6 +20,7 @@ from xclip_jax.core import imports
 from xclip_jax.core.errors import UserError, check_choice, describe, first_line
 from xclip_jax.core.fields import read_group
 from xclip_jax.core.run_folder import RunReader
+from xclip_jax.core.storage import write_whole
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
@@ -118,7 +119,7 @@ def write(
     Args:
       variables: the model's variables, see `read`.
       config: the model's config, see `read`; other keys, such as a run's, are ignored.
-      path: the folder to create. Files of an earlier export, in any format, are deleted first.
+      path: the folder to create. Other files of an earlier export are deleted at the end.
       to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors" (our format, which loses nothing).
       classes: classes of a fine-tuned model.
 
@@ -149,11 +150,11 @@ def write(
         tensors, texts = project.write(config, flat)
         notes = _left_out(config, sorted(variables["params"].keys() - kept), to)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in WRITTEN:
-        (folder / old).unlink(missing_ok=True)
-    tensor_files.write(folder / weights, tensors)
+    tensor_files.write(folder / weights, tensors)  # if it fails, an earlier export is still there
     for name, text in texts.items():
-        (folder / name).write_bytes(text.encode())
+        write_whole(folder / name, text)
+    for name in set(WRITTEN) - {weights, *texts}:
+        (folder / name).unlink(missing_ok=True)
     return notes
 
 

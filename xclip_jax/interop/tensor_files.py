@@ -16,7 +16,7 @@ import safetensors.numpy
 from etils import epath
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.storage import unreadable_as
+from xclip_jax.core.storage import unreadable_as, write_whole
 
 Tensors = dict[str, np.ndarray]
 
@@ -99,9 +99,9 @@ def _array(info: Mapping[str, Any]) -> np.ndarray:
 
 
 def write(path: epath.Path, by_name: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file, with the format "pt" in its metadata, which transformers requires."""
+    """Write a safetensors file atomically, with the format "pt" in its metadata, which transformers requires."""
     contiguous = {name: np.asarray(x, order="C") for name, x in by_name.items()}
-    path.write_bytes(safetensors.numpy.save(contiguous, metadata={"format": "pt"}))
+    write_whole(path, safetensors.numpy.save(contiguous, metadata={"format": "pt"}))
 
 
 _STORAGES = {

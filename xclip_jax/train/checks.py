@@ -3,10 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
@@ -187,9 +190,12 @@ def set_hashes(evaluators: Sequence[Evaluator]) -> dict[str, str]:
 
 
 def check_same_data(
-    experiment: Experiment, fingerprints: Sequence[Mapping[str, Any]], evaluators: Sequence[Evaluator]
+    experiment: Experiment,
+    fingerprints: Sequence[Mapping[str, Any]],
+    evaluators: Sequence[Evaluator],
+    initial: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> None:
-    """Raise `UserError` unless sources, tokenizer file and evaluation sets agree with process 0."""
+    """Raise `UserError` unless sources, tokenizer file, evaluation sets and tensors `initial` agree with process 0."""
     peers = runtime.peers()
     if peers is None:
         return
@@ -200,7 +206,15 @@ def check_same_data(
         whole = {key: value["digest"] if key in OUTCOMES else value for key, value in fingerprint.items()}
         content = json.dumps(whole, sort_keys=True, default=str)  # hosts may list the same keys in another order
         facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {_hash(content.encode())}"
-    remedy = "all processes have to read the same data.sources, data.tokenizer and evaluation sets, and all records"
+    if initial:
+        number = 0
+        for name in sorted(initial):
+            number = zlib.crc32(
+                np.ascontiguousarray(initial[name]).view(np.uint8).data, zlib.crc32(name.encode(), number)
+            )
+        facts["tensors of init.weights"] = f"hash {number:08x}"
+    read = "data.sources, data.tokenizer, init.weights and evaluation sets"
+    remedy = f"all processes have to read the same {read}, and all records"
     peers.check_same(facts | set_hashes(evaluators), remedy)
 
 

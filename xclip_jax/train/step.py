@@ -150,8 +150,8 @@ class TrainStep:
             return new, optax.tree.norm(updates)
 
         # A branch costs nothing; a choice between old and new values would be a pass over both.
-        new, update_norm = jax.lax.cond(accept, update, lambda: (state, jnp.zeros(())))
-        new = with_step(new, state.step + 1)
+        new, update_norm = jax.lax.cond(accept, update, lambda: (with_step(state, state.step + 1), jnp.zeros(())))
+        new = dataclasses.replace(new, step=state.step + 1)
         return new, metrics | norms | {"update_norm": update_norm, "skipped": ~accept}
 
     def _gradients(self, state: TrainState, inputs: Inputs) -> tuple[tuple[jax.Array, Any], Any]:

@@ -62,7 +62,7 @@ def run(
         callbacks = [*callbacks, *(callback() for callback in classes(config))]
         prepared, initial = prepare.prepare(config, folder, lambda: watch.phase(COMPILATION))
         experiment = prepared.experiment
-        checks.check_same_data(experiment, prepared.fingerprints, prepared.final_evaluators)
+        checks.check_same_data(experiment, prepared.fingerprints, prepared.final_evaluators, initial)
         facts = (experiment.length_groups, experiment.text_rows, prepared.init_step)
         with folder.claimed(config, prepared.fingerprints, *facts):
             # A process that fails ends before its checkpointer is closed, which would wait for the others.

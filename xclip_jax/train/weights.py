@@ -144,7 +144,7 @@ def fingerprint(experiment: Experiment, variables: Variables) -> str:
     """
     params = dict(variables["params"])
     for name in experiment.model.towers:
-        params[name] = getattr(experiment.model, name).convert(params[name])[0]
+        params[name] = getattr(experiment.model, name).unrolled().convert(params[name])[0]
     number = 0
     for leaf in jax.tree.leaves({**variables, "params": params}):
         number = zlib.crc32(np.ascontiguousarray(leaf).data, number)
