@@ -18,6 +18,7 @@ from xclip_jax.train import build
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.state import create
+from xclip_jax.train.weights import Origin
 
 BATCH, SIZE, LENGTH = 16, 16, 12
 
@@ -54,14 +55,14 @@ def short(pairs, run, **changes):
     return config(run=run, **defaults | changes)
 
 
-def untrained(run, objective="xclip", noise=0.0, **changes):
+def untrained(run, objective="xclip", noise=0.0, origin=None, **changes):
     """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder.
 
     `noise` is the deviation of what is added to weights and statistics, so that none is as every run begins.
     """
     c = config(objective, run=run, data__batch=8, **changes)
     made, rng = build.build(c), np.random.default_rng(0)
-    with RunWriter(run).claimed(made.config, []):
+    with RunWriter(run).claimed(made.config, [], origin=origin or Origin()):
         pass
     state = create(made.init, made.abstract)
     if noise:

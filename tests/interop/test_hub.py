@@ -154,15 +154,15 @@ def test_training_starts_from_the_hub(server, folders, tmp_path, capsys):
     model = {f"model__{key}": value for key, value in interop.read("hf:lab/x")[0]["model"].items()}
     changes = {"data__tokenizer": "clip", "init__weights": "hf:lab/x"} | model
     p = build.build(tiny.config("clip", **changes))
-    tensors, _ = weights.read_initial(p.config, p.abstract)
+    tensors, origin = weights.read_initial(p.config, p.abstract)
     assert "starting from hf:lab/x, step 0" in capsys.readouterr().out
     positions = interop.read(str(folders["hf"]))[1]["params"]["txt"]["positions"]
     np.testing.assert_array_equal(tensors["params/txt/positions"], positions)
-    run = tiny.untrained(tmp_path / "run", "clip", **changes)
-    content = json.loads((run / "config.json").read_text())
-    assert content["init_commit"] == commit
     # A mix is of the weights that the run began with, wherever the branch is now.
     server.add("lab/x", {"config.json": b"{}"})
+    run = tiny.untrained(tmp_path / "run", "clip", origin=origin, **changes)
+    content = json.loads((run / "config.json").read_text())
+    assert content["init_commit"] == commit
     mix.mix(str(run), 0, str(tmp_path / "mixed"))
     mixed = interop.read(str(tmp_path / "mixed"))[1]
     np.testing.assert_array_equal(mixed["params"]["txt"]["positions"], positions)

@@ -24,7 +24,7 @@ from xclip_jax.interop import hub
 from xclip_jax.train import checks, cost
 from xclip_jax.train.build import Experiment, build, make_encoder, profile_of_run
 from xclip_jax.train.run_writer import RunWriter
-from xclip_jax.train.weights import read_initial
+from xclip_jax.train.weights import Origin, read_initial
 
 CAPTIONS = 1024  # captions to read when choosing length groups
 
@@ -44,7 +44,7 @@ class Run:
       fingerprints: one fingerprint per source.
       encoder: shared by all evaluators.
       evaluators: evaluators of `eval.sets` and `eval.sets_at_end` by spec.
-      init_step: step of the initial weights in their run, else 0.
+      origin: step and commit of the initial weights.
     """
 
     config: Config
@@ -55,7 +55,7 @@ class Run:
     fingerprints: Fingerprints
     encoder: Encoder
     evaluators: Mapping[str, Evaluator]
-    init_step: int
+    origin: Origin
 
     def evaluators_of(self, step: int) -> list[Evaluator]:
         """Return the evaluators due after `step`, or before the first step if it is 0; see `final_evaluators`."""
@@ -99,7 +99,7 @@ def prepare(
     samples, fingerprints = open_data(experiment, folder)
     encoder = make_encoder(experiment, class_names(experiment, fingerprints))
     evaluators = open_evaluators(experiment, encoder)
-    initial, init_step = open_initial(experiment, folder, encoder.classes)
+    initial, origin = open_initial(experiment, folder, encoder.classes)
     experiment = with_length_groups(experiment, folder, samples)
 
     def compile_step() -> tuple[Any, str]:
@@ -121,7 +121,7 @@ def prepare(
         fingerprints=fingerprints,
         encoder=encoder,
         evaluators=evaluators,
-        init_step=init_step,
+        origin=origin,
     )
     return run, initial
 
@@ -156,11 +156,11 @@ def open_evaluators(experiment: Experiment, encoder: Encoder) -> dict[str, Evalu
 
 def open_initial(
     experiment: Experiment, folder: RunWriter, classes: Sequence[str] | None
-) -> tuple[dict[str, np.ndarray], int]:
-    """Read the tensors of `init.weights` and their step, unless the run resumes."""
+) -> tuple[dict[str, np.ndarray], Origin]:
+    """Read the tensors of `init.weights` and their origin, unless the run resumes."""
     config = experiment.config
     if not config.init.weights or folder.latest_step() is not None:
-        return {}, 0
+        return {}, Origin()
     return read_initial(config, experiment.abstract, classes)
 
 

@@ -17,12 +17,13 @@ from xclip_jax.core.storage import as_path, is_remote, write_json, write_whole
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, to_json, write_items
-from xclip_jax.interop import hub
 from xclip_jax.train.checkpoint_files import check_store
+from xclip_jax.train.weights import Origin
 
 # Keys of a fingerprint with a digest by `data.records.reading_digest`.
 OUTCOMES = ("data.holdout", "data.spread_duplicate_captions")
 _SHOWN = 5  # differences that an error lists
+_RANDOM = Origin()  # weights that are drawn at random
 
 
 class RunWriter(RunReader):
@@ -132,11 +133,11 @@ class RunWriter(RunReader):
         fingerprints: Sequence[Mapping[str, Any]],
         groups: LengthGroups = WHOLE,
         text_rows: tuple[int, int] | None = None,
-        init_step: int = 0,
+        origin: Origin = _RANDOM,
     ) -> Iterator[None]:
         """Lock the folder, write config.json, data.json and the tokenizer, and delete old results.
 
-        `text_rows` are `Experiment.text_rows` for the length `groups`, `init_step` the step of initial weights, else 0.
+        `text_rows` are `Experiment.text_rows` for the length `groups`, `origin` is of initial weights.
         """
         if jax.process_index() != 0:
             yield
@@ -146,7 +147,7 @@ class RunWriter(RunReader):
             self.check(config)  # another run may have come and gone
             for file in (self.results_file, items_file(self.results_file)):  # launchers wait for the first
                 file.unlink(missing_ok=True)
-            self._write_config(config, groups, text_rows, init_step)
+            self._write_config(config, groups, text_rows, origin)
             write_json(self.data_file, list(fingerprints))
             self.class_names_file.unlink(missing_ok=True)
             if config.eval.class_names:
@@ -172,7 +173,7 @@ class RunWriter(RunReader):
         return max((int(line["step"]) for line in self.read_metrics()), default=0)
 
     def _write_config(
-        self, config: Config, groups: LengthGroups, text_rows: tuple[int, int] | None, init_step: int
+        self, config: Config, groups: LengthGroups, text_rows: tuple[int, int] | None, origin: Origin
     ) -> None:
         saved = self._resumed()
         current = schema.to_dict(config)
@@ -180,10 +181,9 @@ class RunWriter(RunReader):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
         if saved is None:
-            commit = hub.locate(config.init.weights).commit
-            origin = {"init_commit": commit, "init_step": init_step, "unsaved_step": self.last_logged_step()}
+            begin = {"init_commit": origin.commit, "init_step": origin.step, "unsaved_step": self.last_logged_step()}
             content = {"config": current, "environment": facts, "started": now} | chosen
-            write_json(self.config_file, content | {key: value for key, value in origin.items() if value})
+            write_json(self.config_file, content | {key: value for key, value in begin.items() if value})
             return
         before = schema.flatten(saved["config"])
         after = schema.flatten(current)

@@ -63,7 +63,7 @@ def run(
         prepared, initial = prepare.prepare(config, folder, lambda: watch.phase(COMPILATION))
         experiment = prepared.experiment
         checks.check_same_data(experiment, prepared.fingerprints, prepared.final_evaluators, initial)
-        facts = (experiment.length_groups, experiment.text_rows, prepared.init_step)
+        facts = (experiment.length_groups, experiment.text_rows, prepared.origin)
         with folder.claimed(config, prepared.fingerprints, *facts):
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
             with Checkpointer(folder.path, keep=config.checkpoint.keep) as checkpointer, runtime.ends_all():

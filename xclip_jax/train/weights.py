@@ -36,6 +36,18 @@ from xclip_jax.train.state import TrainState
 _SHOWN = 8  # tensors that an error lists by name
 
 
+class Origin(NamedTuple):
+    """The place of initial weights in time, as a run's config.json records it.
+
+    Attributes:
+      step: step of the weights' run; 0 for other weights.
+      commit: commit of a repository of the Hub; "" for other places.
+    """
+
+    step: int = 0
+    commit: str = ""
+
+
 class Loaded(NamedTuple):
     """A model on this machine's devices.
 
@@ -173,18 +185,19 @@ def run_config(run: RunReader) -> Config:
 
 def read_initial(
     config: Config, abstract: TrainState, classes: Sequence[str] | None = None, step: int | None = None
-) -> tuple[dict[str, np.ndarray], int]:
+) -> tuple[dict[str, np.ndarray], Origin]:
     """Read the tensors in `config.init.weights` for a new run's state, and print omissions and conversions.
 
     `abstract` has the shapes of the state. A classifier is left out unless its classes are `classes`, of the run's
     labelled data. If the weights are a run, `step` is the step of the checkpoint; the newest by default.
 
     Returns:
-      Flat {"params/img/...": array}, and the step of the weights' run, 0 for other weights.
+      Flat {"params/img/...": array}, and the step and commit of the weights.
     """
     where = config.init.weights
+    place = hub.locate(where)  # once: a branch may move
     target = abstract.variables()
-    source = load(where, step)
+    source = load(place, step)
     model = source.experiment.model
     towers = {name: (getattr(model, name), config.model.tower(name)) for name in source.experiment.objective.towers}
     variables = jax.device_get(source.variables)
@@ -204,7 +217,7 @@ def read_initial(
     ]
     if settings:
         log0(f"WARNING: the weights of {where} were trained with different settings: {', '.join(settings)}")
-    return tensors, source.step
+    return tensors, Origin(source.step, place.commit)
 
 
 def init_from_weights(tensors: Mapping[str, np.ndarray], state: TrainState) -> TrainState:
