@@ -75,10 +75,15 @@ def _is_schedule(node: Any) -> bool:
 
 
 def with_step(state: TrainState, step: int | jax.Array) -> TrainState:
-    """Return `state` with another step in its own counter and in the schedules."""
+    """Return `state` with another step in its own counter, and with its schedules moved by the difference.
+
+    Those of a user's optimizer may have counted fewer steps than `state.step`, such as in `optax.MultiSteps`.
+    """
 
     def move(node: Any) -> Any:
-        return node._replace(count=jnp.full_like(node.count, step)) if _is_schedule(node) else node
+        if not _is_schedule(node):
+            return node
+        return node._replace(count=node.count + jnp.asarray(step - state.step, node.count.dtype))
 
     return dataclasses.replace(
         state,
