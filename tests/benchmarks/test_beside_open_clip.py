@@ -50,7 +50,7 @@ def test_a_command_trains_and_scores_both_sides_once(command):
     scores = [f"{name}/{way}/r{k}" for name in sets for way in ("image_to_text", "text_to_image") for k in (1, 5)]
     assert sorted(head[6:]) == [*scores, "zeroshot/holdout/top1"]
     found = json.loads((command.out / "open_clip-steps.json").read_text())
-    assert theirs[3] == str(found["steps"]) == str(int(0.3 / found["seconds_per_step"]))
+    assert theirs[3] == str(found["steps"]) == str(max(int(0.3 / found["seconds_per_step"]), 2))
     command.main(*command.flags)
     command.main(*command.flags[-2:], "--table")
     assert command.printed == [*started, table, table, table]
