@@ -81,9 +81,9 @@ def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
             text += [f"### {title}", "", *page.arms(matrix, tested, measures)]
             text += page.differences(matrix, "minus CLIP", compared, measures)
             text += page.differences(matrix, "xCLIP minus CLIP", _gains(matrix), measures)
-        pair = {"cluster head that does not train the towers": ("final_xclip", "control_detached_head")}
+        pair = {spaces.CONTROLS["detached_head"][0]: ("final_xclip", "control_detached_head")}
         for measures in (_NAMING, _RETRIEVAL, _FEATURES):
-            text += page.differences(matrix, "xCLIP minus CLIP with a", pair, measures)
+            text += page.differences(matrix, "xCLIP minus", pair, measures)
         text += _by_the_other_reading(matrix, tested)
         text += _over_training(matrix)
     text += [line for name in charts for line in (f"![{name}]({name}.svg)", "")]

@@ -79,7 +79,7 @@ def test_a_run_may_be_moved_with_its_data_tokenizer_and_class_names(pairs, tmp_p
     names.rename(tmp_path / "moved" / "names.json")
     there = tmp_path / "moved"
     short["data__tokenizer"] = str(there / "words.json")
-    short["eval__class_names"] = str(there / "names.json")
+    short["eval__class_names"] = str(there / "run" / "class_names.json")
     trainer.run(tiny.short(there / "data", there / "run", **short))
     assert "resuming at step 1" in capsys.readouterr().out
     loaded, *_ = weights.load(str(there / "run"))

@@ -149,9 +149,10 @@ class RunWriter(RunReader):
                 file.unlink(missing_ok=True)
             self._write_config(config, groups, text_rows, origin)
             write_json(self.data_file, list(fingerprints))
-            self.class_names_file.unlink(missing_ok=True)
-            if config.eval.class_names:
+            if config.eval.class_names:  # perhaps the run's copy itself
                 write_whole(self.class_names_file, as_path(config.eval.class_names).read_bytes())
+            else:
+                self.class_names_file.unlink(missing_ok=True)
             if self.latest_step() is None:
                 self.tokenizer_file.unlink(missing_ok=True)  # left by a start that failed
                 if config.data.tokenizer not in tokenizer.NAMES:

@@ -29,6 +29,11 @@ def lookup(record: Record, key: str) -> list[Any]:
     return [decode_utf8(item) if isinstance(item, bytes) else item for item in values]
 
 
+def find_builder(name: str, data_dir: str | None) -> Any:
+    """Return the builder of a TFDS data set, prepared or not, in `data_dir` or TFDS's folder; raises TFDS's errors."""
+    return tfds.builder(name, data_dir=os.path.expanduser(data_dir or "") or None)
+
+
 def open_tfds(
     spec: str, split: str, data_dir: str | None, image_column: str = "image"
 ) -> tuple[Any, tfds.core.DatasetInfo]:
@@ -37,7 +42,7 @@ def open_tfds(
     `UserError` for an unknown data set or split, or one not prepared for random access.
     """
     try:
-        builder: Any = tfds.builder(spec, data_dir=os.path.expanduser(data_dir) if data_dir else None)
+        builder = find_builder(spec, data_dir)
         features = builder.info.features
         encoded = image_column in features and isinstance(features[image_column], tfds.features.Image)
         decoders = {image_column: tfds.decode.SkipDecoding()} if encoded else None
@@ -118,7 +123,7 @@ class TfdsSplits(SourceKind):
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
         try:
-            return split in tfds.builder(rest, data_dir=os.path.expanduser(options.dir) or None).info.splits
+            return split in find_builder(rest, options.dir).info.splits
         except Exception:  # opening the first split explains the error
             return False
 

@@ -9,13 +9,11 @@ prompts, and none may be missing.
 
 import dataclasses
 import functools
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.base import LazySequence, field
@@ -23,7 +21,7 @@ from xclip_jax.data.config import DataConfig
 from xclip_jax.data.images import decode
 from xclip_jax.data.labelled import Paths, read_files
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.data.readers.tfds import open_tfds
+from xclip_jax.data.readers.tfds import find_builder, open_tfds
 from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.base import SetKind, pictures
 from xclip_jax.evaluators.dense import NO_CLASS, PROTOCOL, DenseSet, MaskedImages
@@ -255,7 +253,7 @@ def _is_number(label: str) -> bool:
 def _tfds_labels(name: str, feature: str, data_dir: str) -> list[str]:
     """Return the labels of a TFDS data set, prepared or not; [] if this version of TFDS lacks it."""
     try:
-        return list(tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None).info.features[feature].names)
+        return list(find_builder(name, data_dir).info.features[feature].names)
     except Exception:  # files can be read without TFDS
         return []
 
