@@ -4,7 +4,7 @@
 #   bash launch/docs.sh                  builds it; a warning, such as a link to nowhere, is an error
 #   bash launch/docs.sh serve            shows it on http://127.0.0.1:8000 and follows changes
 #
-# PYTHON and VENV: see launch/common.sh.
+# NOTEBOOKS=false leaves out the outputs of notebooks, which take minutes. PYTHON and VENV: see launch/common.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -12,4 +12,4 @@ show_help "$@"
 setup test
 "$VENV/bin/python" -m docs.generate --check
 export NO_MKDOCS_2_WARNING=1
-exec "$VENV/bin/python" -m mkdocs --quiet "${1:-build}" --strict
+exec "$VENV/bin/python" -m mkdocs "${1:-build}" --strict

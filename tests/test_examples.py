@@ -102,8 +102,8 @@ def narrow(load_config):
     return narrowed
 
 
-def notebook_cells():
-    notebook = json.loads((pathlib.Path(__file__).parents[1] / "docs/notebooks/quickstart.ipynb").read_text())
+def notebook_cells(name="quickstart"):
+    notebook = json.loads((pathlib.Path(__file__).parents[1] / f"docs/notebooks/{name}.ipynb").read_text())
     return [("".join(cell["source"]), cell) for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
@@ -207,11 +207,18 @@ def test_the_contrastive_term_keeps_details():
     assert min(nclip[2], xclip[2]) > 2  # and both have the places as clusters
 
 
-def test_the_figures_of_clusters_are_drawn(tmp_path, monkeypatch, capsys):
+def test_the_notebook_of_clusters(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    *training, drawing, _ = (source for source, _ in notebook_cells("clusters"))
+    names = {}
+    for source in training:
+        exec(source, names)
+    assert capsys.readouterr().out.count("place in cluster") == len(clusters.PLACES)
+    assert len(set(names["best"]["img"].tolist())) >= 10
     monkeypatch.setattr(clusters, "train", functools.partial(clusters.train, steps=2))
     monkeypatch.setattr(clusters, "compare", functools.partial(clusters.compare, steps=2))
-    clusters.main(f"{tmp_path}/new/figures")
-    assert sorted(path.name for path in (tmp_path / "new" / "figures").iterdir()) == ["information.png", "words.png"]
+    exec(drawing, names)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["information.png", "words.png"]
     first = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert first == [*clusters.SETTINGS, "clip", "nclip", "xclip"]
 

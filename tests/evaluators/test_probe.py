@@ -105,7 +105,7 @@ def test_classes_are_matched_by_their_names():
     names = ["a", "crane", "b", "crane"]
     assert renumber(np.arange(4), names, names, "set").tolist() == [0, 1, 2, 3]
     assert renumber(np.array([1, 0]), ["b", "a", "unused"], ["a", "b", "c"], "set").tolist() == [0, 1]
-    for of, to, named in ((["b", "a"], names, "one name"), (["b", "elk"], ["a", "b"], "'elk'")):
+    for of, to, named in ((["b", "a"], names, "'crane'"), (["b", "elk"], ["a", "b"], "'elk'")):
         with pytest.raises(UserError, match=rf"^set .*{named}"):
             renumber(np.array([1, 0]), of, to, "set")
 

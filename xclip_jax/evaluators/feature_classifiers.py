@@ -17,7 +17,7 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 COARSE = tuple(10.0**e for e in range(-6, 7, 2))
 _CHUNK = 1 << 25  # similarities at once, fp32
 
-Labelled = tuple[np.ndarray, np.ndarray]  # features (n, d) and labels int (n,)
+Examples = tuple[np.ndarray, np.ndarray]  # features (n, d) and labels int (n,)
 Score = Callable[[np.ndarray, np.ndarray], float]  # of logits (n, classes) and labels; higher is better
 # 1.0 for right items, else 0.0 (n,), and {metric: value} of the fit.
 Fit = tuple[np.ndarray, dict[str, float]]
@@ -69,7 +69,7 @@ class Sweep:
     refit: bool = True
 
 
-def search(train: Labelled, validation: Labelled, classes: int, sweep: Sweep, score: Score) -> float:
+def search(train: Examples, validation: Examples, classes: int, sweep: Sweep, score: Score) -> float:
     """Return the C with the best score on validation items, the smallest of equals."""
     scores: dict[float, float] = {}
     cs = sweep.coarse
@@ -118,7 +118,7 @@ def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], coun
     return right, {"log10_c": float(np.mean(np.log10(chosen)))}
 
 
-def linear(train: Labelled, validation: Labelled, test: Labelled, classes: int, sweep: Sweep, score: Score) -> Fit:
+def linear(train: Examples, validation: Examples, test: Examples, classes: int, sweep: Sweep, score: Score) -> Fit:
     """Run CLIP's linear probe: C by `search` on validation items, then one fit, tested once.
 
     The last fit reads the training items, and with `sweep.refit` the validation items too. Without validation items a
@@ -140,7 +140,7 @@ def linear(train: Labelled, validation: Labelled, test: Labelled, classes: int, 
     return is_right(logits, test[1]), {"log10_c": float(np.log10(best))}
 
 
-def together(a: Labelled, b: Labelled) -> Labelled:
+def together(a: Examples, b: Examples) -> Examples:
     """Concatenate two sets of items, without a copy if one is empty."""
     if not len(a[1]) or not len(b[1]):
         return a if len(a[1]) else b

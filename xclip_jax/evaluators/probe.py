@@ -171,9 +171,12 @@ def renumber(labels: np.ndarray, names: Sequence[str], to: Sequence[str], spec: 
         return labels
     number = {name: i for i, name in enumerate(to)}
     unknown = [names[label] for label in np.unique(labels) if names[label] not in number]
-    if unknown or len(number) < len(to):
-        fault = f"has the class {unknown[0]!r}" if unknown else "has two classes of one name"
-        raise UserError(f"{spec} {fault}, unlike the training items; give both the same classes, {to[0]!r} and so on.")
+    if unknown:
+        remedy = f"give both the same classes, {to[0]!r} and so on"
+        raise UserError(f"{spec} has the class {unknown[0]!r}, unlike the training items; {remedy}.")
+    if len(number) < len(to):
+        twice = next(name for i, name in enumerate(to) if number[name] != i)
+        raise UserError(f"{spec} has other classes than the training items, two of which are {twice!r}; rename one.")
     return np.array([number.get(name, -1) for name in names])[labels]
 
 

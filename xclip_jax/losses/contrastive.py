@@ -68,7 +68,8 @@ def clip(
         >>> loss, metrics = losses.clip(z_img, z_img, scale=1 / 0.07)
         >>> f"{loss:.6f} of ln b = {metrics['ln_b']:.2f}"
         '0.000002 of ln b = 1.39'
-        >>> losses.clip(z_img, z_img[::-1], scale=1 / 0.07)[1]["acc_img"]  # all captions are mixed up
+        >>> _, metrics = losses.clip(z_img, z_img[::-1], scale=1 / 0.07)  # all captions are mixed up
+        >>> metrics["acc_img"]
         Array(0., dtype=float32)
     """
     check(z_img, z_txt, exists, scale)

@@ -125,8 +125,13 @@ def _existing(place: str | Place) -> Place:
 
 
 def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
-    """Set `config`'s towers, tokenizer and preprocessing to match the weights at `path`; return the weights' config."""
+    """Set `config`'s towers, tokenizer and preprocessing to match the weights at `path`; return the weights' config.
+
+    If they are the Hub's and `config.init.weights` names them, it then names their commit too.
+    """
     place = _existing(path)
+    if config.init.weights == path:
+        config.init.weights = str(place)  # the tensors are read later, when a branch may have moved
     source = _completed(place.run).to_dict() if place.run else interop.read(place)[0]
     groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
     with imports.named_by(path):
