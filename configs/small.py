@@ -232,7 +232,7 @@ def why_clip(tokens: int, repeats: float) -> str:
     if tokens <= NAME_TOKENS:
         return "it beats xclip on names like these captions"
     if repeats > TITLE_REPEATS:
-        return "on titles like these captions xclip names classes better, but retrieves worse"
+        return "that xclip is worth its cost on titles like these captions is not shown"
     return "no study here compared it with xclip on captions like these"
 
 

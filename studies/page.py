@@ -10,7 +10,7 @@ from etils import epath
 from studies import verdicts
 from studies.declaration import Measure
 from studies.matrix import Matrix
-from studies.statistics import MIN_SEEDS, Estimate, estimate, paired
+from studies.statistics import MIN_SEEDS, Estimate, estimate, paired, unpaired
 from xclip_jax.core.storage import write_whole
 from xclip_jax.report.charts import tick_labels, ticks
 
@@ -96,6 +96,17 @@ def differences(
     return table([head, *(measure.label for measure in measures)], rows)
 
 
+def against_each(matrix: Matrix, head: str, name: str, others: Sequence[str], measures: Sequence[Measure]) -> list[str]:
+    """Return a table of an arm minus each of `others`, whose intervals have one variance and hold together."""
+    rows = [[title_of(matrix, other)] for other in others]
+    for measure in measures:
+        values = [list(matrix.values(arm, measure).values()) for arm in (name, *others)]
+        for row, of_other in zip(rows, values[1:], strict=True):
+            found = unpaired(values[:1], [of_other], values, len(others))
+            row.append(estimate_text(found, measure, difference=True))
+    return table([head, *(measure.label for measure in measures)], rows)
+
+
 def claims(matrix: Matrix) -> list[str]:
     """Return the rule, and for each claim its verdict and a table of its parts."""
     lines = [verdicts.RULE, ""]
@@ -105,13 +116,15 @@ def claims(matrix: Matrix) -> list[str]:
         rows = []
         for part in judged.parts:
             d = part.difference
-            numbers = ["-", "-", "-", "-"]
+            numbers = ["-", "-", "-", "-", "-"]
             if d is not None:
-                p = (f"{value:.4f}" for value in (part.p, part.p_holm, d.p_flip))
+                p = (f"{value:.4f}" for value in (part.p, part.p_holm, part.p_against_holm, d.p_flip))
                 numbers = [f"{part.agreeing} of {d.n}", *p]
-            text = estimate_text(d, matrix.study.measure(part.part.measure), difference=True)
-            rows.append([part.part.text, text, *numbers, part.verdict])
-        head = ["part", "difference", "seeds that agree", "p", "p, Holm", "p, sign flip", "verdict"]
+            found = (d, verdicts.unpaired_difference(matrix, part.part))
+            texts = [estimate_text(x, matrix.study.measure(part.part.measure), difference=True) for x in found]
+            rows.append([part.part.text, *texts, *numbers, part.verdict])
+        head = ["part", "difference", "without pairing", "seeds that agree", "p", "p, Holm", "p against, Holm"]
+        head += ["p, sign flip", "verdict"]
         lines += table(head, rows)
     return lines
 

@@ -1,4 +1,4 @@
-"""Statistics over seeds: intervals of means, paired differences, exact sign-flip tests, Holm's correction."""
+"""Statistics over seeds: intervals of means and of differences, exact sign-flip tests, Holm's correction."""
 
 import dataclasses
 import itertools
@@ -55,6 +55,28 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
     of_mean = estimate(d)
     error = float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.nan
     return Difference(**vars(of_mean), values=tuple(map(float, d)), p_flip=sign_flip(d), standard_error=error)
+
+
+def unpaired(
+    plus: Sequence[Sequence[float]],
+    minus: Sequence[Sequence[float]],
+    pool: Sequence[Sequence[float]],
+    comparisons: int = 1,
+) -> Estimate | None:
+    """Return the sum of the means of arms `plus` minus that of arms `minus`, with an interval from one common variance.
+
+    The variance is that within the arms of `pool`. With several `comparisons` all intervals hold together with 95 %
+    (Bonferroni). Without a value of an arm, None; `n` is the number of values of the smallest arm.
+    """
+    compared = [*plus, *minus]
+    if not all(map(len, compared)):
+        return None
+    mean = sum(map(np.mean, plus)) - sum(map(np.mean, minus))
+    freedom = sum(len(values) - 1 for values in pool)
+    variance = sum(np.var(values) * len(values) for values in pool) / freedom if freedom else math.nan
+    error = math.sqrt(variance * sum(1 / len(values) for values in compared))
+    half = float(scipy.stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, freedom)) * error
+    return Estimate(float(mean), float(mean - half), float(mean + half), min(map(len, compared)))
 
 
 def p_above(mean: float, standard_error: float, n: int) -> float:

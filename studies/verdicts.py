@@ -4,7 +4,7 @@ import dataclasses
 
 from studies.declaration import Claim, ClaimPart
 from studies.matrix import Matrix
-from studies.statistics import MIN_SEEDS, Difference, holm, p_above, paired
+from studies.statistics import MIN_SEEDS, Difference, Estimate, holm, p_above, paired, unpaired
 
 ALPHA = 0.05
 HOLDS = "holds"
@@ -18,7 +18,8 @@ RULE = (
     "Holm's correction over the parts of the claim. A claim *holds* if all parts hold, which needs no correction; it "
     f"*fails* if one part fails. Otherwise it is *{UNDECIDED}*, and a part holds only if its p is below {ALPHA:g} "
     f"after Holm's correction. Fewer than {MIN_SEEDS} seeds decide nothing. *p* is of the t-test; the sign-flip test "
-    "assumes no distribution, but cannot be below 2 / 2^n: it decides nothing."
+    "assumes no distribution, but cannot be below 2 / 2^n: it decides nothing. Nor do intervals *without pairing*, of "
+    "one variance for the arms of a part."
 )
 
 
@@ -32,6 +33,7 @@ class PartVerdict:
     p: float = 1.0  # twice the one-sided p that the difference is on the claimed side
     p_against: float = 1.0  # the same for the other side
     p_holm: float = 1.0  # `p` after Holm's correction within the claim
+    p_against_holm: float = 1.0  # the same of `p_against`
     verdict: str = UNDECIDED  # or `HOLDS`, `FAILS`, `OPPOSED`, or `UNCORRECTED` in a claim that does not hold
 
 
@@ -54,6 +56,15 @@ def difference(matrix: Matrix, part: ClaimPart) -> Difference | None:
     return paired(*sides)
 
 
+def unpaired_difference(matrix: Matrix, part: ClaimPart) -> Estimate | None:
+    """Return the same difference without pairing, with an interval from the variance within the part's arms."""
+    plus, minus = (
+        [list(matrix.values(arm, matrix.study.measure(name)).values()) for arm, name in part.terms(side)]
+        for side in (part.plus, part.minus)
+    )
+    return unpaired(plus, minus, [*plus, *minus])
+
+
 def compare(matrix: Matrix, part: ClaimPart) -> PartVerdict:
     """Return the verdict on a single part, without correction."""
     d = difference(matrix, part)
@@ -64,7 +75,7 @@ def compare(matrix: Matrix, part: ClaimPart) -> PartVerdict:
     p = min(1.0, 2 * p_above(side * d.mean, d.standard_error, d.n))
     against = min(1.0, 2 * p_above(-side * d.mean, d.standard_error, d.n))
     holds = d.n >= MIN_SEEDS and p < ALPHA and agreeing >= d.n - 1
-    return PartVerdict(part, d, agreeing, p, against, p, HOLDS if holds else UNDECIDED)
+    return PartVerdict(part, d, agreeing, p, against, verdict=HOLDS if holds else UNDECIDED)
 
 
 def judge(matrix: Matrix, claim: Claim) -> ClaimVerdict:
@@ -76,7 +87,8 @@ def judge(matrix: Matrix, claim: Claim) -> ClaimVerdict:
         verdict = part.verdict
         if part.difference is not None and part.difference.n >= MIN_SEEDS and part.p_against < ALPHA:
             verdict = FAILS if corrected_against[i] < ALPHA else OPPOSED
-        parts[i] = dataclasses.replace(part, p_holm=corrected[i], verdict=verdict)
+        corrections = {"p_holm": corrected[i], "p_against_holm": corrected_against[i]}
+        parts[i] = dataclasses.replace(part, **corrections, verdict=verdict)
     verdicts = [part.verdict for part in parts]
     if all(verdict == HOLDS for verdict in verdicts):
         return ClaimVerdict(claim, parts, HOLDS)

@@ -4,6 +4,7 @@ import pathlib
 import re
 import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -92,12 +93,14 @@ def test_pictures_of_the_demo(tmp_path):
 
 @pytest.mark.long
 def test_the_own_loop(tmp_path, monkeypatch, capsys):
-    """Its blocks, one after the other, of two layers on one device; the limits keep the loop as short as the page says."""
+    """Its blocks, one after the other, here of two layers on one device; the loop stays as short as the page says."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_loop.md").read_text(), re.DOTALL)
     lines = blocks[0].strip().splitlines()
     assert len(lines) <= 30 and len([line for line in lines if line.startswith("import")]) == 3
     assert blocks[0].count('keys = {"steps": 20,') == 1
-    blocks[0] = blocks[0].replace("keys = {", 'keys = {"model.img.depth": 2, "model.txt.depth": 2, "devices": jax.devices()[:1], ')
+    blocks[0] = blocks[0].replace(
+        "keys = {", 'keys = {"model.img.depth": 2, "model.txt.depth": 2, "devices": jax.devices()[:1], '
+    )
     monkeypatch.chdir(tmp_path)
     names = {"jax": jax}
     for block in blocks:

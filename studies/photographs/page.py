@@ -37,6 +37,9 @@ _RETRIEVAL = tuple(m for m in stages.MEASURES if m.name.startswith(("to_", "retr
 _FEATURES = tuple(m for m in stages.MEASURES if m not in (*_NAMING, *_RETRIEVAL))
 _READ = (*_NAMING, *_RETRIEVAL)  # measures that depend on the reading of two heads
 DRAWN = ("unseen", "known", "kind", "retrieval")  # measures of the charts of differences
+_AGAINST = tuple(
+    m for m in stages.MEASURES if m.name in ("unseen", "unseen_mean", "unseen_titles", "known", "retrieval", "kind")
+)
 BASELINE = "final_clip"
 GAINS = {  # of xCLIP over CLIP, by training
     "loose titles, batch 256": ("final_xclip", BASELINE),
@@ -85,6 +88,7 @@ def lines(matrix: stages.Photographs, charts: Mapping[str, str]) -> list[str]:
         for measures in (_NAMING, _RETRIEVAL, _FEATURES):
             text += page.differences(matrix, "xCLIP minus", pair, measures)
         text += _by_the_other_reading(matrix, tested)
+        text += _against_controls(matrix)
         text += _over_training(matrix)
     text += [line for name in charts for line in (f"![{name}]({name}.svg)", "")]
     return [*text, "## Claims", "", *page.claims(matrix)]
@@ -112,6 +116,21 @@ def _by_the_other_reading(matrix: stages.Photographs, names: Sequence[str]) -> l
     for measures in (_NAMING, _RETRIEVAL):
         lines += page.arms(other, two_heads, measures)
         lines += page.differences(other, "minus CLIP", pairs, measures)
+    return lines
+
+
+def _against_controls(matrix: stages.Photographs) -> list[str]:
+    """Return tables of xCLIP minus CLIP and each control, by both readings of two heads."""
+    others = [BASELINE, *(name for name in _compared(matrix) if name != "final_xclip")]
+    if not matrix.finished("final_xclip"):
+        return []
+    note = "Not paired, with one variance for all arms; the intervals of a column hold together with 95 % (Bonferroni)."
+    lines = ["### xCLIP minus each control", "", note, ""]
+    readings = {"by the embeddings": False, "by both heads": True}
+    for title, both_heads in readings.items():
+        read = copy.copy(matrix)
+        read.both_heads = both_heads
+        lines += page.against_each(read, f"xCLIP minus, {title}", "final_xclip", others, _AGAINST)
     return lines
 
 

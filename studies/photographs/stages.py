@@ -34,9 +34,11 @@ CURVES = VALIDATION[1:3]  # of runs that train on all kinds
 PROBE = ("kind/linear/top1",)
 MEASURES = (
     Measure("unseen", "unseen kinds", "photographs/test_unseen"),
+    Measure("unseen_mean", "unseen kinds, mean over kinds", "photographs/test_unseen", ("mean_per_class",)),
     Measure("unseen_templates", "unseen kinds, three templates", "photographs/test_unseen_templates"),
     Measure("unseen_titles", "unseen kinds, ten titles", "photographs/test_unseen_titles"),
     Measure("known", "known kinds", "photographs/test_known"),
+    Measure("known_mean", "known kinds, mean over kinds", "photographs/test_known", ("mean_per_class",)),
     Measure("known_templates", "known kinds, three templates", "photographs/test_known_templates"),
     Measure("known_titles", "known kinds, ten titles", "photographs/test_known_titles"),
     Measure("colours", "colours", "photographs/test_colours"),

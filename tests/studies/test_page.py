@@ -21,8 +21,13 @@ def test_tables():
     assert "| xclip | +4.0 (n = 1) | +6.0 (n = 1) | x 2.00 (n = 1) |" in page.differences(
         matrix, "minus clip", {"xclip": ("xclip", "clip")}, matrix.study.measures
     )
+    more = made.matrix(values={name: {i: x + i for i in (0, 1)} for name, x in (("clip", 1.0), ("xclip", 5.0))})
+    assert page.against_each(more, "xclip minus", "xclip", ["clip"], more.study.measures[:1])[2:] == [
+        "| clip | +4.0 (n = 2) |",
+        "",
+    ]
     text = "\n".join(page.claims(matrix))
-    assert "**Undecided.**" in text and "| top-1 is higher | +4.0 (n = 1) | 1 of 1 | 1.0000 |" in text
+    assert "**Undecided.**" in text and "| top-1 is higher | +4.0 (n = 1) | +3.0 (n = 1) | 1 of 1 | 1.0000 |" in text
     assert "| xclip | `xclip` | 1 |" in page.missing(matrix)
 
 

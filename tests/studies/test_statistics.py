@@ -7,7 +7,7 @@ import scipy.stats
 
 from studies import verdicts
 from studies.declaration import Claim, ClaimPart, Measure
-from studies.statistics import estimate, holm, p_above, paired, sign_flip
+from studies.statistics import estimate, holm, p_above, paired, sign_flip, unpaired
 
 A, B = (np.random.default_rng(seed).normal(10 + seed, 2, 7) for seed in (0, 1))
 
@@ -27,6 +27,25 @@ def test_intervals_equal_scipys():
     assert (d.low, d.high) == pytest.approx((interval.low, interval.high)) and d.values == pytest.approx(A - B)
     d = paired({0: 1.0, 1: 2.0, 5: 9.0}, {1: 1.5, 0: 1.0, 7: 0.0})
     assert d.values == (0.0, 0.5) and paired({0: 1.0}, {1: 1.0}) is None and math.isnan(estimate([1.0]).low)
+
+
+def test_unpaired_intervals():
+    e = unpaired([A], [B], [A, B])
+    interval = scipy.stats.ttest_ind(A, B).confidence_interval()
+    assert (e.mean, e.low, e.high, e.n) == pytest.approx((A.mean() - B.mean(), interval.low, interval.high, 7))
+    corrected = scipy.stats.ttest_ind(A, B).confidence_interval(1 - 0.05 / 4)
+    e = unpaired([A], [B], [A, B], comparisons=4)
+    assert (e.low, e.high) == pytest.approx((corrected.low, corrected.high))
+    # Two differences of arms with 7, 7, 3 and 2 values, against least squares with a column for each arm.
+    arms = [A, B, A[:3] + 1, B[2:4]]
+    design = np.repeat(np.eye(4), [7, 7, 3, 2], axis=0)
+    means, residual, *_ = np.linalg.lstsq(design, np.concatenate(arms))
+    contrast = np.array([1, -1, -1, 1])
+    error = math.sqrt(residual[0] / 15 * contrast @ np.linalg.inv(design.T @ design) @ contrast)
+    e = unpaired([arms[0], arms[3]], [arms[1], arms[2]], arms)
+    assert (e.mean, e.n) == (pytest.approx(contrast @ means), 2)
+    assert e.high - e.mean == pytest.approx(scipy.stats.t.ppf(0.975, 15) * error)
+    assert math.isnan(unpaired([A[:1]], [B[:1]], [A[:1], B[:1]]).low) and unpaired([A], [[]], [A]) is None
 
 
 def test_p_values_equal_scipys():
@@ -54,6 +73,7 @@ def matrix(**arms):
 
 def judge(parts, **arms):
     judged = verdicts.judge(matrix(**arms), Claim("It is better.", parts))
+    assert [part.p_against_holm for part in judged.parts] == holm([part.p_against for part in judged.parts])
     return judged.verdict, [part.verdict for part in judged.parts]
 
 
