@@ -8,6 +8,7 @@ A model is a pair (config, variables). `config` contains the required groups of 
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -156,6 +157,19 @@ def write(
     for name in set(WRITTEN) - {weights, *texts}:
         (folder / name).unlink(missing_ok=True)
     return notes
+
+
+def check_replaceable(path: str | os.PathLike) -> None:
+    """Raise `UserError` if in the folder `path` a `write` to "safetensors" would change another program's files."""
+    folder = epath.Path(path).expanduser()
+    ours = [CONFIG, WEIGHTS]
+    if any((folder / name).exists() for name in ours):  # an earlier export, perhaps interrupted
+        ours.append(vocabulary.FILE)
+    foreign = ", ".join(name for name in WRITTEN if name not in ours and (folder / name).exists())
+    if foreign:
+        raise UserError(
+            f"{str(path)!r} has files of another program, which would be lost: {foreign}; use a new folder."
+        )
 
 
 def _own_texts(config: Mapping[str, Any], classes: Sequence[str] | None) -> dict[str, str]:
