@@ -48,6 +48,14 @@ def test_swapped_shapes(tmp_path, capsys):
     assert images.decode(record["image"]).shape == (32, 32, 3)
 
 
+def test_swapped_shapes_needs_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["--help"]):
+        with pytest.raises(SystemExit):
+            swapped_shapes.main(arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow  # minutes of training
 def test_finetune_pairs(tmp_path, capsys):
     finetune_pairs.main(["--folder", str(tmp_path), "--given-steps", "200", "--steps", "60"])
