@@ -23,6 +23,7 @@ from xclip_jax.core.fields import read_group
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import write_whole
 from xclip_jax.data import tokenizer
+from xclip_jax.data.images import DECODINGS, WHITE
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
 from xclip_jax.interop.names import Flat
@@ -217,11 +218,19 @@ def _find_unsupported(config: Mapping[str, Any], params: Mapping[str, Any]) -> s
 
 def _left_out(config: Mapping[str, Any], heads: Sequence[str], to: str) -> list[str]:
     parts = [", ".join(heads)] if heads else []
-    if config["data"].get("decoding") == "xclip":
-        parts.append(
-            "data.decoding='xclip'; lay transparent images on white, and rotate images by their EXIF tag, as "
-            "PIL.ImageOps.exif_transpose does, before they are resized"
+    name = config["data"].get("decoding", "open_clip")
+    ours = DECODINGS[name]
+    theirs = DECODINGS["transformers" if to == "hf" else "open_clip"]
+    steps = []
+    if ours["background"] != theirs["background"]:
+        white = ours["background"] == WHITE
+        steps.append(
+            "lay transparent images on white" if white else "drop the alpha channel, as Image.convert('RGB') does"
         )
+    if ours["rotate"]:
+        steps.append("rotate images by their EXIF tag, as PIL.ImageOps.exif_transpose does")
+    if steps:
+        parts.append(f"data.decoding={name!r}; {' and '.join(steps)}, before they are resized")
     return [f"not stored, because {to!r} has no field for it: {part}" for part in parts]
 
 
