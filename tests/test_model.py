@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import pytest
 import scipy.special
 from flax import nnx
@@ -148,8 +149,32 @@ def test_nothing_in_nothing_out(model):
 
 def test_texts_and_class_names_may_be_arrays_and_generators(model):
     np.testing.assert_array_equal(model.encode_text(text for text in TEXTS), model.encode_text(TEXTS))
-    names = np.unique(["owl", "fox"])
-    assert model.zero_shot(pictures(2), names).labels == model.zero_shot(pictures(2), ["fox", "owl"]).labels
+    expected = model.zero_shot(pictures(2), ["fox", "owl"], ["a {}.", "{}"])
+    for names in (np.unique(["owl", "fox"]), (name for name in ["fox", "owl"]), {"fox": 1, "owl": 2}.keys()):
+        found = model.zero_shot(pictures(2), names, (template for template in ["a {}.", "{}"]))
+        assert found.labels == expected.labels
+        np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_a_series_is_read_by_position(model):
+    """pandas indexes by labels, here the places before the table was sorted."""
+
+    def sorted_series(items):
+        return pd.Series(items, index=[2, 0, 1])
+
+    names = ["fox", "hen", "owl"]
+    assert model.zero_shot(pictures(), sorted_series(names)).labels == model.zero_shot(pictures(), names).labels
+    prepared = list(map(model.prepare, pictures(3)))
+    np.testing.assert_array_equal(model.encode_prepared(sorted_series(prepared)), model.encode_prepared(prepared))
+
+
+def test_a_list_may_repeat_a_pillow_image(model):
+    """Pillow decodes on first use, and not in two threads at once."""
+    large = np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)
+    for kind in ("png", "tiff", "jpeg") * 2:
+        image = Image.open(io.BytesIO(encoded(large, kind)))
+        found = model.encode_image([image] * 8)
+        np.testing.assert_array_equal(found, found[:1].repeat(8, axis=0))
 
 
 @pytest.mark.parametrize("objective", ["xclip", "nclip"])
@@ -202,6 +227,7 @@ def test_bad_input_is_named(model, tmp_path):
     for call, message in (
         (lambda: model.encode_image([tmp_path / "good.png", tmp_path / "bad.jpg"]), r"image 1, '.*bad.jpg': not an im"),
         (lambda: model.encode_image([str(tmp_path / "none.jpg")]), r"none.jpg': file does not exist"),
+        (lambda: model.encode_image(["a\0b.jpg"]), r"image 0, 'a\\x00b.jpg': file cannot be read: embedded null byte"),
         (lambda: model.encode_image([pixels[0]]), r"image is not uint8 \(h, w, 3\): an array of float64"),
         (lambda: model.encode_image("a.jpg"), "images is a single image; pass a list"),
         (lambda: model.encode_pixels(pixels), "pixels are float64"),
@@ -212,6 +238,10 @@ def test_bad_input_is_named(model, tmp_path):
         (lambda: model.encode_tokens([[1] * 12, [5, -3] + [0] * 10]), "from 0 to 258"),
         (lambda: model.encode_tokens([[1] * 9 + [2, 0, 0], [1] * 12]), "with the end 2 in each row"),
         (lambda: model.encode_text("a fox"), "pass a list of strings"),
+        (lambda: model.encode_text(None), "texts is None; pass a list of strings"),
+        (lambda: model.zero_shot([], [1, 2]), r"class_names is \[1, 2\]; pass a list of strings"),
+        (lambda: model.zero_shot([], None), "class_names is None; pass a list of strings"),
+        (lambda: model.zero_shot([], ["fox"], "{}"), "templates is '{}'; pass a list of strings"),
         (lambda: model.zero_shot([], []), "lists of at least one string"),
         (lambda: model.zero_shot([], ["fox"], ["a fox"]), r"templates are \['a fox'\]"),
         (lambda: model.zero_shot([], ["fox"], by="all"), "by='all' is not a score .* 'cross_entropy', 'both'; omit"),
@@ -232,10 +262,12 @@ def test_tokens_of_every_integer_type_are_the_same(model):
         np.testing.assert_array_equal(model.encode_tokens(few.astype(dtype)), expected)
 
 
-@pytest.mark.parametrize("batch", [0, 2.5])
-def test_a_batch_is_checked_before_anything_is_read(tmp_path, batch):
-    with pytest.raises(UserError, match=f"batch is {batch}; expected an integer"):
-        xclip_jax.load(tmp_path / "none", batch=batch)
+@pytest.mark.parametrize(
+    ("option", "value"), [("batch", 0), ("batch", 2.5), ("dims", 2.5), ("dims", "4"), ("dims", -1)]
+)
+def test_numbers_are_checked_before_anything_is_read(tmp_path, option, value):
+    with pytest.raises(UserError, match=f"{option} is {value!r}; expected an integer"):
+        xclip_jax.load(tmp_path / "none", **{option: value})
 
 
 def test_the_package_imports_no_jax_and_loading_a_run_leaves_logging_alone(run):

@@ -8,10 +8,12 @@ Results are NumPy arrays. Items are encoded on all devices in batches of a few f
 are resized, cropped and normalised by the model's config.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -125,7 +127,7 @@ class Model:
           >>> model.encode_prepared([model.prepare("fox.png")]).shape
           (1, 16)
         """
-        return self._embed(self._prepared, images)
+        return self._embed(self._prepared, _by_position(images))
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Return embeddings (b, e) of fp32 pixels (b, size, size, 3), normalised by the model's mean and deviation.
@@ -142,7 +144,7 @@ class Model:
             )
         return self._embed(self._prepared, pixels)
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+    def encode_text(self, texts: Iterable[str]) -> np.ndarray:
         """Return embeddings (b, e) of texts, which are cut to the model's length.
 
         Example:
@@ -178,8 +180,8 @@ class Model:
     def zero_shot(
         self,
         images: Sequence[ImageLike] | np.ndarray,
-        class_names: Sequence[str],
-        templates: Sequence[str] = TEMPLATES,
+        class_names: Iterable[str],
+        templates: Iterable[str] = TEMPLATES,
         *,
         by: str = "",
     ) -> ZeroShotResult:
@@ -205,8 +207,9 @@ class Model:
           >>> len(found.labels), found.probabilities.shape
           (2, (2, 3))
         """
-        strings = isinstance(class_names, str) or isinstance(templates, str)
-        if strings or not len(class_names) or not len(templates) or not all("{}" in template for template in templates):
+        class_names = _strings("class_names", class_names)
+        templates = _strings("templates", templates)
+        if not class_names or not templates or not all("{}" in template for template in templates):
             raise UserError(
                 f"class_names and templates must be lists of at least one string, templates with {{}} for the class "
                 f"name; templates are {templates!r:.80}."
@@ -234,7 +237,7 @@ class Model:
         self,
         images: Sequence[ImageLike] | np.ndarray | None = None,
         *,
-        texts: Sequence[str] | None = None,
+        texts: Iterable[str] | None = None,
         top: int = 5,
     ) -> Clusters:
         """Return the `top` (or all) most probable clusters of images or texts.
@@ -266,7 +269,7 @@ class Model:
         if isinstance(image, str | os.PathLike):
             try:
                 image = storage.read(os.path.expanduser(image), MAX_BYTES["image"])
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL with an unknown scheme
                 raise storage.unreadable(error, "file does not exist") from error
         if not isinstance(image, bytes | np.ndarray | Image.Image):
             raise BadSample("not an image", f"type {type(image).__name__}")
@@ -275,13 +278,15 @@ class Model:
     def _images(self, images: Sequence[ImageLike] | np.ndarray, keys: Sequence[str]) -> Features:
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UserError("images is a single image; pass a list.")
-        if not isinstance(images, Sequence | np.ndarray):  # such as a pandas Series, which is indexed by labels
-            images = list(images)
+        images = _by_position(images)
+        locks: dict[int, threading.Lock] = {}
 
         def make(i: int) -> np.ndarray:
             image = images[i]
+            is_shared = isinstance(image, Image.Image)  # a list may repeat one, which only one thread may decode
             try:
-                return self.prepare(image)
+                with locks.setdefault(id(image), threading.Lock()) if is_shared else contextlib.nullcontext():
+                    return self.prepare(image)
             except BadSample as error:
                 name = f", {os.fspath(image)!r}" if isinstance(image, str | os.PathLike) else ""
                 raise UserError(f"image {i}{name}: {error}.") from None
@@ -292,11 +297,8 @@ class Model:
     def _prepared(self, images: Rows, keys: Sequence[str]) -> Features:
         return self._encoder.images(self._variables, images, keys)
 
-    def _texts(self, texts: Sequence[str], keys: Sequence[str]) -> Features:
-        texts = texts if isinstance(texts, str) else list(texts)
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"texts is {texts!r:.40}; pass a list of strings.")
-        return self._encoder.texts(self._variables, texts, keys)
+    def _texts(self, texts: Iterable[str], keys: Sequence[str]) -> Features:
+        return self._encoder.texts(self._variables, _strings("texts", texts), keys)
 
     def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
         (output,) = encode(items, features(self.similarities[:1])).values()
@@ -365,11 +367,25 @@ def load(
       (2, 128)
     """
     check_count("batch", batch, 1)  # before weights are read, which may take a while
+    check_count("dims", dims, 0)
     place = hub.locate(os.fspath(path))
     with imports.trusting(trust):
         loaded = weights.load(place, step)
     card = {"checkpoint": place.name, "step": loaded.step} | ({"commit": place.commit} if place.commit else {})
     return Model(loaded.experiment, loaded.variables, card, batch=batch, dims=dims)
+
+
+def _by_position(items: Any) -> Any:
+    """Return a sequence indexed by position; a pandas Series is indexed by labels."""
+    return items if isinstance(items, Sequence | np.ndarray) else list(items)
+
+
+def _strings(name: str, texts: Any) -> list[str]:
+    """Return the strings of an iterable; `UserError` for a single string or other items."""
+    items = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [None]
+    if not all(isinstance(item, str) for item in items):
+        raise UserError(f"{name} is {texts!r:.40}; pass a list of strings.")
+    return items
 
 
 def unrolled(experiment: Experiment, variables: Variables) -> tuple[TwoTowers, Variables]:

@@ -119,6 +119,8 @@ def test_options_are_refused_before_anything_is_read(tmp_path, capsys, monkeypat
     for flags, named in (
         (["--tokenizer", "clap"], "clap"),
         (["--samples", "-1"], "--samples is -1"),
+        (["--max_bad_fraction", "nan"], "--max_bad_fraction is nan; expected a fraction from 0 to 1"),
+        (["--max_bad_fraction", "5"], "--max_bad_fraction is 5; expected"),
         (["--suspects", "x"], "--by RUN"),
         (["--by", "a/run", "--suspects", str(tmp_path)], "--suspects"),
     ):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.findings import only
-from xclip_jax.commands import doctor
+from xclip_jax.commands import doctor, report
 from xclip_jax.commands.doctor import check_config
 from xclip_jax.train import build, cost
 from xclip_jax.train.checks import FAIL, OK
@@ -39,6 +39,14 @@ def test_the_command_prints_findings_and_fails(tmp_path, pairs):
 def test_arguments(arguments, named):
     with pytest.raises(SystemExit, match=f"^error: .*{named}"):
         doctor.main(arguments)
+
+
+@pytest.mark.parametrize("command", [doctor.main, report.main])
+def test_a_folder_of_weights_is_no_run(command, tmp_path):
+    """Its config.json is sound, so nothing is to be deleted."""
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(SystemExit, match=rf"^error: {tmp_path} is not a run's folder: .* name another folder\.$"):
+        command([str(tmp_path)])
 
 
 def test_faults_of_the_config_and_of_the_model_end_the_checks(tmp_path):

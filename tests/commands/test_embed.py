@@ -324,7 +324,7 @@ def test_shares_of_other_jobs_are_refused(root, tmp_path):
     for i in (1, 2):
         embed.main(flags(root, out, share=f"{i}/2"))
     assert len(embeddings.files(out)) == 2
-    with pytest.raises(SystemExit, match=r"x\.parquet is damaged or another program's"):
+    with pytest.raises(SystemExit, match=r"x\.parquet' is a folder, perhaps of shares; give --share"):
         embed.main(flags(root, out))
     embed.main(flags(root, cut, share="2/2", dims=3))
     for file, missing in ((damaged, "none"), (next(cut.iterdir()), "2/2")):

@@ -32,6 +32,17 @@ def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):
     assert [source.read(i)[1] for i in range(3)] == ["", "", "picture 2"]
 
 
+def test_captions_that_are_missing(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(bad_tars.jpeg(0))
+    bad_tars.shard(tmp_path / "0.tar", [("a", {"jpg": bad_tars.jpeg(0)})])
+    for name, remedy in (
+        (str(tmp_path / "0.tar"), r"\?text=COLUMN"),
+        (f"folder:{tmp_path}", "a .txt file named like its image"),
+    ):
+        with pytest.raises(UserError, match=f"has no caption; .*{remedy}"):
+            inputs.Captions(inputs.open_images(name))
+
+
 def test_names_are_utf8_where_paths_are_not(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()

@@ -33,6 +33,7 @@ def own_flags(monkeypatch):
         (["--config", "configs/demo.py:preset=X/1"], "it must be one of 'Ti/12', 'S/16',"),
         (["--config", "demo", "--confg.optim.lr=1"], "confg.optim.lr"),
         (["--config", "dmo"], "'dmo' is unknown; did you mean 'demo'? Give a path FILE.py"),
+        (["--config", "demo", "--config.data.sources[0]=demo:train"], "0 is not a valid index for"),
         (["--config", "demo:steps=0"], "config argument steps='0'"),
         (["--config", "small"], "small:pairs=PATH"),
         (["--config", "small:pairs=/nowhere"], "'/nowhere'"),
@@ -93,3 +94,21 @@ def test_an_error_of_an_own_recipe_has_its_file_and_line(recipe, message, tmp_pa
         load.parse(["xclip-jax", "--config", str(file)])
     assert stopped.value.code.startswith(f"error: {message.format(file)}")
     assert len(stopped.value.code.splitlines()) == 1
+
+
+def test_an_own_recipe_may_declare_dataclasses(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("""from __future__ import annotations
+import dataclasses
+from xclip_jax.config import recipes
+
+@dataclasses.dataclass
+class Options:
+    steps: int = 7
+
+def get_config(arg):
+    config = recipes.base("clip", "Ti/12")
+    config.steps = Options().steps
+    return config
+""")
+    assert load.load_config("~/mine.py").steps == 7

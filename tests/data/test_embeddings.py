@@ -35,6 +35,15 @@ def test_names_that_are_not_utf8_are_written(tmp_path):
     assert embeddings.read(tmp_path / "id=3" / "x.parquet")["id"] == ["caf?.png"]
 
 
+def test_files_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    embeddings.write(
+        tmp_path / "x.parquet", {"kind": ["text"], "id": ["x"], "text": ["x"], "embedding": np.zeros((1, 3))}
+    )
+    assert embeddings.read("~/x.parquet")["id"] == ["x"]
+    assert embeddings.about("~/x.parquet") == {} and embeddings.files("~/x.parquet") == [str(tmp_path / "x.parquet")]
+
+
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"no table")
     for read in (embeddings.read, embeddings.about):

@@ -97,7 +97,7 @@ def pairs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("decoding", "cache"), [("xclip", False), ("open_clip", True)])
+@pytest.mark.parametrize(("decoding", "cache"), [("xclip", False), ("open_clip", True), ("transformers", True)])
 def test_a_file_has_the_same_features_everywhere(decoding, cache, pairs, tmp_path, capsys):
     """In training, from a path, bytes and Pillow, and in the file that embed writes."""
     model = xclip_jax.load(tiny.untrained(tmp_path / "run", "clip", data__decoding=decoding))
@@ -117,7 +117,7 @@ def test_a_file_has_the_same_features_everywhere(decoding, cache, pairs, tmp_pat
     numbers = [order.locate(position)[1] for position in range(10)]
     expected = np.stack([model.prepare(paths[number]) for number in numbers]).astype(int)
     # open_clip resizes an evaluated image before it drops alpha.
-    assert np.array_equal(rows, expected) == (decoding == "xclip")
+    assert np.array_equal(rows, expected) == (decoding != "open_clip")
     stored = Image.open(pairs / "9.jpg")
     photograph = np.asarray(ImageOps.exif_transpose(stored) if decoding == "xclip" else stored).astype(int)
     for pixels in (rows[numbers.index(9)], model.prepare(pairs / "9.jpg"), model.prepare(stored)):
@@ -128,11 +128,11 @@ def test_a_file_has_the_same_features_everywhere(decoding, cache, pairs, tmp_pat
 def test_weights_of_others_keep_their_own_way(tmp_path):
     make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path / "hf")
     there = xclip_jax.load(tmp_path / "hf").preprocessing
-    assert (there.background, there.exif_rotation) == (images.DROPPED, False)
+    assert (there.background, there.exif_rotation) == (images.WHITE, False)
     config = recipes.base("clip", "Ti/12")
     assert config.data.decoding == "xclip"
     weights.adopt(config, str(tmp_path / "hf"))
-    assert config.data.decoding == "open_clip"
+    assert config.data.decoding == "transformers"
 
 
 def test_exports_keep_it_or_say_that_they_cannot(tmp_path):
@@ -143,11 +143,18 @@ def test_exports_keep_it_or_say_that_they_cannot(tmp_path):
         export(str(tmp_path / "from"), str(tmp_path / to), to=to)
         card = (tmp_path / to / "README.md").read_text()
         assert "Transparent images are laid on white before they are resized" in card
-        assert ("does not do: do so before." in card) == (to != "safetensors")
+        assert ("does not do: do so before." in card) == (to == "open_clip")
+        assert ("which transformers does from 5.21 on: do so before with an older version" in card) == (to == "hf")
         assert "Images are rotated by their EXIF tag" in card
         assert ("do so before, as PIL.ImageOps.exif_transpose does" in card) == (to != "safetensors")
         again = interop.read(str(tmp_path / to))[0]["data"]
-        assert again["decoding"] == ("xclip" if to == "safetensors" else "open_clip")
+        assert again["decoding"] == {"safetensors": "xclip", "hf": "transformers", "open_clip": "open_clip"}[to]
+    config["data"]["decoding"] = "open_clip"
+    interop.write(variables, config, str(tmp_path / "from"))
+    export(str(tmp_path / "from"), str(tmp_path / "dropped"), to="hf")
+    assert (
+        "is dropped, which transformers does not do from 5.21 on: do so" in (tmp_path / "dropped/README.md").read_text()
+    )
 
 
 def test_an_exif_block_that_cannot_be_read_costs_no_image():

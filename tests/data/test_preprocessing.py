@@ -131,7 +131,8 @@ def test_a_processor_of_transformers_is_followed(changes, expected, hf_folder, t
     }  # fmt: skip
     (hf_folder / "preprocessor_config.json").write_text(json.dumps(base | changes))
     model = xclip_jax.load(hf_folder)
-    found, wanted = dataclasses.asdict(model.preprocessing), {"mean": MEAN, "std": STD} | expected
+    found = dataclasses.asdict(model.preprocessing)
+    wanted = {"mean": MEAN, "std": STD, "background": "white"} | expected
     for key, value in (dataclasses.asdict(Preprocessing(SIZE)) | wanted).items():
         assert found[key] == (pytest.approx(value) if key in ("mean", "std") else value), key
     # Sizes that leave an even margin: half a pixel it rounds down, torchvision and so open_clip to the even number.
@@ -147,6 +148,22 @@ def test_a_processor_of_transformers_is_followed(changes, expected, hf_folder, t
     config, variables = interop.read(str(hf_folder))
     interop.write(variables, config, str(tmp_path / "back"), "hf")
     assert interop.read(str(tmp_path / "back"))[0] == config
+
+
+def test_images_of_other_modes_are_prepared_as_by_transformers(hf_folder):
+    """Transparent ones are laid on white, all are converted to RGB before they are resized."""
+    (hf_folder / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"shortest_edge": SIZE}, "crop_size": SIZE})
+    )
+    model = xclip_jax.load(hf_folder)
+    processor = transformers.CLIPImageProcessor.from_pretrained(hf_folder)
+    rgb = bad_tars.picture(0, w=120, h=80)
+    images = [Image.merge("RGBA", [*rgb.split(), bad_tars.picture(1, w=120, h=80, mode="L")]), rgb.convert("1")]
+    for image in (*images, images[0].convert("LA"), rgb.quantize(8)):
+        ours = transforms.normalize(model.prepare(image)[None], model.preprocessing.mean, model.preprocessing.std)
+        theirs = np.asarray(processor([image])["pixel_values"][0]).transpose(1, 2, 0)
+        steps = 255 * np.abs(np.asarray(ours)[0] - theirs) * np.asarray(model.preprocessing.std)
+        assert steps.max() < 1.01 and steps.mean() < 0.1, image.mode
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_a_run_that_starts_again_for_want_of_a_checkpoint_says_so(pairs, run, ca
     ("name", "content"),
     [
         ("config.json", b"\xff\xfe"),
-        ("config.json", b'{"model": 1}'),
+        ("config.json", b'{"config": 1}'),
         ("data.json", b"[{]"),
         ("data.json", b'{"samples": 3}'),
         ("results.json", b'{"results": {}, "config": 3}'),

@@ -111,13 +111,18 @@ def test_own_form_is_bit_exact_and_brings_its_tokenizer(tmp_path, monkeypatch):
 
 
 def test_notes_on_what_a_format_cannot_hold(tmp_path):
-    options = {"data__decoding": "open_clip"}
-    config, variables = our_model("xclip", model__scan=True, **options)
+    config, variables = our_model("xclip", model__scan=True, data__decoding="transformers")
     notes = interop.write(variables, config, str(tmp_path / "hf"), "hf")
     assert [note.rpartition(": ")[2] for note in notes] == ["clusters_img, clusters_txt"]
+    config, variables = our_model("clip", data__decoding="open_clip")
+    (note,) = interop.write(variables, config, str(tmp_path / "hf"), "hf")
+    assert ": data.decoding='open_clip'; drop the alpha channel, as Image.convert('RGB') does, before" in note
+    assert interop.write(variables, config, str(tmp_path / "open_clip"), "open_clip") == []
     config, variables = our_model("siglip")
-    parts = [": bias", ": data.decoding='xclip'; lay"]
-    for to, expected in (("hf", parts), ("open_clip", parts[1:])):
+    rotate = "rotate images by their EXIF tag, as PIL.ImageOps.exif_transpose does, before they are resized"
+    ours = [": bias", f": data.decoding='xclip'; {rotate}"]
+    white = [f": data.decoding='xclip'; lay transparent images on white and {rotate}"]
+    for to, expected in (("hf", ours), ("open_clip", white)):
         notes = interop.write(variables, config, str(tmp_path / to), to)
         assert len(notes) == len(expected)
         assert all(f"{to!r} has no field for it{part}" in note for note, part in zip(notes, expected, strict=True))

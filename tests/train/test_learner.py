@@ -117,6 +117,22 @@ def test_save__load_and_a_new_run_have_the_same_model(learner, tmp_path, monkeyp
     assert int(again.step) == 0
 
 
+def test_save__leaves_files_of_other_programs(learner, tmp_path):
+    initial = learner.init()
+    learner.save(tmp_path / "old", initial)
+    learner.save(tmp_path / "old", initial)
+    for name in ("config.json", "tokenizer.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text('{"theirs": 1}')
+        with pytest.raises(UserError, match=f"files of another program, which would be lost: {name}; use a new folder"):
+            learner.save(folder, initial)
+        assert [(file.name, file.read_text()) for file in folder.iterdir()] == [(name, '{"theirs": 1}')]
+    (tmp_path / "old" / "config.json").write_text('{"theirs": 1}')  # no file of a saved model
+    with pytest.raises(UserError, match=r"config\.json"):
+        learner.save(tmp_path / "old", initial)
+
+
 def test_images(learner, pairs):
     paths = [str(path) for path in sorted(pairs.rglob("*.png"))[:2]]
     views = learner.preprocess(paths)

@@ -23,7 +23,15 @@ import numpy as np
 
 from xclip_jax import model as inference
 from xclip_jax.core.console import show
-from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_file, exit_with_message
+from xclip_jax.core.errors import (
+    BadSample,
+    Parser,
+    UserError,
+    check_count,
+    check_file,
+    check_fraction,
+    exit_with_message,
+)
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import strict_json
 from xclip_jax.data import inspect, loader, records, sources, tokenizer
@@ -182,6 +190,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
     with exit_with_message():
         check_count("--samples", options.samples, 0)
+        check_fraction("--max_bad_fraction", options.max_bad_fraction)
         options.tokens = tokenizer.load(options.tokenizer)
         if options.suspects:  # written at the end
             if not options.by:

@@ -41,7 +41,15 @@ from xclip_jax import model as inference
 from xclip_jax.commands.inputs import IMAGES, Captions, Images, Inputs, Lines, open_images
 from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
-from xclip_jax.core.errors import BadSample, Parser, UserError, check_choice, check_writable, exit_with_message
+from xclip_jax.core.errors import (
+    BadSample,
+    Parser,
+    UserError,
+    check_choice,
+    check_fraction,
+    check_writable,
+    exit_with_message,
+)
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import strict_json, write_json
@@ -131,8 +139,7 @@ def embed(
     Raises:
       UserError: existing parts belong to other items or weights, or too many items are refused or bad.
     """
-    if not 0 <= max_unreadable <= 1:
-        raise UserError(f"--max_unreadable is {max_unreadable:g}; expected a fraction from 0 to 1.")
+    check_fraction("--max_unreadable", max_unreadable)
     # The name of a tokenizer's file depends on the model's folder; its content is among the weights.
     plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit", "tokenizer")}
     plan |= {"part": PART, "weights": model.fingerprint()}
@@ -143,6 +150,8 @@ def embed(
         plan |= {"share": share[0], "shares": share[1]}
         path = path / "{:05d}-of-{:05d}.parquet".format(*share)
         folder = pathlib.Path(f"{out}.{path.stem}.parts")
+    elif path.is_dir():
+        raise UserError(f"--out {out!r} is a folder, perhaps of shares; give --share for one of these, or name a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     plan_file = epath.Path(folder / "plan.json")
     with lock(path, blocking=False):

@@ -4,7 +4,7 @@
 
 writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `open_clip` for open_clip, `onnx` for
 onnxruntime (one file per tower), `safetensors` for xclip_jax itself, without losses. Preprocessing and tokenizer are
-exported too; if the format cannot store them, the export fails (data.decoding='xclip' is only reported). README.md is a
+exported too; if the format cannot store them, the export fails (data.decoding is only reported). README.md is a
 model card with the run's data, recipe and results. RUN may also be weights for `xclip_jax.interop`, such as
 hf:ORG/NAME. If the run evaluates the moving average of its parameters (eval.ema), the average is exported. --push
 finally uploads the files to a repository of the Hugging Face Hub.

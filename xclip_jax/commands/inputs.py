@@ -94,7 +94,10 @@ class Captions(Lines):
         self.numbers = range(len(self._lines))
         self._digest = hashlib.blake2b(b"\0".join(self._lines), digest_size=16).hexdigest()
         if not self._lines:
-            raise UserError(f"{images.spec} has no caption; name their column, {images.spec}?text=COLUMN.")
+            remedy = f"name their column, {images.spec}?text=COLUMN"
+            if images.spec.startswith("folder:"):
+                remedy = "put each caption in a .txt file named like its image"
+            raise UserError(f"{images.spec} has no caption; {remedy}.")
 
 
 def open_images(pattern: str) -> Images:

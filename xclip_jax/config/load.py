@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import operator
+import os
 import pathlib
 import re
 import sys
@@ -39,8 +40,9 @@ def find_recipe(name: str) -> str:
     known = recipes()
     if name in known:
         return str(known[name])
-    if pathlib.Path(name).is_file() and name.endswith(".py"):
-        return name
+    path = os.path.expanduser(name)
+    if os.path.isfile(path) and path.endswith(".py"):
+        return path
     guess = f"recipe {name!r} is unknown; did you mean {fields.nearest(name, known)!r}?"
     raise UserError(f"{guess} Give a path FILE.py, or a recipe by name: {', '.join(known)}")
 
@@ -62,8 +64,9 @@ def load_recipe(spec: str) -> tuple[ml_collections.ConfigDict, Describe | None]:
     """
     name, _, arg = spec.partition(":")
     file = find_recipe(name)
-    module_spec: Any = importlib.util.spec_from_file_location("config_file", file)
+    module_spec: Any = importlib.util.spec_from_file_location("xclip_jax_recipe", file)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look up names of annotations there
     try:
         module_spec.loader.exec_module(module)
         config = module.get_config(arg or None)
@@ -139,6 +142,6 @@ def parse(argv: list[str]) -> list[str]:
         return unparsed
     except (UserError, flags.UnrecognizedFlagError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    except (flags.Error, TypeError, ValueError, MemoryError, RecursionError) as error:
+    except (flags.Error, IndexError, TypeError, ValueError, MemoryError, RecursionError) as error:
         text = " ".join(str(error).split()) or "a value is nested too deeply"  # for Python's parser
         sys.exit(redact(f"error: {text}; --help lists the keys with their defaults"))

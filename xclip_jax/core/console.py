@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO, TypeVar
 
@@ -18,8 +19,9 @@ def log0(message: str) -> None:
 
 
 def show(message: str, file: TextIO | None = None) -> None:
-    """Print to standard output, or `file`, with URLs redacted and undecodable letters as "?"."""
-    print(redact(message).encode("utf-8", "replace").decode(), file=file, flush=True)
+    """Print to standard output, or `file`, with URLs redacted and letters that its encoding lacks as "?"."""
+    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
+    print(redact(message).encode(encoding, "replace").decode(encoding), file=file, flush=True)
 
 
 def format_duration(seconds: float) -> str:

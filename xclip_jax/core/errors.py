@@ -214,6 +214,12 @@ def check_count(key: str, value: object, minimum: int) -> None:
         raise UserError(f"{key} is {value!r}; expected an integer of at least {minimum}.")
 
 
+def check_fraction(key: str, value: float) -> None:
+    """Raise `UserError` unless the value of `key` is from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{key} is {value:g}; expected a fraction from 0 to 1.")
+
+
 def check_file(option: str, path: str | os.PathLike) -> None:
     """Make the folder of an option's file; raises `UserError` if the file cannot be written."""
     path = pathlib.Path(path)

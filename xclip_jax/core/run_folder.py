@@ -95,8 +95,13 @@ class RunReader:
         return holder(self.lock_file)
 
     def read_config(self) -> dict[str, Any] | None:
-        """Return the content of config.json."""
-        return self._read(self.config_file, lambda content: isinstance(content["config"], dict))
+        """Return the content of config.json; `UserError` also for another program's."""
+        content = self._read(self.config_file, lambda content: isinstance(content.get("config", {}), dict))
+        if content is not None and "config" not in content:
+            raise UserError(
+                f"{self.path} is not a run's folder: its config.json has no key 'config'; name another folder."
+            )
+        return content
 
     def read_sources(self) -> list[dict[str, Any]] | None:
         """Return the fingerprints in data.json, one per source of data.sources."""

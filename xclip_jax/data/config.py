@@ -69,7 +69,8 @@ class DataConfig:
     decoding: str = key(
         "xclip",
         "wherever the model is used, xclip lays transparent images on white and rotates images by their EXIF tag; "
-        "open_clip, like transformers, does neither: it shows the colours hidden under the transparency",
+        "transformers, like its version 5.21, does not rotate them; open_clip does neither and shows colours hidden "
+        "under the transparency",
         choice(images.DECODINGS),
     )
     cache: bool = key(False, "keep decoded images in memory")

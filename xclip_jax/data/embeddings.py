@@ -44,9 +44,10 @@ def join(parts: Sequence[pathlib.Path], path: pathlib.Path, metadata: Mapping[st
 
 def files(path: str | os.PathLike) -> list[str]:
     """Return [path], or the files of a folder of shares in order; `UserError` unless it has all shares of one job."""
+    path = os.path.expanduser(path)
     found = sorted(map(str, pathlib.Path(path).glob("*.parquet")))
     if not found:
-        return [os.fspath(path)]
+        return [path]
     plans = [about(file).get("plan", {}) for file in found]
     expected = [plans[0] | {"share": i + 1} for i in range(plans[0].get("shares", 0))]
     if plans != expected:
@@ -57,6 +58,7 @@ def files(path: str | os.PathLike) -> list[str]:
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
     """Return the columns of a file, or folder of `files`: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
+    path = os.path.expanduser(path)
     parts = files(path)
     with _naming(path):
         table = pyarrow.parquet.read_table(parts, partitioning=None)  # else a folder "kind=x" is a column
@@ -68,6 +70,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 def about(path: str | os.PathLike) -> dict[str, Any]:
     """Return the metadata of a file of `xclip_jax.commands.embed`; {} for another program's file."""
+    path = os.path.expanduser(path)
     with _naming(path):
         metadata = pyarrow.parquet.read_schema(path).metadata or {}
         return json.loads(metadata.get(_ABOUT.encode(), b"{}"))

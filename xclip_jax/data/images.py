@@ -14,6 +14,7 @@ WHITE, DROPPED = "white", "drop_alpha"
 DECODINGS: dict[str, Any] = {
     "xclip": {"background": WHITE, "rotate": True},
     "open_clip": {"background": DROPPED, "rotate": False},
+    "transformers": {"background": WHITE, "rotate": False},  # from version 5.21 on
 }
 MAX_PIXELS = 1 << 26  # 200 MB decoded; larger images are decompression bombs, or useless at 224 pixels
 # Without EPS (an external program), ICO (decoded when opened) and Pillow's rare formats.

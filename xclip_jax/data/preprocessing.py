@@ -84,10 +84,11 @@ class Preprocessing:
     def to_config(self) -> dict[str, dict[str, Any]]:
         """Return the groups `data` and `eval` for `from_dict`, with known statistics by name."""
         pair = (self.mean, self.std)
+        decoding = {"background": self.background, "rotate": self.exif_rotation}
         return {
             "data": {
                 "normalization": next((name for name, known in STATISTICS.items() if known == pair), pair),
-                "decoding": "xclip" if self.background == images.WHITE else "open_clip",
+                "decoding": next((name for name, known in images.DECODINGS.items() if known == decoding), "open_clip"),
             },
             "eval": {
                 "resize": self.resize_mode, "resize_size": self.resize_size, "interpolation": self.interpolation,

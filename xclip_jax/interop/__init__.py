@@ -8,6 +8,7 @@ A model is a pair (config, variables). `config` contains the required groups of 
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from xclip_jax.core.fields import read_group
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import write_whole
 from xclip_jax.data import tokenizer
+from xclip_jax.data.images import DECODINGS, WHITE
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
 from xclip_jax.interop.names import Flat
@@ -158,6 +160,19 @@ def write(
     return notes
 
 
+def check_replaceable(path: str | os.PathLike) -> None:
+    """Raise `UserError` if in the folder `path` a `write` to "safetensors" would change another program's files."""
+    folder = epath.Path(path).expanduser()
+    ours = [CONFIG, WEIGHTS]
+    if any((folder / name).exists() for name in ours):  # an earlier export, perhaps interrupted
+        ours.append(vocabulary.FILE)
+    foreign = ", ".join(name for name in WRITTEN if name not in ours and (folder / name).exists())
+    if foreign:
+        raise UserError(
+            f"{str(path)!r} has files of another program, which would be lost: {foreign}; use a new folder."
+        )
+
+
 def _own_texts(config: Mapping[str, Any], classes: Sequence[str] | None) -> dict[str, str]:
     preparation = _preparation(config)
     name = config["data"]["tokenizer"]
@@ -203,11 +218,19 @@ def _find_unsupported(config: Mapping[str, Any], params: Mapping[str, Any]) -> s
 
 def _left_out(config: Mapping[str, Any], heads: Sequence[str], to: str) -> list[str]:
     parts = [", ".join(heads)] if heads else []
-    if config["data"].get("decoding") == "xclip":
-        parts.append(
-            "data.decoding='xclip'; lay transparent images on white, and rotate images by their EXIF tag, as "
-            "PIL.ImageOps.exif_transpose does, before they are resized"
+    name = config["data"].get("decoding", "open_clip")
+    ours = DECODINGS[name]
+    theirs = DECODINGS["transformers" if to == "hf" else "open_clip"]
+    steps = []
+    if ours["background"] != theirs["background"]:
+        white = ours["background"] == WHITE
+        steps.append(
+            "lay transparent images on white" if white else "drop the alpha channel, as Image.convert('RGB') does"
         )
+    if ours["rotate"]:
+        steps.append("rotate images by their EXIF tag, as PIL.ImageOps.exif_transpose does")
+    if steps:
+        parts.append(f"data.decoding={name!r}; {' and '.join(steps)}, before they are resized")
     return [f"not stored, because {to!r} has no field for it: {part}" for part in parts]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.data.images import WHITE
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import names, vocabulary
 from xclip_jax.interop.names import Flat
@@ -162,7 +163,7 @@ def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
     return names.preprocessing(
         PREPROCESSOR, size, content.get("image_mean"), content.get("image_std"),
         resize_mode="squash" if square else "shortest", resize_size=0 if side == size else side,
-        interpolation=_INTERPOLATIONS[resample],
+        interpolation=_INTERPOLATIONS[resample], background=WHITE,
     )  # fmt: skip
 
 

@@ -69,14 +69,14 @@ def mlp_ratio(hidden: int, width: int) -> float:
     return ratio if int(ratio * width) == hidden else (hidden + 0.5) / width
 
 
-def preprocessing(file: str, size: int, mean: Any, std: Any, **resizing: Any) -> Preprocessing:
+def preprocessing(file: str, size: int, mean: Any, std: Any, **options: Any) -> Preprocessing:
     """Make the preprocessing for images of `size` pixels; `mean` and `std` are 1 or 3 numbers, or None for CLIP's."""
     try:
         pair = tuple(
             known if value is None else tuple(np.broadcast_to(np.asarray(value, np.float64), 3).tolist())
             for value, known in zip((mean, std), STATISTICS["clip"], strict=True)
         )
-        return Preprocessing(size, *mean_std(pair), **resizing)
+        return Preprocessing(size, *mean_std(pair), **options)
     except ValueError as error:
         raise UserError(f"{file}: mean {mean} and standard deviation {std} cannot be used ({error}).") from error
 

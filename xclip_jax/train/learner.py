@@ -102,11 +102,15 @@ class Learner:
         """Write a model for `xclip_jax.load`, evaluate, embed, export and serve to the folder `path`, over an old one.
 
         The moving average of the parameters is written if `eval.ema` is set. To resume, save the state itself.
+
+        Raises:
+          UserError: the folder has files of another program that a model's files would replace.
         """
         config = self.experiment.config
         variables = {name: x for name, x in state.variables(ema=config.eval.ema).items() if x}
         whole = jax.jit(lambda x: x, out_shardings=replicated(self.experiment.mesh))(variables)
         if jax.process_index() == 0:
+            interop.check_replaceable(path)
             interop.write(jax.device_get(whole), schema.to_dict(config), os.fspath(path))
 
 
