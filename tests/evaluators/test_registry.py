@@ -138,6 +138,15 @@ def test_probes_leave_out_unreadable_training_images(tmp_path):
         assert found[f"visual/{spec}/{key}/top1"] == 98, key
 
 
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_each_split_of_a_probe_has_its_limit_of_unreadable_images(part, tmp_path):
+    for name, n in (("train", 60), ("validation", 60), ("test", 60)):
+        folder(tmp_path / name, n=4 if name == part else n, seed=len(name))
+    (tmp_path / part / "cat" / "01.png").write_bytes(b"<html>")
+    with pytest.raises(TooManyUnreadable, match="at least 1 of 8 images cannot be read, more than 5%"):
+        measure(f"probe/folder:{tmp_path}", sweep=Sweep((1.0,), 0))
+
+
 def test_a_model_that_diverged_is_wrong_everywhere(tmp_path):
     spec = f"folder:{folder(tmp_path)}"
     evaluator = registry.open_all([spec], make_encoder())[0]
