@@ -37,8 +37,8 @@ def _limit_unreadable(bad: Sequence[str], n: int) -> None:
     """Raise `TooManyUnreadable` if `bad`, the reasons of unreadable images, are too many of `n` images."""
     if len(bad) > MAX_UNREADABLE * n:
         raise TooManyUnreadable(
-            f"at least {len(bad)} of {n} images cannot be read, more than {MAX_UNREADABLE:.0%}; the first is: {bad[0]}; "
-            "see xclip-jax check"
+            f"at least {len(bad)} of {n} images cannot be read, more than {MAX_UNREADABLE:.0%}; the first is: "
+            f"{bad[0]}; see xclip-jax check"
         )
 
 
