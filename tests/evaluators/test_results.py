@@ -218,10 +218,11 @@ def test_the_demo_has_the_names_and_the_tables_that_it_had(small_demo):  # noqa:
 
 def test_a_record_has_its_name_and_survives_json():
     fields = {"task": "category", "score": "both", "group": "noto", "n": 3, "chance": 0.5, "headline": True}
-    result = Result("emoji/x", "zeroshot", "top1", 12.5, protocol=Provenance(role=SHIFTED), **fields)
+    protocol = Provenance(role=SHIFTED, split_hash="1", protocol="the nearest class", templates="a {c} | {c}")
+    result = Result("emoji/x", "zeroshot", "top1", 12.5, protocol=protocol, **fields)
     assert flat([result]) == {"zeroshot/emoji/x/category/both/noto/top1": 12.5}
     (back,) = from_json([{**record, "of a later version": 1} for record in to_json([result])])
-    assert {key: getattr(back, key) for key in fields} == fields and back.protocol.role == SHIFTED
+    assert {key: getattr(back, key) for key in fields} == fields and back.protocol == protocol
     assert (back.set, back.family, back.metric, back.value, back.unit) == ("emoji/x", "zeroshot", "top1", 12.5, "%")
 
 

@@ -158,6 +158,7 @@ def items(results: Iterable[Result]) -> dict[str, PerExample]:
 
 
 _PROTOCOL = ("role", "split_hash")
+_OF_HEADLINE = ("protocol", "templates")  # sentences, equal for all results of a set
 _DEFAULTS = {x.name: x.default for x in dataclasses.fields(Result) if x.name not in ("protocol", "items")}
 
 
@@ -168,7 +169,8 @@ def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
         fields = {key: getattr(result, key) for key in _DEFAULTS}
         if result.items is not None:
             fields["dependent"] = result.items.trials() != len(result.items.values)
-        fields |= {key: getattr(result.protocol, key) for key in _PROTOCOL}
+        keys = (*_PROTOCOL, *_OF_HEADLINE) if result.headline else _PROTOCOL
+        fields |= {key: getattr(result.protocol, key) for key in keys}
         records.append({key: value for key, value in fields.items() if value != _DEFAULTS.get(key, "")})
     return records
 
@@ -180,7 +182,8 @@ def from_json(records: Iterable[Mapping[str, Any]]) -> list[Result]:
         fields = {key: record[key] for key in _DEFAULTS if key in record}
         if record["value"] is None:  # JSON has no NaN
             fields["value"] = math.nan
-        results.append(Result(**fields, protocol=Provenance(**{key: record.get(key, "") for key in _PROTOCOL})))
+        protocol = Provenance(**{key: record.get(key, "") for key in (*_PROTOCOL, *_OF_HEADLINE)})
+        results.append(Result(**fields, protocol=protocol))
     return results
 
 
