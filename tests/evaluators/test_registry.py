@@ -107,6 +107,14 @@ def test_a_store_that_does_not_answer_counts_as_unreadable_and_is_given_up_befor
         assert np.isnan(x[:2]).all() and (x[2:] == whole[key][2:]).all()
 
 
+def test_an_evaluator_without_results_is_an_error_that_names_it(tmp_path, monkeypatch):
+    (evaluator,) = registry.open_all([f"folder:{folder(tmp_path, n=1)}"], make_encoder())
+    monkeypatch.setattr(evaluator, "measure", lambda variables: [])
+    with pytest.raises(UserError, match="returned no results") as error:
+        registry.measure(evaluator, None)
+    assert error.value.__notes__ == [f"in evaluator {evaluator.name}"]
+
+
 def test_several_labels_and_two_classes(tmp_path):
     folder(tmp_path)
     specs = {"map": f"csv:{tmp_path / 'x.csv'}", "roc_auc": f"hatefulmemes@{tmp_path / 'y.csv'}"}

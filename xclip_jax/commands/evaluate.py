@@ -94,7 +94,7 @@ def evaluate(
     if not is_remote(str(path)) and jax.process_count() == 1:  # with several, only the first writes
         check_writable("--output", path.parent)
     if path.exists():
-        results.read(path)  # raises an error for a damaged file before the work
+        results.read(path, "delete it, or name another --output")  # raises an error before the work
     encoder = make_encoder(experiment, classes)
     profile_used = profile_of_run(config, profile, changes)
     opened = registry.open_all(names, encoder, data_dir, profile_used, experiment.config.data)
@@ -112,12 +112,12 @@ def evaluate(
         started = time.perf_counter()
         try:
             of_set = registry.measure(evaluator, variables)
+            entry = results.make_entry(name, evaluator.name, of_set, encoder.preprocessing) | model
         except Exception as error:
             if len(opened) == 1:
                 raise
             failed[name] = registry.note_failure(evaluator, error)
             continue
-        entry = results.make_entry(name, evaluator.name, of_set, encoder.preprocessing) | model
         entry["seconds"] = time.perf_counter() - started
         command["seconds"] = time.perf_counter() - began
         if jax.process_index() == 0:

@@ -146,10 +146,12 @@ def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
     unreadable.clear()
     try:
         results = evaluator.measure(variables)
+        if not results:
+            raise UserError("`measure` returned no results; return one or more, see docs/extend.md")
     except Exception as error:
         error.add_note(f"in evaluator {evaluator.name}")
         raise
-    if results and not any(result.headline for result in results):
+    if not any(result.headline for result in results):
         # The evaluator lacks the card's metric, such as mAP for single labels: use the first result with a unit.
         main = next((i for i, result in enumerate(results) if result.unit), 0)
         results[main] = dataclasses.replace(results[main], headline=True)

@@ -192,12 +192,17 @@ def read_entries(entries: Iterable[Entry]) -> list[Result]:
     return [result for entry in entries for result in from_json(entry["records"])]
 
 
-def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
-    """Return all entries of a results file, oldest first and the entries of "results" last, and their items."""
+def read(path: epath.Path, remedy: str = "delete it, and evaluate again") -> tuple[list[Entry], ItemsOf]:
+    """Return all entries of a results file, oldest first and the entries of "results" last, and their items.
+
+    `remedy` ends the error for other files.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist; make it with xclip-jax evaluate --checkpoint RUN --suite NAME.")
-    content = path.read_bytes()
-    with unreadable_as(f"{path} is not a file of results; delete it, and evaluate again"):
+    with path.open("rb") as file:
+        first = file.read(1)
+        content = first + file.read() if first == b"{" else first  # files of weights may have gigabytes
+    with unreadable_as(f"{path} is not a file of results; {remedy}"):
         record = json.loads(content)
         entries = [*record.get("other_results", ()), *record["results"]]
         for entry in entries:
