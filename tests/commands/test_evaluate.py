@@ -190,8 +190,21 @@ def test_a_suite_is_a_name_or_names():
     for names in ("demo,imagenet", ["demo", "imagenet"]):
         assert registry.expand_suites(names) == (*demo, "imagenet")
     assert registry.expand_suites(f"mnist, demo,{demo[0]}") == ("mnist", *demo)
-    with pytest.raises(UserError, match=r"'b'.*; write a comma in an address as %2C"):
-        registry.expand_suites("retrieval/csv:https://host/a.csv?columns=a,b")
+
+
+def test_a_comma_may_be_part_of_a_name(runs, capsys):
+    names = "folder:a,b", "parquet:{c,mnist}.parquet?label=x", "retrieval/csv:https://host/a.csv?columns=a,b", "mnist"
+    assert registry.expand_suites(",".join(names)) == names
+    assert registry.expand_suites("folder:a, mnist,,") == ("folder:a", "mnist")
+    with pytest.raises(UserError, match="unknown evaluation set 'imagenett'"):
+        registry.expand_suites("mnist,imagenett")
+    with pytest.raises(UserError, match="no_such_module"):
+        registry.expand_suites("folder:a,no_such_module.sets:Own/3")
+    shutil.copytree(runs / "set", runs / "my,set")
+    suites = [f"--suite=folder:{runs / name}" for name in ("my,set", "set")]
+    evaluate.main(["--checkpoint", str(runs / "a"), *suites, "--output", str(runs / "commas.json")])
+    (first, second) = json.loads((runs / "commas.json").read_text())["results"]
+    assert first["set"] == f"folder:{runs / 'my,set'}" and first["value"] == second["value"]
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fields = {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(
             flags.checkpoint,
-            ",".join(flags.suite or ["demo"]),
+            [name for text in flags.suite or ["demo"] for name in registry.split_names(text)],
             step=flags.step,
             profile=flags.profile or "openai",
             changes={key: value for key, value in fields.items() if value is not None},

@@ -74,8 +74,8 @@ def load(
     return kind.load(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
 
 
-def check(spec: str, hint: str = "") -> type[SetKind]:
-    """Return the kind of the set `spec`; raise `UserError`, with a hint, if the name is unknown."""
+def check(spec: str) -> type[SetKind]:
+    """Return the kind of the set `spec`; raise `UserError` if the name is unknown."""
     prefix = re.split("[/:@]", spec, maxsplit=1)[0]
     kind = next((kind for kind in KINDS.values() if prefix in kind.prefixes), None)
     if kind is None and (name := class_name(spec)):
@@ -84,7 +84,7 @@ def check(spec: str, hint: str = "") -> type[SetKind]:
         return kind
     raise UserError(
         f"unknown evaluation set {spec!r}. docs/evaluate.md lists the names; your own images are folder:PATH, csv:PATH "
-        f"or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists{hint}."
+        f"or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
     )
 
 
@@ -93,15 +93,37 @@ def all_suites() -> dict[str, Sequence[str]]:
     return {name: sets for kind in KINDS.values() for name, sets in kind.suites.items()}
 
 
+def _is_known(name: str) -> bool:
+    try:
+        return name in all_suites() or bool(class_name(name) or check(name))
+    except UserError:
+        return False
+
+
+def split_names(text: str) -> list[str]:
+    """Split names of sets and suites joined by commas.
+
+    A comma in braces belongs to its name, and so does one in a path or address, before text that is no name.
+    """
+    names: list[str] = []
+    for part in re.split(r",(?![^{}]*\})", text):
+        longer = f"{names[-1]},{part}" if names and part.strip() else ""
+        if longer and not _is_known(part.strip()) and _is_known(longer.strip()):
+            names[-1] = longer
+        else:
+            names.append(part)
+    return [name.strip() for name in names]
+
+
 def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the distinct sets in a list of sets and suites, a sequence or joined by commas."""
+    """Return the distinct sets in a sequence of sets and suites, or in a text for `split_names`."""
     named = all_suites()
-    parts = [part.strip() for part in suites.split(",")] if isinstance(suites, str) else suites
+    parts = split_names(suites) if isinstance(suites, str) else suites
     names = dict.fromkeys(name for part in parts for name in named.get(part, (part,)) if name)
     if not names:
         raise UserError(f"--suite is empty; it must be one of {', '.join(named)} or names of sets.")
     for name in names:
-        check(name, "; write a comma in an address as %2C" if "://" in str(suites) else "")
+        check(name)
     return tuple(names)
 
 
