@@ -84,6 +84,13 @@ def test_all_sets_are_opened_before_the_first_is_evaluated(tmp_path):
     assert all(name in fault for fault, name in zip(str(error.value).splitlines()[1:], expected, strict=True))
 
 
+def test_sets_with_one_name_in_results_are_refused():
+    address = "retrieval/csv:https://host/export"
+    with pytest.raises(UserError, match=f"^{address}: 2 sets differ only in the query") as error:
+        registry.open_all([f"{address}?gid=1", "mnist", f"{address}?gid=2"], make_encoder())
+    assert "gid" not in str(error.value)
+
+
 def test_results_are_written_as_soon_as_they_are_there(run, monkeypatch, tmp_path):
     suite = [f"folder:{folder(tmp_path / name, n=1)}" for name in ("one", "with, comma")]
     original = registry.measure

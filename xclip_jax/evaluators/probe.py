@@ -215,7 +215,9 @@ class ClassifierEvaluator(Evaluator):
     layouts = (Layout("fine-tuned, %", _FINETUNED),)
 
     def __init__(self, encoder: Encoder, data: ClassificationSet) -> None:
-        """Raise `UserError` if an item has a class missing from the model's classifier, see `renumber`."""
+        """Raise `UserError` without a classifier, or if it lacks the class of an item, see `renumber`."""
+        if encoder.similarities:
+            raise UserError(f"{data.name}: the model has no classifier; fine-tune it, or evaluate probe/SOURCE.")
         if encoder.classes and data.names:
             labels = renumber(data.labels, data.names, encoder.classes, data.name)
             data = dataclasses.replace(data, labels=labels, classes=len(encoder.classes), names=encoder.classes)

@@ -4,6 +4,7 @@ The prefix of a set's name selects a kind in `KINDS`; the prefix "package.module
 `SetKind`. A set names its evaluator: a key of `EVALUATORS`, or "package.module:Class".
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import jax
 
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, describe
+from xclip_jax.core.errors import UserError, describe, redact
 from xclip_jax.core.imports import LazyClassTable, class_name, import_class, is_imported
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
@@ -134,7 +135,13 @@ def open_all(
     profile: Profile = PROFILES["openai"],
     data: DataConfig | None = None,
 ) -> list[Evaluator]:
-    """Open sets and return their evaluators; all faults are reported together, before the model runs."""
+    """Open the distinct sets `specs`, and return their evaluators; all faults are reported before the model runs."""
+    for name, count in collections.Counter(map(redact, specs)).items():
+        if count > 1:
+            raise UserError(
+                f"{name}: {count} sets differ only in the query of their address, which results leave out; evaluate "
+                "each by a command of its own, with another --output."
+            )
     evaluators = []
     faults = []
     for spec in specs:
