@@ -125,6 +125,21 @@ def test_results_that_cannot_be_recorded_do_not_keep_others_from_theirs(runs, tm
     assert result["set"] == sets[1]
 
 
+def test_class_names_of_some_sets(runs, tmp_path, capsys):
+    other = f"folder:{tiny.classes(tmp_path / 'other', 3, ('oak', 'elm'))}"
+    sets = [f"folder:{runs / 'set'}", other]
+    output = {"output": str(tmp_path / "x.json")}
+    first, second = evaluate.evaluate(str(runs / "a"), sets, changes={"names": {"cat": "kitten"}}, **output)["results"]
+    assert "own names" in first["templates"] and "own names" not in second["templates"]
+    assert "other: none of the class names, such as 'cat'" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of the class names, such as 'cat', is among the classes of the sets"):
+        evaluate.evaluate(str(runs / "a"), other, changes={"names": {"cat": "kitten"}}, **output)
+    (tmp_path / "names.json").write_text('{"cat": "kitten"}')
+    run = tiny.untrained(tmp_path / "named", eval__class_names=str(tmp_path / "names.json"))
+    (entry,) = evaluate.evaluate(str(run), other, **output)["results"]
+    assert "own names" not in entry["templates"]
+
+
 def test_runs_side_by_side(runs, capsys):
     suite = f"folder:{runs / 'set'}"
     values = [evaluate.evaluate(str(runs / name), suite)["results"][0]["value"] for name in ("a", "b")]

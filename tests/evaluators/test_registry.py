@@ -15,6 +15,7 @@ from xclip_jax.evaluators import registry, statistics
 from xclip_jax.evaluators.base import pictures
 from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.probe import Sweep
+from xclip_jax.evaluators.prompts import PROFILES
 
 BROKEN = (3, 30)  # of 50 images a class
 
@@ -113,6 +114,16 @@ def test_an_evaluator_without_results_is_an_error_that_names_it(tmp_path, monkey
     with pytest.raises(UserError, match="returned no results") as error:
         registry.measure(evaluator, None)
     assert error.value.__notes__ == [f"in evaluator {evaluator.name}"]
+
+
+def test_class_names_need_one_set_with_such_a_class(tmp_path):
+    specs = [f"folder:{folder(tmp_path / name, (name, 'elk'), n=1)}" for name in ("cat", "oak")]
+    profile = dataclasses.replace(PROFILES["openai"], names={"cat": "kitten"})
+    evaluators = registry.open_all(specs, make_encoder(), profile=profile)
+    registry.check_class_names({"cat": "kitten"}, evaluators)
+    registry.check_class_names({}, evaluators)
+    with pytest.raises(UserError, match="none of the class names, such as 'cta', is among the classes of the sets"):
+        registry.check_class_names({"cta": "kitten"}, evaluators)
 
 
 def test_several_labels_and_two_classes(tmp_path):

@@ -98,6 +98,7 @@ def evaluate(
     encoder = make_encoder(experiment, classes)
     profile_used = profile_of_run(config, profile, changes)
     opened = registry.open_all(names, encoder, data_dir, profile_used, experiment.config.data)
+    registry.check_class_names(changes.get("names", ()), opened)  # the run's may name other classes
     command = {"suite": suite, "config": schema.to_dict(config), "environment": environment.capture()} | options
     shared = {"checkpoint": place.name, "step": loaded_step} | options
     model = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length} | shared

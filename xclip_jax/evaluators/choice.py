@@ -75,9 +75,10 @@ class ChoiceSet:
     def together(self) -> np.ndarray | None:
         """Number of each item's group, int (n,), if several items share an image or file, also through other items."""
         shared = self.pictures if self.files is None else self.files[:, None]
-        n, images = len(shared), int(shared.max()) + 1
-        edges = np.repeat(np.arange(n), shared.shape[1]), n + shared.ravel()
-        graph = scipy.sparse.coo_array((np.ones(shared.size), edges), (n + images, n + images))
+        n = len(shared)
+        nodes = n + int(shared.max()) + 1
+        items = np.repeat(np.arange(n), shared.shape[1])
+        graph = scipy.sparse.coo_array((np.ones(shared.size), (items, n + shared.ravel())), (nodes, nodes))
         groups = scipy.sparse.csgraph.connected_components(graph, directed=False)[1][:n]
         return groups if len(set(groups)) < n else None
 

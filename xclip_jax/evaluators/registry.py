@@ -7,7 +7,7 @@ The prefix of a set's name selects a kind in `KINDS`; the prefix "package.module
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,7 +104,7 @@ def _is_known(name: str) -> bool:
 def split_names(text: str) -> list[str]:
     """Split names of sets and suites joined by commas.
 
-    A comma in braces belongs to its name, and so does one in a path or address, before text that is no name.
+    A comma in braces belongs to its name, and so does one in a path or address, if no name follows.
     """
     names: list[str] = []
     for part in re.split(r",(?![^{}]*\})", text):
@@ -154,6 +154,16 @@ def open_all(
     if faults:
         raise UserError("\n  ".join(faults))
     return evaluators
+
+
+def check_class_names(names: Collection[str], evaluators: Sequence[Evaluator]) -> None:
+    """Raise `UserError` if class `names` are given, the evaluators' sets have classes, and none has such a name."""
+    classes = [name for evaluator in evaluators if names for name in getattr(evaluator.data, "names", ())]
+    if classes and not set(names) & set(classes):
+        raise UserError(
+            f"none of the class names, such as {min(names)!r}, is among the classes of the sets, such as "
+            f"{classes[0]!r}; correct the file of names, or add a set with such a class."
+        )
 
 
 def note_failure(evaluator: Evaluator, error: Exception) -> str:
