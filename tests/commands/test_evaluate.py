@@ -1,16 +1,19 @@
 """Evaluation of a checkpoint and comparison of two, by functions and by the command."""
 
+import dataclasses
 import json
 import re
 import shutil
 import types
 
+import numpy as np
 import pytest
 
 from tests.helpers import tiny
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.processes import runtime
 
 pytestmark = pytest.mark.long
@@ -103,6 +106,40 @@ def test_a_set_that_fails_does_not_keep_others_from_their_results(runs, tmp_path
     assert result["set"] == sets[1] and "broken failed: TooManyUnreadable: at least 2 of 20" in capsys.readouterr().out
 
 
+def test_results_that_cannot_be_recorded_do_not_keep_others_from_theirs(runs, tmp_path, monkeypatch):
+    other = f"folder:{shutil.copytree(runs / 'set', tmp_path / 'other')}"
+    original = registry.measure
+
+    def measure(evaluator, variables):
+        of_set = original(evaluator, variables)
+        if "other" in evaluator.name:
+            items = PerExample(np.ones(2), weights=np.ones(3))
+            return [dataclasses.replace(result, items=items) for result in of_set]
+        return of_set
+
+    monkeypatch.setattr(registry, "measure", measure)
+    sets = [other, f"folder:{runs / 'set'}"]
+    with pytest.raises(UserError, match=r"1 of 2 evaluation sets failed"):
+        evaluate.evaluate(str(runs / "a"), sets, output=str(tmp_path / "x.json"))
+    (result,) = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert result["set"] == sets[1]
+
+
+def test_class_names_of_some_sets(runs, tmp_path, capsys):
+    other = f"folder:{tiny.classes(tmp_path / 'other', 3, ('oak', 'elm'))}"
+    sets = [f"folder:{runs / 'set'}", other]
+    output = {"output": str(tmp_path / "x.json")}
+    first, second = evaluate.evaluate(str(runs / "a"), sets, changes={"names": {"cat": "kitten"}}, **output)["results"]
+    assert "own names" in first["templates"] and "own names" not in second["templates"]
+    assert "other: none of the class names, such as 'cat'" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of the class names, such as 'cat', is among the classes of the sets"):
+        evaluate.evaluate(str(runs / "a"), other, changes={"names": {"cat": "kitten"}}, **output)
+    (tmp_path / "names.json").write_text('{"cat": "kitten"}')
+    run = tiny.untrained(tmp_path / "named", eval__class_names=str(tmp_path / "names.json"))
+    (entry,) = evaluate.evaluate(str(run), other, **output)["results"]
+    assert "own names" not in entry["templates"]
+
+
 def test_runs_side_by_side(runs, capsys):
     suite = f"folder:{runs / 'set'}"
     values = [evaluate.evaluate(str(runs / name), suite)["results"][0]["value"] for name in ("a", "b")]
@@ -148,8 +185,9 @@ def test_results_that_differ_are_not_compared(other_results, runs, tmp_path):
 def test_weights_are_compared_by_their_evaluation(runs, tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     path.write_bytes(b"\x80\x02}q\x00.")
-    with pytest.raises(UserError, match=r"model\.pt is not a file of results"):
+    with pytest.raises(UserError, match=r"model\.pt is not a file of results; .*--checkpoint .*model\.pt") as error:
         evaluate.compare(str(runs / "a"), str(path))
+    assert "delete" not in str(error.value)
     for end in ("", ".items.npz"):
         shutil.copy(runs / "b" / f"evaluation.json{end}", tmp_path / f"model.pt.evaluation.json{end}")
     rows = evaluate.compare(str(runs / "a"), str(runs / "b"))
@@ -167,8 +205,21 @@ def test_a_suite_is_a_name_or_names():
     for names in ("demo,imagenet", ["demo", "imagenet"]):
         assert registry.expand_suites(names) == (*demo, "imagenet")
     assert registry.expand_suites(f"mnist, demo,{demo[0]}") == ("mnist", *demo)
-    with pytest.raises(UserError, match=r"'b'.*; write a comma in an address as %2C"):
-        registry.expand_suites("retrieval/csv:https://host/a.csv?columns=a,b")
+
+
+def test_a_comma_may_be_part_of_a_name(runs, capsys):
+    names = "folder:a,b", "parquet:{c,mnist}.parquet?label=x", "retrieval/csv:https://host/a.csv?columns=a,b", "mnist"
+    assert registry.expand_suites(",".join(names)) == names
+    assert registry.expand_suites("folder:a, mnist,,") == ("folder:a", "mnist")
+    with pytest.raises(UserError, match="unknown evaluation set 'imagenett'"):
+        registry.expand_suites("mnist,imagenett")
+    with pytest.raises(UserError, match="no_such_module"):
+        registry.expand_suites("folder:a,no_such_module.sets:Own/3")
+    shutil.copytree(runs / "set", runs / "my,set")
+    suites = [f"--suite=folder:{runs / name}" for name in ("my,set", "set")]
+    evaluate.main(["--checkpoint", str(runs / "a"), *suites, "--output", str(runs / "commas.json")])
+    (first, second) = json.loads((runs / "commas.json").read_text())["results"]
+    assert first["set"] == f"folder:{runs / 'my,set'}" and first["value"] == second["value"]
 
 
 @pytest.mark.parametrize(

@@ -23,5 +23,5 @@ def test_a_set_whose_first_image_is_unreadable_is_opened(kind, tmp_path):
     for part in ("train", "test") if kind == "probe" else ("",):
         (folder(tmp_path / part / "") / "cat" / "00.png").write_bytes(b"<html>")
     spec = f"{kind}/folder:{tmp_path}"
-    (evaluator,) = registry.open_all([spec], make_encoder())
+    (evaluator,) = registry.open_all([spec], make_encoder(embed=0, clusters=0))
     assert evaluator.name == f"visual/{spec}"

@@ -136,6 +136,10 @@ def test_items_of_one_image_are_resampled_together():
     data = ChoiceSet("set", noise(3), np.array([[0], [0], [1], [2]]), [words(2, i) for i in range(4)])
     assert data.together.tolist() == [0, 0, 1, 2] and single().together is None
     assert by_name(measured(data))[1]["choice/set/accuracy"].groups.tolist() == [0, 0, 1, 2]
+    # The third item shares one image with the first, and one with the second.
+    pairs = [[0, 1], [2, 3], [1, 3], [4, 4]]
+    data = ChoiceSet("set", noise(5), np.array(pairs), [words(2, i) for i in range(4)])
+    assert data.together.tolist() == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("make", [single, paired])

@@ -111,7 +111,10 @@ def test_classes_are_matched_by_their_names():
 
 
 def test_another_number_of_classes_than_the_classifiers_is_refused():
-    encoder = types.SimpleNamespace(classes=None, texts=lambda *_: {"class_logits": np.eye(2)[[1, 1, 0]]})
+    logits = np.eye(2)[[1, 1, 0]]
+    encoder = types.SimpleNamespace(classes=None, similarities=(), texts=lambda *_: {"class_logits": logits})
     data = ClassificationSet("set", ["x"] * 3, np.array([0, 0, 1]), 3)
     with pytest.raises(UserError, match="set has 3 classes, the model's classifier 2"):
         ClassifierEvaluator(encoder, data).measure(None)
+    with pytest.raises(UserError, match=r"^set: the model has no classifier; fine-tune it"):
+        ClassifierEvaluator(make_encoder(), data)

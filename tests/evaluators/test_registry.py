@@ -15,6 +15,7 @@ from xclip_jax.evaluators import registry, statistics
 from xclip_jax.evaluators.base import pictures
 from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.probe import Sweep
+from xclip_jax.evaluators.prompts import PROFILES
 
 BROKEN = (3, 30)  # of 50 images a class
 
@@ -107,6 +108,24 @@ def test_a_store_that_does_not_answer_counts_as_unreadable_and_is_given_up_befor
         assert np.isnan(x[:2]).all() and (x[2:] == whole[key][2:]).all()
 
 
+def test_an_evaluator_without_results_is_an_error_that_names_it(tmp_path, monkeypatch):
+    (evaluator,) = registry.open_all([f"folder:{folder(tmp_path, n=1)}"], make_encoder())
+    monkeypatch.setattr(evaluator, "measure", lambda variables: [])
+    with pytest.raises(UserError, match="returned no results") as error:
+        registry.measure(evaluator, None)
+    assert error.value.__notes__ == [f"in evaluator {evaluator.name}"]
+
+
+def test_class_names_need_one_set_with_such_a_class(tmp_path):
+    specs = [f"folder:{folder(tmp_path / name, (name, 'elk'), n=1)}" for name in ("cat", "oak")]
+    profile = dataclasses.replace(PROFILES["openai"], names={"cat": "kitten"})
+    evaluators = registry.open_all(specs, make_encoder(), profile=profile)
+    registry.check_class_names({"cat": "kitten"}, evaluators)
+    registry.check_class_names({}, evaluators)
+    with pytest.raises(UserError, match="none of the class names, such as 'cta', is among the classes of the sets"):
+        registry.check_class_names({"cta": "kitten"}, evaluators)
+
+
 def test_several_labels_and_two_classes(tmp_path):
     folder(tmp_path)
     specs = {"map": f"csv:{tmp_path / 'x.csv'}", "roc_auc": f"hatefulmemes@{tmp_path / 'y.csv'}"}
@@ -136,6 +155,15 @@ def test_probes_leave_out_unreadable_training_images(tmp_path):
     for key in ("linear", "knn"):
         assert (items[f"visual/{spec}/{key}/top1"].values[list(BROKEN)] == 0).all()
         assert found[f"visual/{spec}/{key}/top1"] == 98, key
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_each_split_of_a_probe_has_its_limit_of_unreadable_images(part, tmp_path):
+    for name, n in (("train", 60), ("validation", 60), ("test", 60)):
+        folder(tmp_path / name, n=4 if name == part else n, seed=len(name))
+    (tmp_path / part / "cat" / "01.png").write_bytes(b"<html>")
+    with pytest.raises(TooManyUnreadable, match="at least 1 of 8 images cannot be read, more than 5%"):
+        measure(f"probe/folder:{tmp_path}", sweep=Sweep((1.0,), 0))
 
 
 def test_a_model_that_diverged_is_wrong_everywhere(tmp_path):

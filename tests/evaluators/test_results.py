@@ -39,22 +39,42 @@ def test_later_commands_add_to_the_file(tmp_path):
     written = json.loads(file.read_text())
     assert [r["set"] for r in written["results"]] == ["one", "two"] and written["step"] == 4
     assert [r["step"] for r in written["other_results"]] == [2]
-    added(file, *others[1:])
+    # Other options for one set do not hide the other set.
+    added(file, *others[1:3])
+    written = json.loads(file.read_text())
+    assert [(r["set"], r["changes"]) for r in written["results"]] == [("two", {}), ("one", {"prefix": "a "})]
+    added(file, others[3])
     # A repeated one is replaced, and is the one to show again.
     entries, items = added(file, one | {"value": 25.0})
     written = json.loads(file.read_text())
     assert len(entries) == 6 and [(r["set"], r["value"]) for r in written["results"]] == [("two", 50.0), ("one", 25.0)]
-    assert (written["profile"], written["changes"], written["fingerprint"]) == ("openai", {}, "1")
+    assert (written["step"], written["fingerprint"]) == (4, "1")
     # Every entry still has its items.
     assert [items[x["items"]][f"{x['name']}/top1"].values[0] for x in entries] == [x["value"] for x in entries]
 
 
-def test_other_checkpoints_stay_unless_the_folder_was_moved(tmp_path):
+def test_a_folder_may_be_moved(tmp_path):
     one, two = entry(set="one", checkpoint="run"), entry(set="two", checkpoint="moved")
     assert [x["checkpoint"] for x in added(tmp_path / "own.json", one, two)[0]] == ["moved", "moved"]
     added(tmp_path / "all.json", one, two, own=False)
     written = json.loads((tmp_path / "all.json").read_text())
-    assert written["checkpoint"] == "moved" and [r["set"] for r in written["other_results"]] == ["one"]
+    assert written["checkpoint"] == "moved" and [r["set"] for r in written["results"]] == ["one", "two"]
+
+
+def test_other_models_stay_in_a_file_of_several(tmp_path):
+    one, two = entry(set="one", checkpoint="a"), entry(set="two", checkpoint="b", fingerprint="2")
+    added(tmp_path / "all.json", one, two, own=False)
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert written["checkpoint"] == "b" and [r["set"] for r in written["other_results"]] == ["one"]
+
+
+def test_another_spelling_of_the_path_is_the_same_model(tmp_path):
+    same = [entry(set=name, checkpoint=path) for name, path in (("one", "a"), ("two", "a/"), ("one", "./a"))]
+    entries, _ = added(tmp_path / "all.json", *same, own=False)
+    assert [(x["set"], x["checkpoint"]) for x in entries] == [("two", "./a"), ("one", "./a")]
+    added(tmp_path / "b.json", *(x | {"checkpoint": "b", "fingerprint": "2"} for x in same))
+    rows = tables.compare(str(tmp_path / "all.json"), str(tmp_path / "b.json"))
+    assert [row["set"] for row in rows] == ["two", "one"]
 
 
 def test_all_sets_are_opened_before_the_first_is_evaluated(tmp_path):
@@ -62,6 +82,13 @@ def test_all_sets_are_opened_before_the_first_is_evaluated(tmp_path):
         registry.open_all([f"folder:{tmp_path}/none", "dtd", "birdsnap"], make_encoder(), str(tmp_path))
     expected = (f"folder:{tmp_path}/none", "'dtd:3.0.1'", "birdsnap")
     assert all(name in fault for fault, name in zip(str(error.value).splitlines()[1:], expected, strict=True))
+
+
+def test_sets_with_one_name_in_results_are_refused():
+    address = "retrieval/csv:https://host/export"
+    with pytest.raises(UserError, match=f"^{address}: 2 sets differ only in the query") as error:
+        registry.open_all([f"{address}?gid=1", "mnist", f"{address}?gid=2"], make_encoder())
+    assert "gid" not in str(error.value)
 
 
 def test_results_are_written_as_soon_as_they_are_there(run, monkeypatch, tmp_path):
@@ -145,6 +172,22 @@ def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
     assert locked == [str(lock)] * 2 and not lock.exists()
 
 
+def test_a_kill_between_the_two_files_pairs_no_result_with_items_of_other_data(tmp_path, monkeypatch):
+    first = entry(split_hash="1", value=50.0)
+    for file in ("a.json", "b.json"):
+        added(tmp_path / file, first)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            added(tmp_path / "b.json", first | {"split_hash": "2", "value": 90.0})
+    (row,) = tables.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    assert row["difference"] == 0 and "low" not in row
+
+
 # Records: their names on disk, their JSON, and their tables
 
 
@@ -182,10 +225,11 @@ def test_the_demo_has_the_names_and_the_tables_that_it_had(small_demo):  # noqa:
 
 def test_a_record_has_its_name_and_survives_json():
     fields = {"task": "category", "score": "both", "group": "noto", "n": 3, "chance": 0.5, "headline": True}
-    result = Result("emoji/x", "zeroshot", "top1", 12.5, protocol=Provenance(role=SHIFTED), **fields)
+    protocol = Provenance(role=SHIFTED, split_hash="1", protocol="the nearest class", templates="a {c} | {c}")
+    result = Result("emoji/x", "zeroshot", "top1", 12.5, protocol=protocol, **fields)
     assert flat([result]) == {"zeroshot/emoji/x/category/both/noto/top1": 12.5}
     (back,) = from_json([{**record, "of a later version": 1} for record in to_json([result])])
-    assert {key: getattr(back, key) for key in fields} == fields and back.protocol.role == SHIFTED
+    assert {key: getattr(back, key) for key in fields} == fields and back.protocol == protocol
     assert (back.set, back.family, back.metric, back.value, back.unit) == ("emoji/x", "zeroshot", "top1", 12.5, "%")
 
 

@@ -119,6 +119,15 @@ def test_a_comparison_without_an_interval_leaves_it_out(tmp_path):
     assert tables.render_comparison([row], "a", "b").splitlines()[-1].endswith("+0.0")
 
 
+def test_values_may_be_bools():
+    for values, trials in (([True, False], 2), ([True, True], 2)):
+        items = statistics.PerExample(np.array(values))
+        assert items.trials() == trials == statistics.PerExample(np.array(values, float)).trials()
+        assert items.value() == 50 * sum(values)
+    grouped = statistics.PerExample(np.array([True, True, True]), groups=np.array([0, 0, 1]))
+    assert grouped.trials() == 2  # (2 + 1)^2 / (2^2 + 1^2) = 1.8
+
+
 def test_scores_that_are_not_numbers_have_no_precision():
     y = np.array([[True, True], [False, False], [True, True]])
     s = np.array([[3.0, 3], [2, np.nan], [1, 1]])

@@ -161,6 +161,7 @@ def test_numbers_of_glue_are_learned(pretrained, tmp_path):
 
 class FakeEncoder:
     classes = None
+    similarities = ()
 
     def __init__(self, logits):
         self.logits = logits

@@ -14,10 +14,9 @@ from xclip_jax.config.load import load_config
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import results
 from xclip_jax.report import card, collect
+from xclip_jax.train import weights
 
 pytestmark = pytest.mark.long
-
-STEPS = 0
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +51,11 @@ def test_keys_that_change_the_features_at_the_same_step(key, value, root, tmp_pa
     change(run, **{key: value})
     assert xclip_jax.load(run, batch=8).fingerprint() != before
     # Nothing has been measured with the new value yet.
-    assert not collect.read(run).results and not card.measured(RunReader(run), STEPS, STEPS)
+    assert not collect.read(run).results and not card.measured(RunReader(run), weights.load(str(run)))
     evaluate.evaluate(str(run), two)
     assert shown(run / "evaluation.json") == ["two"]
     assert {result.set for result in collect.read(run).results} == {two}
-    assert {result.set for result in card.measured(RunReader(run), STEPS, STEPS)} == {two}
+    assert {result.set for result in card.measured(RunReader(run), weights.load(str(run)))} == {two}
     assert {row["set"] for row in evaluate.compare(str(run), str(run))} == {two}
 
 

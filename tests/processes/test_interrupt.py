@@ -14,6 +14,7 @@ from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import records
 from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.results import Result
 from xclip_jax.processes import interrupt
 from xclip_jax.train import trainer
 from xclip_jax.train.loop import Session
@@ -36,7 +37,7 @@ class Set:
             self.batches += 1
             if self.stops:
                 signal.raise_signal(signal.SIGTERM)
-        return []
+        return [Result(self.name, "zeroshot", "top1", 12.5)]
 
 
 def test_a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_made_later(pairs, tmp_path, monkeypatch):

@@ -2,17 +2,19 @@
 
 import dataclasses
 import re
+import shutil
 import types
 
 import pytest
 import yaml
 
 from tests.helpers import tiny
+from xclip_jax.commands import evaluate, export
 from xclip_jax.config import schema
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators.results import Result
 from xclip_jax.report import card
-from xclip_jax.train import build
+from xclip_jax.train import build, weights
 
 
 def test_names_of_others_are_no_markdown_in_a_card(run):
@@ -35,6 +37,21 @@ def test_names_of_others_are_no_markdown_in_a_card(run):
     for text in (classes, f"| protocol |\n| --- |\n| {words} |"):
         page = markdown.markdown(text, extensions=["tables"])
         assert not re.search("<(img|a|b|h1)[ >]", page), page
+
+
+def test_a_card_has_the_results_of_the_loaded_weights_with_their_protocol(tmp_path):
+    run, other = (str(tiny.untrained(tmp_path / name, seed=seed)) for seed, name in enumerate("ab"))
+    suite = f"folder:{tiny.classes(tmp_path / 'set', 4)}"
+    evaluate.evaluate(run, suite, changes={"templates": ["a {c}", "one {c}"]})
+    export.export(run, str(tmp_path / "out"), to="safetensors")
+    lines = (tmp_path / "out" / export.CARD).read_text().splitlines()
+    (row,) = [line for line in lines if line.startswith("| `folder:set`")]
+    (result,) = card.measured(RunReader(run), weights.load(run))
+    assert result.protocol.protocol and f"| 8 | {result.protocol.protocol} | a {{c}} \\| one {{c}} |" in row
+    # Checkpoints of another model in their place have no results yet.
+    shutil.rmtree(f"{run}/checkpoints")
+    shutil.copytree(f"{other}/checkpoints", f"{run}/checkpoints")
+    assert not card.measured(RunReader(run), weights.load(run))
 
 
 def test_a_card_has_no_path_of_the_machine():

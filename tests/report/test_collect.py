@@ -174,6 +174,18 @@ def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
     assert {r.set: (r.value, read.step_of(r)) for r in read.results} == {"x": (50.0, None), "y": (75.0, 4)}
 
 
+def test_other_options_for_one_set_hide_no_other_set(tmp_path):
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), [{"step": 4, "loss": 1.0}], []).folder
+    values = {"x": 50.0, "y": 75.0, "z": 25.0}
+    for (name, value), changes in zip(values.items(), ({}, {"lower": True}, {"captions": 5}), strict=True):
+        result = Result(name, "zeroshot", "top1", value, n=4, chance=25.0, headline=True, evaluator="zeroshot")
+        add(run, result, 4, changes=changes)
+    read = collect.read(run)
+    assert {r.set: r.value for r in read.results} == values
+    add(run, dataclasses.replace(read.results[0], value=100.0), 4, profile="slip")
+    assert {r.set: r.value for r in collect.read(run).results} == values | {read.results[0].set: 100.0}
+
+
 # --- evaluations during training
 
 

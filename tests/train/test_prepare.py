@@ -39,6 +39,16 @@ def test_extras_that_a_config_needs(changes, extras):
     assert prepare.extras(prepare.check_names(tiny.config(**({"data__sources": ("folder:x",)} | changes)))) == extras
 
 
+def test_class_names_without_such_a_class_are_refused(tmp_path):
+    (tmp_path / "names.json").write_text('{"cta": "a kitten"}')
+    config = tiny.config(
+        eval__sets=(f"folder:{tiny.classes(tmp_path / 'set', 2)}",), eval__class_names=str(tmp_path / "names.json")
+    )
+    experiment = build.build(schema.resolve(config))
+    with pytest.raises(UserError, match="none of the class names, such as 'cta', is among the classes of the sets"):
+        prepare.open_evaluators(experiment, build.make_encoder(experiment))
+
+
 @pytest.mark.parametrize(
     ("objective", "weights", "evaluated"), [("clip", "given", ["set"]), ("clip", "", []), ("classify", "given", [])]
 )

@@ -7,8 +7,8 @@
 RUN is a run's folder, or weights for `xclip_jax.interop`: a folder or file by open_clip, transformers, OpenAI's CLIP or
 `xclip-jax export`, or hf:ORG/NAME[@REVISION] of the Hugging Face Hub. Each set's results are added to
 RUN/evaluation.json (for a file FILE.evaluation.json, for a repository ORG--NAME.evaluation.json), or to --output, and
-replace earlier ones with the same set, step and profile; `evaluators.results` documents the file. FILE.items.npz next
-to it stores per-example values, which --compare resamples for its intervals.
+replace earlier ones with the same set, step, model and options; `evaluators.results` documents the file.
+FILE.items.npz next to it stores per-example values, which --compare resamples for its intervals.
 
 Undecodable images count as wrong, and their number is a result ("unreadable"); more than 5 % of a set are an error.
 """
@@ -85,7 +85,8 @@ def evaluate(
     changes = json.loads(json.dumps(changes or {}))  # like in the file
     check_choice("--profile", profile, PROFILES)
     dataclasses.replace(PROFILES[profile], **changes)  # raises errors before the work
-    asked = {"step": step, "profile": profile, "changes": changes}
+    options = {"profile": profile, "changes": changes}
+    asked = {"step": step} | options
     checks.check_same_command(asked | {f"set {i}": name for i, name in enumerate(names)}, SAME)
     place = hub.locate(run)
     config, experiment, variables, loaded_step, classes = weights.load(place, step)
@@ -93,12 +94,13 @@ def evaluate(
     if not is_remote(str(path)) and jax.process_count() == 1:  # with several, only the first writes
         check_writable("--output", path.parent)
     if path.exists():
-        results.read(path)  # raises an error for a damaged file before the work
+        results.read(path, "delete it, or name another --output")  # raises an error before the work
     encoder = make_encoder(experiment, classes)
     profile_used = profile_of_run(config, profile, changes)
     opened = registry.open_all(names, encoder, data_dir, profile_used, experiment.config.data)
-    command = {"suite": suite, "config": schema.to_dict(config), "environment": environment.capture()}
-    shared = {"checkpoint": place.name, "step": loaded_step, "profile": profile, "changes": changes}
+    registry.check_class_names(changes.get("names", ()), opened)  # the run's may name other classes
+    command = {"suite": suite, "config": schema.to_dict(config), "environment": environment.capture()} | options
+    shared = {"checkpoint": place.name, "step": loaded_step} | options
     model = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length} | shared
     model |= {"eval": results.settings(config.eval), "fingerprint": weights.fingerprint(experiment, variables)}
     model |= {"commit": place.commit} if place.commit else {}
@@ -111,16 +113,16 @@ def evaluate(
         started = time.perf_counter()
         try:
             of_set = registry.measure(evaluator, variables)
+            entry = results.make_entry(name, evaluator.name, of_set, encoder.preprocessing) | model
         except Exception as error:
             if len(opened) == 1:
                 raise
             failed[name] = registry.note_failure(evaluator, error)
             continue
-        entry = results.make_entry(name, evaluator.name, of_set, encoder.preprocessing) | model
         entry["seconds"] = time.perf_counter() - started
         command["seconds"] = time.perf_counter() - began
         if jax.process_index() == 0:
-            results.add(path, redact(entry), results.items(of_set), command, own=not output)
+            results.add(path, redact(entry), results.items(of_set), redact(command), own=not output)
         entries.append(entry)
         measured += of_set
     log0(f"{place.name}, step {loaded_step}, profile {profile}\n{tables.render(measured)}\nresults: {path}")
@@ -172,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fields = {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(
             flags.checkpoint,
-            ",".join(flags.suite or ["demo"]),
+            [name for text in flags.suite or ["demo"] for name in registry.split_names(text)],
             step=flags.step,
             profile=flags.profile or "openai",
             changes={key: value for key, value in fields.items() if value is not None},

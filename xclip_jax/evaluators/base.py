@@ -180,7 +180,9 @@ def held_out_data(spec: str, data: DataConfig) -> DataConfig:
     name, at, run = spec.partition("@")
     if at:
         content = RunReader(run).read_config() if run else None
-        data = fields.read_group(DataConfig, content["config"]["data"] if content else {}, "data", [])
+        if content is None:
+            raise UserError(f"{spec}: {run!r} is not the folder of a run with a config.json; name one, {name}@RUN.")
+        data = fields.read_group(DataConfig, content["config"]["data"], "data", [])
     if not data.holdout or not data.sources:
         raise UserError(f"{spec}: the run holds out no pairs (data.holdout); name another one, {name}@RUN.")
     return data

@@ -5,10 +5,12 @@ of SugarCrepe (arXiv 2306.14610) and ARO (arXiv 2210.01936) for one image.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import scipy.sparse.csgraph
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import zeroshot
@@ -62,16 +64,23 @@ class ChoiceSet:
         ways = {len(texts) for texts in self.texts}
         fits = ways == {2} if paired else min(ways, default=0) >= 2
         if not fits or np.shape(self.pictures) != (len(self.texts), 1 + paired):
+            wrong = [i for i, texts in enumerate(self.texts) if len(texts) < 2 or (paired and len(texts) > 2)]
+            first = f"; item {wrong[0]} has the texts {list(self.texts[wrong[0]])}" if wrong else ""
             raise UserError(
-                f"{self.name}: {len(self.texts)} items with {np.size(self.pictures)} images; an item is one image with "
-                "two or more texts, or two images with two texts."
+                f"{self.name}: {len(self.texts)} items with {np.size(self.pictures)} images{first}; an item is one "
+                "image with two or more texts, or two images with two texts; correct or leave out the others."
             )
 
-    @property
+    @functools.cached_property
     def together(self) -> np.ndarray | None:
-        """First image or file of each item, int (n,), if several items share one."""
-        first = self.pictures[:, 0] if self.files is None else self.files
-        return first if len(set(first)) < len(first) else None
+        """Number of each item's group, int (n,), if several items share an image or file, also through other items."""
+        shared = self.pictures if self.files is None else self.files[:, None]
+        n = len(shared)
+        nodes = n + int(shared.max()) + 1
+        items = np.repeat(np.arange(n), shared.shape[1])
+        graph = scipy.sparse.coo_array((np.ones(shared.size), (items, n + shared.ravel())), (nodes, nodes))
+        groups = scipy.sparse.csgraph.connected_components(graph, directed=False)[1][:n]
+        return groups if len(set(groups)) < n else None
 
 
 class Choice(Evaluator):

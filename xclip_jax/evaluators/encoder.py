@@ -33,6 +33,15 @@ class TooManyUnreadable(UserError):
     """More than `MAX_UNREADABLE` of a set's images cannot be read; all processes raise it together."""
 
 
+def _limit_unreadable(bad: Sequence[str], n: int) -> None:
+    """Raise `TooManyUnreadable` if `bad`, the reasons of unreadable images, are too many of `n` images."""
+    if len(bad) > MAX_UNREADABLE * n:
+        raise TooManyUnreadable(
+            f"at least {len(bad)} of {n} images cannot be read, more than {MAX_UNREADABLE:.0%}; the first is: "
+            f"{bad[0]}; see xclip-jax check"
+        )
+
+
 class Encoder:
     """Encode images and texts in batches of one or a few fixed shapes, each compiled once per modality.
 
@@ -140,6 +149,14 @@ class Encoder:
         for start, out in self._batches(encode, images, self._form(images), ("patches",), first):
             yield start, out["patches"]
 
+    def check_unreadable(self, first: int, last: int) -> None:
+        """Raise `TooManyUnreadable` if more than `MAX_UNREADABLE` of the images `first` to `last` - 1 are unreadable.
+
+        For sets that `images` encodes in one call, since its own limit holds for all of their images together.
+        """
+        bad = [reason or f"image {i}" for i, reason in sorted(self.unreadable.items()) if first <= i < last]
+        _limit_unreadable(bad, last - first)
+
     def _form(self, images: Rows) -> jax.ShapeDtypeStruct:
         dtype = np.float32 if getattr(images, "dtype", None) == np.float32 else np.uint8
         return jax.ShapeDtypeStruct((self.image_size, self.image_size, 3), dtype)
@@ -194,12 +211,7 @@ class Encoder:
             valid = fetched.pop("valid", np.ones(0, bool))
             unreadable.extend((start + np.flatnonzero(~valid)).tolist())
             # Raised before the end: all devices would wait for each image of an unavailable store.
-            if len(unreadable) > MAX_UNREADABLE * n:
-                first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
-                raise TooManyUnreadable(
-                    f"at least {len(unreadable)} of {n} images cannot be read, more than {MAX_UNREADABLE:.0%}; the "
-                    f"first is: {first}; see xclip-jax check"
-                )
+            _limit_unreadable([self._reasons.get(i, f"image {i}") for i in unreadable], n)
             return start, fetched
 
         pending: tuple[dict[str, jax.Array], int] = {}, 0

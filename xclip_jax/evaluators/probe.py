@@ -5,6 +5,7 @@ are copied to the host. Fitting runs on one device of each process, so the resul
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -97,10 +98,13 @@ class Probe(Evaluator):
 
     def _features(self, variables: Variables) -> list[np.ndarray]:
         sides = (self.data.train, self.data.validation, self.data.test)
-        ends = np.cumsum([len(side) for side in sides])[:-1]
+        ends = np.cumsum([0, *map(len, sides)]).tolist()
         # One pass for all three: otherwise the last batch of each would be padded.
         if self.family == "visual":
-            return np.split(self.encoder.images(variables, joined(sides), ("features",))["features"], ends)
+            h = self.encoder.images(variables, joined(sides), ("features",))["features"]
+            for first, last in itertools.pairwise(ends):
+                self.encoder.check_unreadable(first, last)
+            return np.split(h, ends[1:-1])
         texts = [item for side in sides for item in side]
         if self.data.pairs:
             texts = [text for pair in texts for text in pair]
@@ -109,7 +113,7 @@ class Probe(Evaluator):
             u, v = h[::2], h[1::2]
             parts = [np.abs(u - v), u * v]
             h = np.concatenate([u, v, *parts] if self.data.pairs == "all" else parts, axis=1)
-        return np.split(h, ends)
+        return np.split(h, ends[1:-1])
 
     def _task(self, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Fit]:
         """Return {"linear": fit, "knn": fit, ...} of one task."""
@@ -211,7 +215,9 @@ class ClassifierEvaluator(Evaluator):
     layouts = (Layout("fine-tuned, %", _FINETUNED),)
 
     def __init__(self, encoder: Encoder, data: ClassificationSet) -> None:
-        """Raise `UserError` if an item has a class missing from the model's classifier, see `renumber`."""
+        """Raise `UserError` without a classifier, or if it lacks the class of an item, see `renumber`."""
+        if encoder.similarities:
+            raise UserError(f"{data.name}: the model has no classifier; fine-tune it, or evaluate probe/SOURCE.")
         if encoder.classes and data.names:
             labels = renumber(data.labels, data.names, encoder.classes, data.name)
             data = dataclasses.replace(data, labels=labels, classes=len(encoder.classes), names=encoder.classes)

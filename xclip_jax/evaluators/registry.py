@@ -4,16 +4,17 @@ The prefix of a set's name selects a kind in `KINDS`; the prefix "package.module
 `SetKind`. A set names its evaluator: a key of `EVALUATORS`, or "package.module:Class".
 """
 
+import collections
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, describe
+from xclip_jax.core.errors import UserError, describe, redact
 from xclip_jax.core.imports import LazyClassTable, class_name, import_class, is_imported
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
@@ -74,8 +75,8 @@ def load(
     return kind.load(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
 
 
-def check(spec: str, hint: str = "") -> type[SetKind]:
-    """Return the kind of the set `spec`; raise `UserError`, with a hint, if the name is unknown."""
+def check(spec: str) -> type[SetKind]:
+    """Return the kind of the set `spec`; raise `UserError` if the name is unknown."""
     prefix = re.split("[/:@]", spec, maxsplit=1)[0]
     kind = next((kind for kind in KINDS.values() if prefix in kind.prefixes), None)
     if kind is None and (name := class_name(spec)):
@@ -84,7 +85,7 @@ def check(spec: str, hint: str = "") -> type[SetKind]:
         return kind
     raise UserError(
         f"unknown evaluation set {spec!r}. docs/evaluate.md lists the names; your own images are folder:PATH, csv:PATH "
-        f"or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists{hint}."
+        f"or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
     )
 
 
@@ -93,15 +94,37 @@ def all_suites() -> dict[str, Sequence[str]]:
     return {name: sets for kind in KINDS.values() for name, sets in kind.suites.items()}
 
 
+def _is_known(name: str) -> bool:
+    try:
+        return name in all_suites() or bool(class_name(name) or check(name))
+    except UserError:
+        return False
+
+
+def split_names(text: str) -> list[str]:
+    """Split names of sets and suites joined by commas.
+
+    A comma in braces belongs to its name, and so does one in a path or address, if no name follows.
+    """
+    names: list[str] = []
+    for part in re.split(r",(?![^{}]*\})", text):
+        longer = f"{names[-1]},{part}" if names and part.strip() else ""
+        if longer and not _is_known(part.strip()) and _is_known(longer.strip()):
+            names[-1] = longer
+        else:
+            names.append(part)
+    return [name.strip() for name in names]
+
+
 def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the distinct sets in a list of sets and suites, a sequence or joined by commas."""
+    """Return the distinct sets in a sequence of sets and suites, or in a text for `split_names`."""
     named = all_suites()
-    parts = [part.strip() for part in suites.split(",")] if isinstance(suites, str) else suites
+    parts = split_names(suites) if isinstance(suites, str) else suites
     names = dict.fromkeys(name for part in parts for name in named.get(part, (part,)) if name)
     if not names:
         raise UserError(f"--suite is empty; it must be one of {', '.join(named)} or names of sets.")
     for name in names:
-        check(name, "; write a comma in an address as %2C" if "://" in str(suites) else "")
+        check(name)
     return tuple(names)
 
 
@@ -112,7 +135,13 @@ def open_all(
     profile: Profile = PROFILES["openai"],
     data: DataConfig | None = None,
 ) -> list[Evaluator]:
-    """Open sets and return their evaluators; all faults are reported together, before the model runs."""
+    """Open the distinct sets `specs`, and return their evaluators; all faults are reported before the model runs."""
+    for name, count in collections.Counter(map(redact, specs)).items():
+        if count > 1:
+            raise UserError(
+                f"{name}: {count} sets differ only in the query of their address, which results leave out; evaluate "
+                "each by a command of its own, with another --output."
+            )
     evaluators = []
     faults = []
     for spec in specs:
@@ -125,6 +154,16 @@ def open_all(
     if faults:
         raise UserError("\n  ".join(faults))
     return evaluators
+
+
+def check_class_names(names: Collection[str], evaluators: Sequence[Evaluator]) -> None:
+    """Raise `UserError` if class `names` are given, the evaluators' sets have classes, and none has such a name."""
+    classes = [name for evaluator in evaluators if names for name in getattr(evaluator.data, "names", ())]
+    if classes and not set(names) & set(classes):
+        raise UserError(
+            f"none of the class names, such as {min(names)!r}, is among the classes of the sets, such as "
+            f"{classes[0]!r}; correct the file of names, or add a set with such a class."
+        )
 
 
 def note_failure(evaluator: Evaluator, error: Exception) -> str:
@@ -146,10 +185,12 @@ def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
     unreadable.clear()
     try:
         results = evaluator.measure(variables)
+        if not results:
+            raise UserError("`measure` returned no results; return one or more, see docs/extend.md")
     except Exception as error:
         error.add_note(f"in evaluator {evaluator.name}")
         raise
-    if results and not any(result.headline for result in results):
+    if not any(result.headline for result in results):
         # The evaluator lacks the card's metric, such as mAP for single labels: use the first result with a unit.
         main = next((i for i, result in enumerate(results) if result.unit), 0)
         results[main] = dataclasses.replace(results[main], headline=True)

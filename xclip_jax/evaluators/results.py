@@ -1,15 +1,17 @@
 """Results of evaluations as records, and the file evaluation.json to which `xclip_jax.commands.evaluate` adds them.
 
-    checkpoint, step, profile, changes      of "results"
-    results                                 entries of the newest evaluated step, with the model and profile evaluated
-                                            last at that step, for tables and reports
-    other_results                           entries of other steps, models, profiles and checkpoints, oldest first
-    suite, config, environment, seconds     of the last command that wrote the file
+    checkpoint, step, fingerprint           of "results"
+    results                                 the last entry of each set at the newest evaluated step, with the model
+                                            evaluated last at that step, for tables and reports
+    other_results                           all other entries, oldest first
+    suite, profile, changes,                of the last command that wrote the file
+    config, environment, seconds
 
 An entry contains the results of one set, see `make_entry`, with their "checkpoint", "step", "profile" and "changes";
-"fingerprint" identifies the model, see `train.weights.fingerprint`, as weights may be replaced at the same path. A
-new entry replaces one with the same values of `KEY`. FILE.items.npz stores the per-example values of the entries'
-metrics under "statistic:part:id:metric": "id" is the entry's "items", the metric is quoted like a part of a URL.
+"fingerprint" identifies the model, see `train.weights.fingerprint`, as weights may be moved, or replaced at the same
+path. A new entry replaces one with the same values of `KEY`. FILE.items.npz stores the per-example values of the
+entries' metrics under "statistic:part:id:metric": "id" is the entry's "items", the metric is quoted like a part of a
+URL.
 """
 
 import collections
@@ -40,8 +42,7 @@ ItemsOf = dict[str, dict[str, PerExample]]  # {an entry's "items": {name of a re
 VALIDATION, SHIFTED = "validation", "shifted"
 UNITS = ("%", "x 100", "rank", "")  # units of this package's evaluators
 LAST = "last"  # entry of the per-example values of results.json
-KEY = ("set", "checkpoint", "step", "profile", "changes", "fingerprint")
-_VIEW = KEY[1:]
+KEY = ("set", "step", "profile", "changes", "fingerprint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,7 @@ def items(results: Iterable[Result]) -> dict[str, PerExample]:
 
 
 _PROTOCOL = ("role", "split_hash")
+_OF_HEADLINE = ("protocol", "templates")  # sentences, equal for all results of a set
 _DEFAULTS = {x.name: x.default for x in dataclasses.fields(Result) if x.name not in ("protocol", "items")}
 
 
@@ -167,7 +169,8 @@ def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
         fields = {key: getattr(result, key) for key in _DEFAULTS}
         if result.items is not None:
             fields["dependent"] = result.items.trials() != len(result.items.values)
-        fields |= {key: getattr(result.protocol, key) for key in _PROTOCOL}
+        keys = (*_PROTOCOL, *_OF_HEADLINE) if result.headline else _PROTOCOL
+        fields |= {key: getattr(result.protocol, key) for key in keys}
         records.append({key: value for key, value in fields.items() if value != _DEFAULTS.get(key, "")})
     return records
 
@@ -179,7 +182,8 @@ def from_json(records: Iterable[Mapping[str, Any]]) -> list[Result]:
         fields = {key: record[key] for key in _DEFAULTS if key in record}
         if record["value"] is None:  # JSON has no NaN
             fields["value"] = math.nan
-        results.append(Result(**fields, protocol=Provenance(**{key: record.get(key, "") for key in _PROTOCOL})))
+        protocol = Provenance(**{key: record.get(key, "") for key in (*_PROTOCOL, *_OF_HEADLINE)})
+        results.append(Result(**fields, protocol=protocol))
     return results
 
 
@@ -188,17 +192,22 @@ def read_entries(entries: Iterable[Entry]) -> list[Result]:
     return [result for entry in entries for result in from_json(entry["records"])]
 
 
-def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
-    """Return all entries of a results file, oldest first and the entries of "results" last, and their items."""
+def read(path: epath.Path, remedy: str = "delete it, and evaluate again") -> tuple[list[Entry], ItemsOf]:
+    """Return all entries of a results file, oldest first and the entries of "results" last, and their items.
+
+    `remedy` ends the error for other files.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist; make it with xclip-jax evaluate --checkpoint RUN --suite NAME.")
-    content = path.read_bytes()
-    with unreadable_as(f"{path} is not a file of results; delete it, and evaluate again"):
+    with path.open("rb") as file:
+        first = file.read(1)
+        content = first + file.read() if first == b"{" else first  # files of weights may have gigabytes
+    with unreadable_as(f"{path} is not a file of results; {remedy}"):
         record = json.loads(content)
         entries = [*record.get("other_results", ()), *record["results"]]
         for entry in entries:
             entry["value"] = math.nan if entry["value"] is None else entry["value"]  # JSON has no NaN
-            _ = [entry[key] for key in (*KEY, "name", "metric", "items")]
+            _ = [entry[key] for key in (*KEY, "checkpoint", "name", "metric", "items")]
         read_entries(entries)
     return entries, read_items(path)
 
@@ -232,31 +241,34 @@ def add(
 ) -> None:
     """Add an entry with all of `KEY`, and its items, to a results file; waits while another process adds one.
 
-    `command` are the file's keys about the command. If the file is a checkpoint's `own`, former names of its folder in
-    older entries are updated.
+    `command` are the file's keys about the command. Former names of the checkpoint are updated in older entries of the
+    same model, or in all of them if the file is the checkpoint's `own`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, blocking=True):
         entries, items_of = read(path) if path.exists() else ([], {})
-        if own:
-            entries = [old | {"checkpoint": entry["checkpoint"]} for old in entries]
+        name = {"checkpoint": entry["checkpoint"]}
+        entries = [old | name if own or old["fingerprint"] == entry["fingerprint"] else old for old in entries]
         entries = [old for old in entries if any(old[key] != entry[key] for key in KEY)]
-        entry = entry | {"items": digest([entry[key] for key in KEY])}
+        # The two files are not replaced at once: changed items must not meet the former entry of their key.
+        entry = entry | {"items": digest([*(entry[key] for key in KEY), entry.get("split_hash"), entry["value"]])}
         items_of = {old["items"]: items_of[old["items"]] for old in entries if old["items"] in items_of}
         write_items(path, items_of | {entry["items"]: dict(items)})
         shown, others = latest([*entries, entry])
-        view = {key: shown[-1][key] for key in _VIEW}
+        view = {key: shown[-1][key] for key in ("checkpoint", "step", "fingerprint")}
         write_json(path, {**command, **view, "results": shown, "other_results": others})
 
 
 def latest(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     """Split entries, oldest first, into those to show and all others, see "results" in the module's docstring.
 
-    The first list has the checkpoint of the last entry.
+    The first list has one entry per set, and the checkpoint of the last entry.
     """
     of_checkpoint = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
     last = max(reversed(of_checkpoint), key=lambda entry: entry["step"])  # the newest of equals
-    shown = [entry for entry in entries if all(entry[key] == last[key] for key in _VIEW)]
+    of_model = [entry for entry in entries if all(entry[key] == last[key] for key in ("step", "fingerprint"))]
+    of_set = {entry["set"]: entry for entry in of_model}
+    shown = [entry for entry in of_model if entry is of_set[entry["set"]]]
     return shown, [entry for entry in entries if entry not in shown]
 
 

@@ -134,7 +134,7 @@ class PerExample:
         if self.statistic != "mean" or not np.isin(self.values, (0, 1)).all():
             return 0
         weights = np.ones(len(self.values)) if self.weights is None else self.weights
-        equal = np.ptp(self.values[weights > 0]) == 0
+        equal = len(np.unique(self.values[weights > 0])) == 1
         if self.groups is not None:
             weights = np.bincount(np.unique(self.groups, return_inverse=True)[1], weights)
         independent = len(weights) == len(self.values) and np.allclose(weights, weights[0], rtol=1e-9, atol=0)

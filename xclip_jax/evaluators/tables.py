@@ -244,8 +244,11 @@ def _select(path: str, step: int | None) -> tuple[list[Entry], ItemsOf]:
     own = results_file(path)
     if not (file.exists() or own.exists()):
         raise UserError(f"{str(path)!r} does not exist; name the folder of a run, weights, or a file of results.")
-    file = own if file.is_dir() or own.exists() else file
-    entries, items = read(file)
+    if file.is_dir() or own.exists():
+        file = own
+        entries, items = read(file)
+    else:
+        entries, items = read(file, f"if it has weights, evaluate them first: xclip-jax evaluate --checkpoint {path}")
     entries = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
     known = sorted({entry["step"] for entry in entries})
     selected = known[-1] if step is None else step

@@ -18,7 +18,7 @@ from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import make_objective
 from xclip_jax.train.build import Experiment
-from xclip_jax.train.weights import Loaded, run_config
+from xclip_jax.train.weights import Loaded, fingerprint, run_config
 
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "onnx": "onnxruntime", "safetensors": "xclip_jax"}
 # A library's prefixes for folders and for Hub repositories.
@@ -55,7 +55,7 @@ def render(
     towers = {name: dataclasses.asdict(getattr(experiment.model, name)) for name in objective.towers}
     keys = dict.fromkeys(key for tower in towers.values() for key in tower)
     options = [[key, *(tower.get(key, "") for tower in towers.values())] for key in keys]
-    known = measured(run, config.steps, loaded.step) if run else []
+    known = measured(run, loaded) if run else []
     context = {
         "metadata": metadata(experiment, to, known),
         "experiment": experiment,
@@ -130,12 +130,16 @@ def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> st
     return f"{ModelCardData(**names, tags=tags, **index).to_yaml()}\n"
 
 
-def measured(run: RunReader, steps: int, step: int) -> list[Result]:
-    """Return the checkpoint's headline results by `evaluate`, of the last profile, or else by the end of training."""
+def measured(run: RunReader, loaded: Loaded) -> list[Result]:
+    """Return the loaded model's headline results, the last of each set by `evaluate`, or else by the end of training.
+
+    The model is identified by its weights, since the run's checkpoints may have been replaced.
+    """
     entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
-    entries = [entry for entry in results.current_entries(entries, run_config(run).eval) if entry["step"] == step]
+    number = fingerprint(loaded.experiment, loaded.variables) if entries else ""
+    entries = [entry for entry in entries if entry["step"] == loaded.step and entry["fingerprint"] == number]
     values = results.read_entries(results.latest(entries)[0]) if entries else []
-    if not values and step == steps:
+    if not values and loaded.step == loaded.config.steps:
         values = results.from_json((run.read_results() or {"records": []})["records"])
     return [result for result in values if result.headline]
 

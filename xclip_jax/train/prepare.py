@@ -151,7 +151,10 @@ def open_evaluators(experiment: Experiment, encoder: Encoder) -> dict[str, Evalu
     """Open all sets of `eval.sets` and `eval.sets_at_end`; return their evaluators by spec."""
     config = experiment.config
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.sets_at_end)))
-    return dict(zip(specs, registry.open_all(specs, encoder, None, profile_of_run(config), config.data), strict=True))
+    profile = profile_of_run(config)
+    evaluators = registry.open_all(specs, encoder, None, profile, config.data)
+    registry.check_class_names(profile.names, evaluators)
+    return dict(zip(specs, evaluators, strict=True))
 
 
 def open_initial(

@@ -183,6 +183,21 @@ def test_rows_that_name_one_file_are_resampled_together_and_encode_it_once(table
     assert len(data.images) == 2
 
 
+def test_images_in_a_table_are_resampled_together_like_files(table):
+    images = [(table.parent / f"{i}.png").read_bytes() for i in (0, 1, 0)]
+    path = table.with_name("items.parquet")
+    columns = {"image": [*images, None, None], "good": list("abcde"), "bad": list("fghij")}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    data = load(f"choice/parquet:{path}?image=image&text=good&text=bad")
+    assert data.together.tolist() == [0, 1, 0, 2, 3] and len(data.images) == 4
+
+
+def test_rows_that_share_their_second_image_are_resampled_together(table):
+    table.write_text("file,other,good,bad\n0.png,3.png,a,b\n1.png,3.png,c,d\n2.png,2.png,e,f\n")
+    data = load(f"choice/csv:{table}?image=file&image=other&text=good&text=bad")
+    assert data.together.tolist() == [0, 0, 1]
+
+
 def test_rows_without_a_right_answer_are_left_out(table, capsys):
     """The wrong text equals the right one; with --lower also if it differs in capitals."""
     table.write_text("file,good,bad,worse,kind\n0.png,a,b,a,x\n1.png,c,d,,y\n2.png,E,e,f,y\n3.png,g,h,i,y\n")
@@ -212,7 +227,8 @@ def test_a_file_that_is_exchanged_changes_the_identity(table):
         ("?image=file&text=right", "no column 'right'"),
         ("?image=file&text=good&text=bad&grup=kind", "one group"),
         ("?image=file&text=good&text=bad&group=kind&group=worse", "one group"),
-        ("?image=file&text=good", "4 items with 4 images"),
+        ("?image=file&text=good", r"4 items with 4 images; item 0 has the texts \['a 0, b'\]; an item is"),
+        ("?image=file&text=good&text=worse", r"item 2 has the texts \['a 2, b'\]"),
         ("?image=file&image=file&text=good&text=bad&text=worse", "4 items with 8 images"),
         ("", "no column 'image'"),
     ],

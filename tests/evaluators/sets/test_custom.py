@@ -108,7 +108,8 @@ def test_held_out_pairs_of_the_run_and_of_another_one(pairs, run, tmp_path):
     assert own.card.data == spec and own.card.split == "held out, 0.25"
     other = shutil.copytree(run, tmp_path / "run")
     for at in (f"@{other}", "@/nowhere", "@", ""):
-        with pytest.raises(UserError, match=rf"^retrieval/holdout{at}: .*retrieval/holdout@RUN"):
+        fault = "'/nowhere' is not the folder of a run" if "nowhere" in at else ""
+        with pytest.raises(UserError, match=rf"^retrieval/holdout{at}: .*{fault}.*retrieval/holdout@RUN"):
             registry.load(f"retrieval/holdout{at}", SIZE)
     content = json.loads((other / "config.json").read_text())
     content["config"]["data"] |= {"sources": [spec], "holdout": SHARE}
@@ -159,7 +160,7 @@ def test_held_out_images_are_named(classes):
     assert 0 <= registry.evaluator(make_encoder(), named).run(small_model()[1])["zeroshot/holdout/top1"] <= 100
 
 
-def test_own_templates_and_names(classes, tmp_path):
+def test_own_templates_and_names(classes, tmp_path, capsys):
     path = tmp_path / "names.json"
     path.write_text('{"red_fox": ["fox", "vixen"]}')
     profile = with_own(PROFILES["openai"], ["art of a {c}", "{c}!"], str(path))
@@ -170,8 +171,13 @@ def test_own_templates_and_names(classes, tmp_path):
     path.write_text('{"red_fox": "vixen"}')  # so that --compare refuses results by other names
     profile = with_own(PROFILES["openai"], ["art of a {c}", "{c}!"], str(path))
     assert registry.load(f"folder:{classes}", SIZE, profile=profile).card.templates != templates
+    plain = registry.load(f"folder:{classes}", SIZE)
+    unknown = dataclasses.replace(PROFILES["openai"], names={"owl": "owl", "elk": "elk"})
+    data = registry.load(f"folder:{classes}", SIZE, profile=unknown)
+    assert data.prompts == plain.prompts and data.card == plain.card
+    said = "none of the class names, such as 'elk', is among its 2 classes, such as 'hen'; its labels are used"
+    assert said in capsys.readouterr().out
     for content, message in {
-        '{"owl": "owl", "elk": "elk"}': "none of the class names, such as 'elk', is among its 2 classes, such as 'hen'",
         '{"hen": 3}': "expected JSON, {label: name}",
         "{": "cannot be read",
     }.items():

@@ -13,13 +13,14 @@ import numpy as np
 import PIL.Image
 
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import images, sources
 from xclip_jax.data.base import LazySequence, choose
 from xclip_jax.data.config import DataConfig
+from xclip_jax.data.holdout import image_hash
 from xclip_jax.data.labelled import Paths, file_size
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.data.readers.table import ColumnSource
+from xclip_jax.data.readers.table import ColumnSource, ImageColumn
 from xclip_jax.evaluators.base import SetKind, joined, pictures
 from xclip_jax.evaluators.choice import ChoiceSet
 from xclip_jax.evaluators.prompts import Profile
@@ -110,14 +111,23 @@ def read_rows(spec: str, data: DataConfig) -> Choices:
         number, key = wrong[0]
         raise UserError(f"{spec}: row {number} must have one text in column {key!r}; correct or delete the row.")
     named = [table.images.path(i) for table in tables for i in range(len(rows))]
-    first = {name: i for i, name in reversed(list(enumerate(named)))}  # rows may share an image file
-    used, pictures = np.unique([first[name] if name else i for i, name in enumerate(named)], return_inverse=True)
+    cells = [table.images for table in tables]
+    same = [name or _content(cells[i // len(rows)], i % len(rows)) or i for i, name in enumerate(named)]
+    first = {key: i for i, key in reversed(list(enumerate(same)))}  # rows may share an image
+    used, pictures = np.unique([first[key] for key in same], return_inverse=True)
     texts = [[text for cell in row for text in cell] for row in rows]
     parts = [", ".join(tables[0].values(group, i)) if group else "" for i in range(len(rows))]
-    cells = [table.images for table in tables]
     sizes = [size for column in cells for size in column.sizes()]
     ids = [(size[0], file_size(path)) if path else size for size, path in zip(sizes, named, strict=True)]
     return Choices(choose(joined(cells), used.tolist()), pictures.reshape(len(tables), -1).T, texts, parts, ids)
+
+
+def _content(column: ImageColumn, index: int) -> str:
+    """Return the hash of an image in a table; "" if the row has none."""
+    try:
+        return image_hash(column.read(index)[0])
+    except BadSample:
+        return ""
 
 
 def _answerable(data: ChoiceSet) -> ChoiceSet:

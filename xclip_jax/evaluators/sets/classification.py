@@ -130,7 +130,8 @@ def read_translated(spec: str, data_dir: str) -> tuple[Content, str]:
 def own_set(name: str, content: Content, prepare: Preprocessing, profile: Profile) -> ZeroShotSet:
     """Return the set `name` of labelled images, with the profile's templates and class names.
 
-    If the data set has templates, they and its names stay. Class names for unknown classes are ignored.
+    If the data set has templates, they and its names stay. Class names for unknown classes are ignored, with a warning
+    if the set has none of them: they may name classes of other sets.
     """
     profile = dataclasses.replace(profile, exif_rotation=not name.startswith(WDS))
     templates = content.templates or profile.templates or "dummy"
@@ -141,12 +142,13 @@ def own_set(name: str, content: Content, prepare: Preprocessing, profile: Profil
         description = _described("the data set's", content.templates)
         words = content.classes
     elif profile.names:
-        if not set(profile.names) & set(content.classes):
-            raise UserError(
-                f"{name}: none of the class names, such as {min(profile.names)!r}, is among its {len(content.classes)} "
-                f"classes, such as {content.classes[0]!r}; correct the file of names, or add some of these classes."
+        if set(profile.names) & set(content.classes):
+            description += f"; own names {digest(words)}"
+        else:
+            log0(
+                f"WARNING: {name}: none of the class names, such as {min(profile.names)!r}, is among its "
+                f"{len(content.classes)} classes, such as {content.classes[0]!r}; its labels are used"
             )
-        description += f"; own names {digest(words)}"
     entry = Entry(metric="map" if np.ndim(content.labels) == 2 else "top1")
     texts = prompts.prompts(words, templates)
     return _make(name, content, entry, texts, description, profile.preprocessing(prepare))
