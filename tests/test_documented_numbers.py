@@ -31,7 +31,12 @@ NUMBERS = (
     ("processes.runtime:HEARTBEAT_SECONDS", 25, "pods.md", "JAX ends the others after 25 s"),
     ("data.config:DataConfig.max_bad_fraction", 0.05, "data.md", "Above `data.max_bad_fraction` (5 %)"),
     ("data.images:MAX_PIXELS", 2**26, "data.md", "an image of more than 64 million pixels is refused"),
-    ("evaluators.encoder:MAX_UNREADABLE", 0.05, "protocols.md", "`unreadable`; more than 5 % of a set is an error"),
+    (
+        "evaluators.encoder:MAX_UNREADABLE",
+        0.05,
+        "protocols.md",
+        "more than 5 % of a set, or of a probe's split, is an error",
+    ),
     ("evaluators.feature_classifiers:NEIGHBOURS", 20, "protocols.md", "kNN is DINO's: k = 20, T = 0.07"),
     ("evaluators.feature_classifiers:TEMPERATURE", 0.07, "protocols.md", "kNN is DINO's: k = 20, T = 0.07"),
 )

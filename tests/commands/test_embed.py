@@ -197,7 +197,7 @@ def test_different_captions_beside_images(root, model, straight, tmp_path):
     bad_tars.shard(tmp_path / "0.tar", [(key, {"jpg": bad_tars.jpeg(0), "txt": b"a\nfox"}) for key in "ab"])
     captions = inputs.Captions(inputs.open_images(f"{tmp_path}/0.tar"))
     assert len(captions) == 1 and captions.read(0) == ("a\nfox", "a\nfox")
-    with pytest.raises(UserError, match=r"has no caption; name their column, folder:.*\?text=COLUMN"):
+    with pytest.raises(UserError, match=r"has no caption; put each caption in a .txt file named like its image"):
         inputs.Captions(inputs.open_images(str(root / "pictures" / "013.png")))
 
 
