@@ -72,6 +72,7 @@ def unpaired(
     if not all(map(len, compared)):
         return None
     mean = sum(map(np.mean, plus)) - sum(map(np.mean, minus))
+    pool = [values for values in pool if len(values)]
     freedom = sum(len(values) - 1 for values in pool)
     variance = sum(np.var(values) * len(values) for values in pool) / freedom if freedom else math.nan
     error = math.sqrt(variance * sum(1 / len(values) for values in compared))

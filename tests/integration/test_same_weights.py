@@ -10,7 +10,6 @@ from etils import epath
 import xclip_jax
 from tests.helpers import tiny
 from xclip_jax.commands import evaluate, export
-from xclip_jax.config.load import load_config
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import results
 from xclip_jax.report import card, collect
@@ -85,15 +84,6 @@ def test_a_branch_of_the_hub_that_moves(root, server, tmp_path, monkeypatch, cap
     entries = results.read(epath.Path(file))[0]
     assert [entry["commit"] for entry in entries] == [first, second]
     assert xclip_jax.load("hf:lab/x", batch=8).card["commit"] == second
-
-
-def test_a_recipe_names_the_commit_whose_towers_it_took(root, server, tmp_path):
-    for name in ("a", "b"):
-        export.export(str(root / name), str(tmp_path / name), to="safetensors")
-    first = server.add("lab/x", tmp_path / "a")
-    config = load_config("finetune:data=folder:x,weights=hf:lab/x,examples=8,classes=2")
-    server.add("lab/x", tmp_path / "b")
-    assert config.init.weights == f"hf:lab/x@{first}"
 
 
 @pytest.mark.parametrize("changes", [{"data__normalization": "clip"}, {"data__tokenizer": "fingerprints.json"}])

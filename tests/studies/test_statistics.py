@@ -33,6 +33,7 @@ def test_unpaired_intervals():
     e = unpaired([A], [B], [A, B])
     interval = scipy.stats.ttest_ind(A, B).confidence_interval()
     assert (e.mean, e.low, e.high, e.n) == pytest.approx((A.mean() - B.mean(), interval.low, interval.high, 7))
+    assert unpaired([A], [B], [A, B, []]) == e
     corrected = scipy.stats.ttest_ind(A, B).confidence_interval(1 - 0.05 / 4)
     e = unpaired([A], [B], [A, B], comparisons=4)
     assert (e.low, e.high) == pytest.approx((corrected.low, corrected.high))

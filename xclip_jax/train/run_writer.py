@@ -23,7 +23,7 @@ from xclip_jax.train.weights import Origin
 # Keys of a fingerprint with a digest by `data.records.reading_digest`.
 OUTCOMES = ("data.holdout", "data.spread_duplicate_captions")
 _SHOWN = 5  # differences that an error lists
-_RANDOM = Origin()  # weights that are drawn at random
+_RANDOM = Origin()  # weights drawn at random
 
 
 class RunWriter(RunReader):
@@ -137,7 +137,7 @@ class RunWriter(RunReader):
     ) -> Iterator[None]:
         """Lock the folder, write config.json, data.json and the tokenizer, and delete old results.
 
-        `text_rows` are `Experiment.text_rows` for the length `groups`, `origin` is of initial weights.
+        `text_rows` are `Experiment.text_rows` for the length `groups`, `origin` belongs to the initial weights.
         """
         if jax.process_index() != 0:
             yield

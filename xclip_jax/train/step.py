@@ -77,7 +77,7 @@ def _is_schedule(node: Any) -> bool:
 def with_step(state: TrainState, step: int | jax.Array) -> TrainState:
     """Return `state` with another step in its own counter, and with its schedules moved by the difference.
 
-    Those of a user's optimizer may have counted fewer steps than `state.step`, such as in `optax.MultiSteps`.
+    The schedules of a user's optimizer may have counted fewer steps than `state.step`, such as in `optax.MultiSteps`.
     """
 
     def move(node: Any) -> Any:

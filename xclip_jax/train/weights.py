@@ -37,7 +37,7 @@ _SHOWN = 8  # tensors that an error lists by name
 
 
 class Origin(NamedTuple):
-    """The place of initial weights in time, as a run's config.json records it.
+    """Step and commit of initial weights, as a run's config.json records them.
 
     Attributes:
       step: step of the weights' run; 0 for other weights.
@@ -125,13 +125,8 @@ def _existing(place: str | Place) -> Place:
 
 
 def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
-    """Set `config`'s towers, tokenizer and preprocessing to match the weights at `path`; return the weights' config.
-
-    If they are the Hub's and `config.init.weights` names them, it then names their commit too.
-    """
+    """Set `config`'s towers, tokenizer and preprocessing to match the weights at `path`; return the weights' config."""
     place = _existing(path)
-    if config.init.weights == path:
-        config.init.weights = str(place)  # the tensors are read later, when a branch may have moved
     source = _completed(place.run).to_dict() if place.run else interop.read(place)[0]
     groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
     with imports.named_by(path):
