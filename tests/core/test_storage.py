@@ -50,13 +50,19 @@ class Store(fsspec.AbstractFileSystem):
         self.requests.append(path)
         return {"name": path, "size": None, "type": "file"}
 
-    def cat_file(self, path, start=None, end=None, **_):
+    def _answer(self, path):
         self.requests.append(path)
         answer = self.answers[path.rpartition("/")[2]]
         answer = answer.pop(0) if isinstance(answer, list) else answer
         if isinstance(answer, Exception):
             raise answer
-        return answer[start:end]
+        return answer
+
+    def cat_file(self, path, start=None, end=None, **_):
+        return self._answer(path)[start:end]
+
+    def glob(self, path, **_):
+        return {name: {"type": "file"} for name in self._answer(path)}
 
 
 @pytest.fixture
@@ -97,6 +103,11 @@ def test_what_may_pass_is_tried_again(store, error):
     with pytest.raises(OSError, match=r"503|slow|disk|reset"):
         storage.read("answers://host/a", 100)
     assert len(store.requests) == 6
+
+
+def test_a_failed_listing_is_tried_again(store):
+    store.answers["*.tar"] = [HttpError(503), TimeoutError("slow"), ["host/b.tar", "host/a.tar", "host/.a.tar"]]
+    assert storage.expand("answers://host/*.tar") == ["answers://host/a.tar", "answers://host/b.tar"]
 
 
 def test_an_unknown_length_is_read_in_one_request(store):

@@ -169,6 +169,23 @@ def write_json(path: epath.Path, content: Any) -> None:
     write_whole(path, strict_json(content, indent=2, sort_keys=True) + "\n")
 
 
+def _retried(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a read, to try it again after transient failures, but not after slow answers."""
+
+    @functools.wraps(read)
+    def tries(*arguments: Any) -> Any:
+        for wait in WAITS:
+            try:
+                return read(*arguments)
+            except OSError as error:
+                if error.errno not in (errno.EIO, socket.EAI_AGAIN) and not isinstance(error, ConnectionError):
+                    raise
+                time.sleep(wait)
+        return read(*arguments)
+
+    return tries
+
+
 def _braces(pattern: str) -> Iterator[str]:
     """Expand {a,b} and {000..123} like a shell."""
     match = re.search(r"\{([^{}]*)\}", pattern)
@@ -189,6 +206,11 @@ def _glob(pattern: str) -> list[str]:
     """Return the matching files, sorted, without folders."""
     if not is_remote(pattern):
         return sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+    return _remote_glob(pattern)
+
+
+@_retried
+def _remote_glob(pattern: str) -> list[str]:
     system, path = file_system(pattern)
     with os_errors(pattern):
         infos = system.glob(path, detail=True)
@@ -239,23 +261,6 @@ def stat(path: str) -> tuple[int, int]:
         return _remote_stat(path)
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
-
-
-def _retried(read: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a read, to try it again after transient failures, but not after slow answers."""
-
-    @functools.wraps(read)
-    def tries(*arguments: Any) -> Any:
-        for wait in WAITS:
-            try:
-                return read(*arguments)
-            except OSError as error:
-                if error.errno not in (errno.EIO, socket.EAI_AGAIN) and not isinstance(error, ConnectionError):
-                    raise
-                time.sleep(wait)
-        return read(*arguments)
-
-    return tries
 
 
 @_retried
