@@ -110,6 +110,7 @@ def test_columns_are_named_after_the_source(tmp_path, capsys):
     assert code == 0 and "read: 5 at random\n" in out
     assert re.search(r"repeated captions: 4; .* objective\.clip\.positives=caption", out)
     assert "repeated captions: 0\n" in run(capsys, f"{path},image=path,text=alt")[1]
+    assert "has text= twice; leave one out" in run(capsys, f"{path},image=path,text=caption,text=alt")[2]
     assert run(capsys, f"{path},image=path,text=caption:0.8,alt:0.2")[1].splitlines()[:-2] == out.splitlines()[:-2]
 
 

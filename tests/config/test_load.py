@@ -57,6 +57,7 @@ def test_bad_command_lines(line, message):
         ("data.text_columns=title,alt", ("title", "alt")),
         ("data.text_columns=title:0.8,alt:.2", ("title:0.8", "alt:.2")),
         ("data.text_columns=('title','alt')", ("title", "alt")),
+        ("data.text_columns=_title,標題,élan", ("_title", "標題", "élan")),
         ("eval.sets=emoji/test_concepts,cifar10@/data/c", ("emoji/test_concepts", "cifar10@/data/c")),
         ("data.crop_scale=0.5,1.0", (0.5, 1.0)),
         ("run=a,b", "a,b"),
@@ -68,7 +69,7 @@ def test_a_list_of_names_needs_no_quotes(flag, value):
 
 
 def test_a_recipe_is_described_with_its_flags(capsys):
-    flag = ["--config.steps=20", "--config.data.batch", "8", "--config.data.text_columns=('title','alt')"]
+    flag = ["--config.steps=20", "--config.data.batch", "8", "--config.data.text_columns", "title,alt"]
     load.parse(["xclip-jax", "--config", "small:pairs=folder:x,count=100,device=cpu", *flag])
     assert flags.FLAGS.config.data.text_columns == ("title", "alt")
     out, err = capsys.readouterr()

@@ -38,6 +38,7 @@ def test_parse_arg():
         ("name=https://h/a?x=1,b=2", "'b' is unknown; .*; write a comma in an address as %2C"),
         ("steps=many", "steps='many'; expected an integer"),
         ("objective=clap", "objective is 'clap'"),
+        ("name=a,name=b", "'name' is given twice; .* name=A,B"),
     ):
         with pytest.raises(UserError, match=message):
             recipes.parse_arg(arg, steps=1, name="x", objective="clip")

@@ -236,7 +236,7 @@ def test_expand__braces(pattern, expected):
         ("/nowhere/{0..1}.tar,/", "'/nowhere/0.tar'"),
         ("a{b,c", "'a{b'"),
         ("/nowhere/*.tar", "'/nowhere/*.tar'"),
-        ("/usr", "'/usr'; it is a folder: write folder:/usr"),
+        ("/usr", "'/usr' is a folder; write folder:/usr"),
         ("", "''"),
     ],
 )

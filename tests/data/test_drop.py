@@ -87,7 +87,7 @@ def test_several_sources_with_pairs_held_out(pairs, table_of_pairs, tmp_path):
     columns = {"image_column": "file", "text_columns": ("words",), "holdout": 0.25}
     files = [suspects(f"{spec},image=file,text=words", tmp_path / f"{i}.jsonl") for i, spec in enumerate(specs)]
     both = tmp_path / "both.jsonl"
-    both.write_text("".join(pathlib.Path(file).read_text() for file in files))
+    both.write_text("\n".join(pathlib.Path(file).read_text() for file in files))  # with an empty line
     c = config(*specs, drop=str(both), **columns)
     opened = sources.open_sources(c)
     before = sources.open_sources(config(*specs, **columns))

@@ -161,6 +161,7 @@ def make(folder):
             good["03.tar", key.removeprefix("./")] = key
         add(tar, "folder", b"", type=tarfile.DIRTYPE)
         add(tar, "link.jpg", b"", type=tarfile.SYMTYPE, linkname="dots.in.the.key.jpg")
+        bad["03.tar", "link"] = "no caption file"
         add(tar, "pipe", b"", type=tarfile.FIFOTYPE)
         others = {
             "README": b"hello", "._hidden.jpg": b"Mac OS X", "._hidden.txt": b"Mac OS X", "apart.jpg": image,

@@ -198,6 +198,10 @@ def main(arguments: Sequence[str]) -> int:
             check_file("--suspects", options.suspects)
         given = {"image": "image", "text": "text", "dir": "", "tags": "", "negatives": ""}
         path, *pairs = re.split(rf",(?=(?:{'|'.join(given)})=)", options.source)
+        named = [pair.partition("=")[0] for pair in pairs]
+        for key in named:
+            if named.count(key) > 1:
+                raise UserError(f"{options.source!r} has {key}= twice; leave one out, or write {key}=A,B for a list.")
         given |= dict(pair.split("=", 1) for pair in pairs)
         texts = tuple(loader.DataConfig(text_columns=tuple(given["text"].split(","))).text_weights)  # without weights
         negatives = tuple(filter(None, given["negatives"].split(",")))

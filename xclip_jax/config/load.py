@@ -96,9 +96,20 @@ def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
             node = node[part]
 
 
+def _join_values(argv: list[str]) -> list[str]:
+    """Return arguments with each pair --config.KEY VALUE as --config.KEY=VALUE."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and re.fullmatch(r"--?config\.[\w.-]+", joined[-1]) and not argument.startswith("-"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def quote_list(config: ml_collections.ConfigDict, override: str) -> str:
     """Return --config.KEY=a,b for a list as --config.KEY=('a','b'), and any other argument unchanged."""
-    match = re.fullmatch(r"(--?config\.([\w.-]+)=)([a-zA-Z][\w./@:-]*(?:,[a-zA-Z][\w./@:-]*)+)", override)
+    match = re.fullmatch(r"(--?config\.([\w.-]+)=)([^\W\d][\w./@:-]*(?:,[^\W\d][\w./@:-]*)+)", override)
     if match is None or not isinstance(functools.reduce(operator.getitem, match[2].split("."), config), tuple):
         return override
     return f"{match[1]}{tuple(match[3].split(','))}"
@@ -129,7 +140,7 @@ def parse(argv: list[str]) -> list[str]:
             with imports.trusting(any(re.fullmatch(r"--?trust(=(true|t|1))?", arg, re.IGNORECASE) for arg in argv)):
                 config, describe = load_recipe(spec)
             check_keys(config, argv)
-            argv = [quote_list(config, arg) for arg in argv]
+            argv = [quote_list(config, arg) for arg in _join_values(argv)]
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=argv)
         elif "--helpfull" not in argv:
             raise UserError("--config is missing or empty; start with --config demo")

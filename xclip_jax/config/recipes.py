@@ -39,6 +39,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
             hint = f"did you mean {nearest(key, defaults)!r}? Known: {', '.join(defaults)}"
             hint += "; write a comma in an address as %2C" * ("://" in str(arg))
             raise UserError(f"config argument {key!r} is unknown; {hint}.")
+        if [name for name, _ in items].count(key) > 1:
+            raise UserError(f"config argument {key!r} is given twice; leave one out, or write {key}=A,B for a list.")
         values[key] = _convert(key, text, defaults[key])
     objective = values.get("objective", "")
     if objective != defaults.get("objective", ""):  # whose default may be "", a choice of the recipe

@@ -202,15 +202,11 @@ def _braces(pattern: str) -> Iterator[str]:
         yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
+@_retried
 def _glob(pattern: str) -> list[str]:
     """Return the matching files, sorted, without folders."""
     if not is_remote(pattern):
         return sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
-    return _remote_glob(pattern)
-
-
-@_retried
-def _remote_glob(pattern: str) -> list[str]:
     system, path = file_system(pattern)
     with os_errors(pattern):
         infos = system.glob(path, detail=True)
@@ -249,9 +245,9 @@ def expand(pattern: str) -> list[str]:
                 raise UserError(f"{part!r} names more than {MOST_FILES:,} files; write a shorter range.")
     missing = [name for name in names or [pattern] if not (is_remote(name) or os.path.isfile(name))]
     if missing:
-        is_folder = os.path.isdir(missing[0])
-        hint = f"it is a folder: write folder:{missing[0]} or a glob" if is_folder else "check the path"
-        raise UserError(f"no file or folder {missing[0]!r}; {hint}.")
+        if os.path.isdir(missing[0]):
+            raise UserError(f"{missing[0]!r} is a folder; write folder:{missing[0]}, or a glob of its files.")
+        raise UserError(f"no file or folder {missing[0]!r}; check the path.")
     return list(names)
 
 

@@ -2,7 +2,9 @@
 
 import abc
 import dataclasses
+import errno
 import math
+import os
 import pathlib
 import re
 import urllib.parse
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xclip_jax.core import storage
+from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_BYTES", "Record", "Source", "SourceKind", "SourceOptions", "json_strings"]
@@ -153,7 +156,7 @@ def split_columns(rest: str) -> tuple[str, dict[str, str]]:
     match = _COLUMNS.search(rest)
     if not match:
         return rest, {}
-    return rest[: match.start()] + rest[match.end() :], dict(urllib.parse.parse_qsl(match[1]))
+    return rest[: match.start()] + rest[match.end() :], dict(urllib.parse.parse_qsl(match[1].replace("+", "%2B")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +248,8 @@ def read_text(path: pathlib.Path) -> str:
 def open_binary(path: str) -> Any:
     """Open a local or remote file for reading; a remote one as `storage.File`, in requests of bounded size."""
     if not storage.is_remote(path):
+        if not os.path.isfile(path) and os.path.exists(path):  # opening a named pipe would wait for a writer
+            raise OSError(errno.EINVAL, "not a regular file", path)
         return open(path, "rb")
     import fsspec.spec  # only remote files need it
 
@@ -286,12 +291,16 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
     for name, column in zip(table.column_names, table.columns, strict=True):  # unused ones also swallow rows
         if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_binary(column.type)):
             continue
-        ends = pyarrow.compute.call_function("count_substring", [column], line_end)
-        if (pyarrow.compute.call_function("max", [ends]).as_py() or 0) >= _MAX_LINES:
+        ends = pyarrow.compute.call_function("count_substring", [column], line_end).to_numpy()
+        if np.max(ends, initial=0) >= _MAX_LINES:
             raise UserError(
                 f"table {path!r}: a field of column {name!r} has more than {_MAX_LINES} lines: it is a long text, or a "
                 "quote in it is unpaired; close the quote, or remove the column."
             )
+        if ends.any():
+            fields = f"fields of column {name!r} with several lines: {np.count_nonzero(ends):,}"
+            first = f"the first in row {np.argmax(ends > 0)}"
+            log0(f"WARNING: table {path!r}: {fields}, {first}; if a quote there is unpaired, rows are lost")
     return table
 
 

@@ -127,7 +127,7 @@ def read_dropped(opened: Sequence[Source], config: DataConfig) -> list[Dropped]:
     limit = config.drop_threshold
     fault = f"data.drop={config.drop!r} is no file by xclip-jax check SOURCE,text=COLUMN,... --suspects on data.sources"
     with unreadable_as(f"{fault}, {keys}"), open_binary(os.path.expanduser(config.drop)) as file:
-        for line in map(json.loads, file):
+        for line in map(json.loads, filter(bytes.strip, file)):
             captions = found[line["source"]]
             if not limit or line.get("probability", limit) < limit or line.get("cross_entropy", limit) > limit:
                 captions.setdefault(line["index"], {})[line["caption"]] = line["captions"]

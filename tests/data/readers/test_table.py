@@ -103,6 +103,17 @@ def test_an_unpaired_quote_in_a_large_table_is_named(tmp_path):
         read_csv(f"{tmp_path}/x.csv", ["text"])
 
 
+def test_fields_with_several_lines_are_named(tmp_path, capsys):
+    rows = ["image,text", "0.jpg,a fox", '1.jpg,"24 inch screen', "2.jpg,a hen", '3.jpg,a TV of 24"', "4.jpg,a dog"]
+    (tmp_path / "x.csv").write_text("\n".join(rows))
+    assert len(read_csv(f"{tmp_path}/x.csv", ["text"])) == 3
+    said = capsys.readouterr().out
+    assert "x.csv': fields of column 'text' with several lines: 1, the first in row 1; if a quote" in said
+    (tmp_path / "x.csv").write_text("\n".join(rows[:2]))
+    read_csv(f"{tmp_path}/x.csv", ["text"])
+    assert not capsys.readouterr().out
+
+
 def test_quotes_mean_nothing_between_tabs(tmp_path):
     captions = [f"caption {i}" for i in range(1001)]
     captions[500] = '"a quote that nobody closes'
@@ -256,6 +267,12 @@ def test_classes_are_named_in_the_spec(tmp_path, images):
     table = pyarrow.table({"image": images, "my/kind": ["b", "a", "b"]})
     pyarrow.parquet.write_table(table, tmp_path / "y.parquet")
     assert sources.open_labelled(f"parquet:{tmp_path}/y.parquet?label=my%2Fkind").labels().tolist() == [1, 0, 1]
+    pyarrow.parquet.write_table(table.rename_columns(["image", "a+b"]), tmp_path / "z.parquet")
+    assert sources.open_labelled(f"parquet:{tmp_path}/z.parquet?label=a+b").names == ["a", "b"]
+    names["info"]["features"]["kind"]["names"].reverse()
+    write_classes(tmp_path / "w.parquet", images, [0], {"huggingface": json.dumps(names)})
+    with pytest.raises(UserError, match=r"w\.parquet' and .*x\.parquet' number other classes in 'kind'"):
+        sources.open_labelled(f"parquet:{tmp_path}/[wx].parquet?label=kind")
     with pytest.raises(UserError, match=r"'label'; its columns are .*label=COLUMN"):
         sources.open_labelled(f"parquet:{tmp_path}/x.parquet")
 
@@ -264,7 +281,13 @@ def test_classes_are_named_in_the_spec(tmp_path, images):
 def test_tables_of_a_split(tmp_path, images, name):
     folder = tmp_path / name
     folder.mkdir()
-    for name, labels in (("train-0", ["b", "a"]), ("train-1", ["a"]), ("my_own", ["a"]), ("trainer", ["x"])):
+    for name, labels in (
+        ("train-0", ["b", "a"]),
+        ("train-1", ["a"]),
+        ("my_own", ["a"]),
+        ("trainer", ["x"]),
+        ("train-small", ["x"]),
+    ):
         write_classes(folder / f"{name}.parquet", images, labels)
     kind, options = sources.SOURCES["parquet"], base.SourceOptions()
     found = [kind.has_split(f"{folder}?label=kind", x, options) for x in ("train", "my_own", "test")]
@@ -272,6 +295,8 @@ def test_tables_of_a_split(tmp_path, images, name):
     assert sources.open_labelled(f"parquet:{folder}?label=kind/train").labels().tolist() == [1, 0, 0]
     for split in ("my_own", "my_own/"):
         assert sources.open_labelled(f"parquet:{folder}/{split}?label=kind").names == ["a"]
+    write_classes(folder / "train.parquet", images, ["b"])
+    assert sources.open_labelled(f"parquet:{folder}?label=kind/train").names == ["b"]
     with pytest.raises(UserError, match=r"no file matches .*test"):
         sources.open_labelled(f"parquet:{folder}/test?label=kind")
 

@@ -1,6 +1,7 @@
 """The index of a tar: what it holds, where it is stored, and when it is not believed."""
 
 import itertools
+import os
 import tarfile
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from tests.helpers import bad_tars, bucket, web
 from xclip_jax.core import storage
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.readers import tar_index
 from xclip_jax.data.readers.tar import TarSource
 
@@ -90,6 +91,37 @@ def test_requests_for_an_index_are_tried_again(tmp_path, monkeypatch):
         site.files["0.tar"] = bad_tars.pairs(tmp_path / "0.tar", 0, 3).read_bytes()
         site.statuses["0.tar"] = [503, 503, 0, 0, 503]  # HEAD and GET for the size, HEAD twice; the content
         assert len(TarSource(site.url("0.tar"))) == 3 and not site.statuses["0.tar"]
+
+
+def test_a_link_has_the_content_of_its_file(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(bad_tars.jpeg(0))
+    (folder / "a.txt").write_text("a fox")
+    for suffix in ("jpg", "txt"):
+        os.link(folder / f"a.{suffix}", folder / f"b.{suffix}")
+    (folder / "c.jpg").symlink_to("a.jpg")
+    (folder / "c.txt").symlink_to("/etc/passwd")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, f"./{path.name}")
+    source = TarSource(f"{tmp_path}/x.tar")
+    assert [source.describe(i)["key"] for i in range(len(source))] == ["a", "b", "c"]
+    assert [source[i]["text"] for i in (0, 1)] == [["a fox"]] * 2
+    assert source[0]["image"] == source[1]["image"] == bad_tars.jpeg(0)
+    with pytest.raises(BadSample, match="no caption file"):
+        source[2]
+
+
+def test_a_tar_with_a_long_name(tmp_path):
+    path = bad_tars.pairs(tmp_path / f"{'x' * 251}.tar", 0, 3)
+    assert len(TarSource(str(path))) == len(TarSource(str(path))) == 3
+
+
+def test_a_named_pipe_is_no_tar(tmp_path):
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(UserError, match=r"x\.tar' cannot be indexed; .*not a regular file"):
+        TarSource(str(tmp_path))
 
 
 def test_names_with_line_breaks(tmp_path, capfd):

@@ -147,6 +147,14 @@ class ColumnSource(Source):
         return {"file": path} if path else {"row": str(index)}
 
 
+def _class_names(schema: Any, label: str) -> list[str]:
+    """Return the names of a column that is a ClassLabel of the package `datasets`; [] for another column."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]
+        return list(feature["names"]) if feature["_type"] == "ClassLabel" else []
+    return []
+
+
 def in_classes(spec: str, images: ImageColumn, table: Any, label: str) -> labelled.Labelled:
     """Return images with the classes in column `label` of a `pyarrow.Table`, without unlabelled rows.
 
@@ -155,10 +163,7 @@ def in_classes(spec: str, images: ImageColumn, table: Any, label: str) -> labell
     `UserError` for values of another type, or if all rows are unlabelled.
     """
     column = table[label]
-    names: list[str] = []
-    with contextlib.suppress(KeyError, TypeError, ValueError):  # unless the package `datasets` wrote a ClassLabel
-        feature = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"][label]
-        names = list(feature["names"]) if feature["_type"] == "ClassLabel" else []
+    names = _class_names(table.schema, label)
     try:
         cells = [x.strip() if isinstance(x, str) else x for chunk in column.chunks for x in chunk.to_pylist()]
         values = range(len(names)) or sorted(set(cells) - {None, ""})
@@ -202,6 +207,13 @@ class TableSource(ColumnSource):
                 table = read(path, keys)
             check_columns(f"table {path!r}", table.column_names, keys)
             tables.append(table.select(keys))
+        first = _class_names(tables[0].schema, label)
+        for path, table in zip(self.tables, tables, strict=True):
+            if _class_names(table.schema, label) != first:
+                raise UserError(
+                    f"tables {self.tables[0]!r} and {path!r} number other classes in {label!r}; name them separately, "
+                    "or convert the column to strings."
+                )
         with storage.unreadable_as(f"the tables of {pattern!r} have columns of different types"):
             # A column without values has a type of its own, which fits every other.
             joined = pyarrow.concat_tables(tables, promote_options="default")
@@ -307,14 +319,18 @@ class ParquetTables(SourceKind):
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        return bool(glob.glob(_files(split_columns(f"{rest}/{split}")[0])))
+        place = split_columns(f"{rest}/{split}")[0]
+        return os.path.isfile(_files(place)) or bool(glob.glob(_files(place)))
 
 
 def _files(place: str) -> str:
-    """Return `place` if it is a pattern, else the pattern of SPLIT.parquet and SPLIT-*.parquet for FOLDER/SPLIT."""
+    """Return a pattern as it is, and for FOLDER/SPLIT the file SPLIT.parquet or of SPLIT-NUMBER*.parquet."""
     folder, split = os.path.split(os.path.expanduser(place).rstrip("/"))
     is_pattern = re.search(r"[^\w-]", split) or os.path.exists(place) or not os.path.isdir(folder)
-    return place if is_pattern else f"{glob.escape(folder)}/{split}[.-]*parquet"
+    if is_pattern:
+        return place
+    whole = f"{folder}/{split}.parquet"  # and not train-small.parquet, of another split, for "train"
+    return whole if os.path.exists(whole) else f"{glob.escape(folder)}/{split}-[0-9]*.parquet"
 
 
 class ArrayRecords(SourceKind):

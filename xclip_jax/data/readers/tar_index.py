@@ -11,6 +11,7 @@ import io
 import multiprocessing
 import os
 import pathlib
+import posixpath
 import random
 import tarfile
 import time
@@ -29,11 +30,12 @@ FAULTS = (
     "", "no caption file", "no image file", "tar cut off", "tar damaged", "tar without samples", "file too large",
 )  # fmt: skip
 OK, NO_TEXT, NO_IMAGE, CUT_OFF, DAMAGED, EMPTY, TOO_LARGE = range(len(FAULTS))
-_VERSION = 2
+_VERSION = 3
 _FOLDER = ".xclip_index"
 _CHUNK = 1 << 20
 _BUCKETS = ("gs", "gcs", "s3", "az", "abfs")  # stores that may be writable, to keep an index next to its tar
 _LONGEST = 4096  # bytes of a name
+_LONGEST_FILE_NAME = 120  # bytes; an index and its temporary file have longer names, of at most 255
 _MOST_REFUSED = 100  # headers refused by `tarfile` before reading of a tar ends
 _PROGRESS_SECONDS = 10
 
@@ -58,8 +60,10 @@ class _Tar(tarfile.TarFile):
 def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, data offset and size of each file in the tar `path` of `size` bytes, in order.
 
-    Bytes that do not belong to a tar are yielded as (b"", offset, size). Links and folders are skipped.
+    A link to an earlier file of the tar is yielded as that file; other links and folders are skipped. Bytes that do not
+    belong to a tar are yielded as (b"", offset, size).
     """
+    spans: dict[str, tuple[int, int]] = {}
     with storage.os_errors(path), open_binary(path) as file:
         end = 0
         # Without `ignore_zeros`, the first damaged header would silently end the tar.
@@ -69,8 +73,17 @@ def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
                     break
                 if _is_damaged(file, end, member.offset):
                     yield b"", end, member.offset - end
+                span = None
                 if member.isreg():
-                    yield member.name.encode("utf-8", "surrogateescape"), member.offset_data, member.size
+                    span = member.offset_data, member.size
+                elif member.islnk():  # `tar` writes one for a further name of a file
+                    span = spans.get(posixpath.normpath(member.linkname))
+                elif member.issym():
+                    target = posixpath.join(posixpath.dirname(member.name), member.linkname)
+                    span = spans.get(posixpath.normpath(target))
+                if span is not None:
+                    spans[posixpath.normpath(member.name)] = span
+                    yield member.name.encode("utf-8", "surrogateescape"), *span
                 end = tar.offset
                 if end > size:
                     return
@@ -157,6 +170,8 @@ def index_files(path: str) -> list[pathlib.Path]:
     # The signature of an address does not identify the tar.
     address = redact(path) if storage.is_remote(path) else os.path.abspath(path)
     folder, _, name = address.rpartition("/")
+    if len(os.fsencode(name)) > _LONGEST_FILE_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
     file = f"{name}-{size:x}-{changed:x}-v{_VERSION}.npy"
     cached = storage.cache_dir() / "tar_index" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16] / file
     return [cached] if storage.is_remote(path) else [pathlib.Path(folder or "/") / _FOLDER / file, cached]

@@ -47,7 +47,7 @@ def query_columns(name: str) -> tuple[str, dict[str, list[str]]]:
     In names %26 is & and %2C a comma. Other question marks stay, for example in file patterns.
     """
     source_name, _, query = name.rpartition("?")
-    columns = urllib.parse.parse_qs(query)
+    columns = urllib.parse.parse_qs(query.replace("+", "%2B"))
     return (source_name, columns) if source_name and columns.keys() & {"image", "text"} else (name, {})
 
 
