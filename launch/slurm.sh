@@ -41,6 +41,7 @@ show_help "$@"
 DRY_RUN=
 [ "${1:-}" != --dry-run ] || { DRY_RUN=1 && shift; }
 FAILURES=${FAILURES:-5}
+[[ $FAILURES =~ ^[1-9][0-9]*$ ]] || fail "FAILURES=$FAILURES is not a number of failures; set it as in FAILURES=5"
 folder=$(run_folder /shared/runs/mine "$@")
 # Whether it is complete could not be seen below, so that the job would be requeued for ever.
 [[ $folder != *://* ]] || fail "--config.run=$folder is no path; give a folder on a file system that all nodes share"

@@ -55,6 +55,7 @@ DRY_RUN=
 [ "${1:-}" != --dry-run ] || { DRY_RUN=1 && shift; }
 NAME=${NAME:-xclip-jax} TYPE=${TYPE:-v5litepod-64} POLL=${POLL:-60} FAILURES=${FAILURES:-3} SLICES=${SLICES:-1}
 tpu_flags
+[[ $FAILURES =~ ^[1-9][0-9]*$ ]] || fail "FAILURES=$FAILURES is not a number of failures; set it as in FAILURES=3"
 [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$SLICES is not a number of slices; set it as in SLICES=2"
 if [ "$SLICES" -gt 1 ]; then
   NODES=()

@@ -18,6 +18,7 @@ from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import tokenizer
 from xclip_jax.evaluators.base import Evaluator
+from xclip_jax.parallel.mesh import num_slices
 from xclip_jax.processes import runtime
 from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
@@ -135,7 +136,8 @@ def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, s
     takes = f"the state takes {format_bytes(state)} of a device's {format_bytes(limit)}"
     if state > limit:
         axes = experiment.mesh.shape
-        n = axes["data"] * axes["fsdp"] if axes["data"] > 1 else "N"
+        slices = num_slices(list(experiment.mesh.devices.flat))  # "data" is a multiple of it
+        n = axes["data"] * axes["fsdp"] // slices if axes["data"] > slices else "N"
         flags = f"--config.mesh.strategy=fsdp --config.mesh.fsdp={n} --config.mesh.data=-1"
         yield fail("memory", takes, f"shard it over {n} devices, {flags}, or use a smaller model")
     elif compile_step is None:
