@@ -213,6 +213,14 @@ def test_stores_that_cannot_hold_checkpoints(pairs):
             Checkpointer(run, read_only=True)
 
 
+def test_a_folder_that_orbax_would_take_for_a_pattern(pairs, tmp_path, monkeypatch):
+    (tmp_path / "lr[1e-3]").mkdir()
+    monkeypatch.chdir(tmp_path / "lr[1e-3]")
+    for run in (str(tmp_path / "[a]"), "run", "gs://bucket/[a]"):
+        with pytest.raises(UserError, match=r"its path contains '\['; name another folder"):
+            trainer.run(tiny.short(pairs, run))
+
+
 def test_folders_that_cannot_be_written(pairs, tmp_path):
     file = tmp_path / "file"
     file.write_text("")

@@ -36,9 +36,11 @@ _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def check_store(folder: str | epath.Path) -> None:
-    """Raise `UserError` if `folder` is in a store that cannot hold checkpoints."""
+    """Raise `UserError` if `folder` cannot hold checkpoints."""
     if storage.scheme(str(folder)) not in ("", *STORES):
         raise UserError(f"{str(folder)!r} cannot hold checkpoints, which Orbax keeps on a disk or at gs://; use these.")
+    if "[" in (str(folder) if is_remote(str(folder)) else os.path.abspath(folder)):  # Orbax would take it for a pattern
+        raise UserError(f"{str(folder)!r} cannot hold checkpoints, since its path contains '['; name another folder.")
 
 
 def write_digest(folder: epath.Path, step: int) -> None:
