@@ -145,5 +145,12 @@ def test_what_cannot_be_joined_is_one_sentence():
         runtime.join(True)
 
 
+def test_a_process_that_joined_alone_ends_by_a_signal():
+    """Before the training loop handles it; JAX would catch it."""
+    code = f"from xclip_jax.processes import runtime; runtime.join(False, {free_address()!r}, 1, 0); "
+    code += "import os, time; os.kill(os.getpid(), 15); time.sleep(20)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == -15
+
+
 def test_every_process_knows_what_one_could_not_read(found):
     assert all(process[key].tolist() == [BROKEN] for process in found for key in ("unreadable", "counted"))

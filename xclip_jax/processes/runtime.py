@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -213,6 +214,8 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
     state = jax_distributed.global_state
     if state.client is not None and state.num_processes > 1:
         _peers = Peers(state.client, state.process_id, state.num_processes)
+    else:  # JAX's handler keeps the signal for other processes, and this one would train on
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def peers() -> Peers | None:
