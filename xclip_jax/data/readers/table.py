@@ -319,18 +319,18 @@ class ParquetTables(SourceKind):
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        place = split_columns(f"{rest}/{split}")[0]
-        return os.path.isfile(_files(place)) or bool(glob.glob(_files(place)))
+        return bool(glob.glob(_files(split_columns(f"{rest}/{split}")[0])))
 
 
 def _files(place: str) -> str:
-    """Return a pattern as it is, and for FOLDER/SPLIT the file SPLIT.parquet or of SPLIT-NUMBER*.parquet."""
+    """Return a pattern as it is, and for FOLDER/SPLIT that of SPLIT.parquet, or else of SPLIT-NUMBER*.parquet."""
     folder, split = os.path.split(os.path.expanduser(place).rstrip("/"))
     is_pattern = re.search(r"[^\w-]", split) or os.path.exists(place) or not os.path.isdir(folder)
     if is_pattern:
         return place
-    whole = f"{folder}/{split}.parquet"  # and not train-small.parquet, of another split, for "train"
-    return whole if os.path.exists(whole) else f"{glob.escape(folder)}/{split}-[0-9]*.parquet"
+    prefix = f"{glob.escape(folder)}/{split}"
+    whole = f"{prefix}.parquet"  # train-small.parquet is another split than "train"
+    return whole if glob.glob(whole) else f"{prefix}-[0-9]*.parquet"
 
 
 class ArrayRecords(SourceKind):
