@@ -32,6 +32,7 @@ from xclip_jax.losses.contrastive import dot
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives import Curve, Term
 from xclip_jax.objectives.clip import Clip
+from xclip_jax.objectives.similarity import CosineSimilarity, Similarity
 from xclip_jax.objectives.term import Arrays, Result
 from xclip_jax.parallel.sharding import argmax, constrain
 
@@ -43,13 +44,18 @@ WEIGHT = 0.75  # of distillation, MobileCLIP's on a billion pairs; on 12 million
 class Distill(Term):
     """Divergence of the student's matches within a batch from the teacher's, see `divergence`.
 
-    It reads the embeddings and the scale of another term, such as `clip`, whose weight may be 0.
+    It trains the embeddings and the scale of another term, `clip` or `siglip`, whose weight may be 0.
     """
 
     title: ClassVar[str] = "distillation"
 
     size: int = key(512, "size of the teacher's embeddings", at_least(1))
     scale: float = key(100.0, "scale of the teacher's logits, the inverse of its temperature", above(0))
+
+    @property
+    def similarity(self) -> Similarity:
+        """Compare the embeddings, also if the weight of their own term is 0."""
+        return CosineSimilarity()
 
     @property
     def columns(self) -> Mapping[str, int]:
@@ -196,6 +202,8 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> recipe
     describe = small.fill_in(config, of_small)
     size = embeddings.read(storage.expand(targets)[0])["embedding"].shape[1]
     others = {name: weight * (1 - WEIGHT) for name, weight in config.objective.terms.items() if name != "distill"}
+    if not others.keys() & {"clip", "siglip"}:
+        others["clip"] = 0.0  # for its heads
     config.objective.name = "distilled"
     config.objective.terms = others | {"distill": WEIGHT}
     config.objective.plugins = {"distill": {"type": "examples.distill:Distill", "size": size, "scale": scale}}

@@ -16,6 +16,7 @@ from xclip_jax.core.fields import Check, choice, key
 from xclip_jax.models.heads import Heads, l2_normalize
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives import TERMS, Curve, Term
+from xclip_jax.objectives.similarity import CosineSimilarity, Similarity
 from xclip_jax.objectives.term import Arrays, LossConfig, Result
 
 SCALARS = {"clip": ("scale",), "siglip": ("scale", "bias")}
@@ -34,6 +35,11 @@ class Nested(Term):
 
     dims: tuple[int, ...] = key((64, 128, 256), "sizes of the cut embeddings", RISING)
     form: str = key("clip", "loss of a size", choice(SCALARS))
+
+    @property
+    def similarity(self) -> Similarity:
+        """Compare the whole embeddings, also if the weight of their own term is 0."""
+        return CosineSimilarity()
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """Return the heads of the whole embedding."""

@@ -90,13 +90,14 @@ complete() {
   run gcloud storage cat "$folder/results.json" | awk '/^  "failed":/ { failed = 1 } { print } END { exit failed }'
 }
 
-# Whether training refused its input before its first step, as it would again. Not so where the bucket could not be
-# asked, the processes did not find each other, or another one ended this one; nor for an exception in place of a sentence.
+# Whether this start of training refused its input before its first step, as the next one would. Not so where a store
+# did not answer, the processes did not find each other, or another one ended this one; nor for an exception in place of a
+# sentence. In the log of a start the line with the number of parameters is the last before the first step.
 refused() {
-  local answer passing='this process cannot join|process [0-9]+ of [0-9]+ (has|is) |process [0-9]+ of [0-9]+: [A-Za-z_.]+\('
-  answer=$(run gcloud storage ls "$folder/metrics.jsonl" 2>&1 >/dev/null) && return 1
-  [[ $answer == *"matched no objects"* ]] &&
-    tpu_ssh 0 "tail -n 20 xclip_jax/train.log | grep '^error: ' | grep -vE '^error: ($passing)'" 2>/dev/null
+  local passing='this process cannot join|process [0-9]+ of [0-9]+ (has|is) |process [0-9]+ of [0-9]+: [A-Za-z_.]+\('
+  passing+='|.*(status (408|429|5[0-9][0-9])|Timeout|[Tt]imed out|run the same command to try again)'
+  tpu_ssh 0 "cd xclip_jax && said=\$(tail -c +\$((\$(cat train.begin) + 1)) train.log) && \
+[[ \$said != *' parameters, '* ]] && tail -n 20 <<<\"\$said\" | grep '^error: ' | grep -vE '^error: ($passing)'" 2>/dev/null
 }
 
 say() {

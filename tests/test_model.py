@@ -207,6 +207,20 @@ def test_zero_shot_by_every_score_is_its_definition(objective):
     np.testing.assert_allclose(evaluated["cross_entropy"], entropy, rtol=1e-4, atol=1e-5)
 
 
+def test_zero_shot_by_the_first_dimensions(tmp_path):
+    names, templates = ["fox", "hen", "owl"], ["a {}.", "the {}."]
+    for objective in ("xclip", "nclip"):
+        tiny.untrained(tmp_path / objective, objective, noise=0.3)
+        whole, cut = (xclip_jax.load(tmp_path / objective, dims=dims) for dims in (0, 5))
+        found = cut.zero_shot(pictures(4), names, templates)
+        expected = whole.zero_shot(pictures(4), names, templates).scores  # of whole distributions
+        if objective == "xclip":
+            rows = cut.encode_text([t.replace("{}", n) for n in names for t in templates]).reshape(3, 2, 5).mean(axis=1)
+            assert not np.allclose(found.scores, expected, atol=1e-3)
+            expected = cut.encode_image(pictures(4)) @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T
+        np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_clusters_are_the_largest_of_the_distribution(model):
     p = scipy.special.softmax(model._encoder.texts(model._variables, TEXTS)["cluster_logits"] / TAU, axis=1)
     assert model.has_clusters and not random_model("clip")[2].has_clusters

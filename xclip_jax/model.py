@@ -75,6 +75,7 @@ class Model:
       size: side of an image, pixels.
       length: tokens per text, including start and end.
       batch: number of items encoded at once.
+      dims: number of kept dimensions of embeddings, 0 for all.
       similarities: the model's similarities, its default first; empty for a pure classifier.
     """
 
@@ -100,7 +101,7 @@ class Model:
         sizes = [batch, *(size for size in _SMALLER if size < batch)]
         self._encoder = Encoder(self._model, self.tokenizer, self.preprocessing, mesh, self.similarities, batches=sizes)
         self.batch = self._encoder.batch
-        self._dims = dims
+        self.dims = dims
         if dims and dims != self.encode_text([]).shape[1]:
             raise UserError(f"dims is {dims}; expected a number from 1 to the size of this model's embeddings.")
 
@@ -219,14 +220,16 @@ class Model:
         used = self.similarities if by else self.similarities[:1]
         img = self._images(images, features(used))
         txt = self._texts(prompts, features(used))
+        first = used[0]
+        if self.dims and not first.is_distribution:
+            img, txt = ({**x, first.feature: unit(x[first.feature][:, : self.dims])} for x in (img, txt))
         by_score = class_scores(used, img, txt, [len(templates)] * len(class_names))
         if by not in by_score:
             known = ", ".join(repr(name) for name in by_score if name) or "only its default"
             raise UserError(f"by={by!r} is not a score of this model, which has {known}; omit it for the default.")
         scores = by_score[by or used[0].logits].astype(np.float32)
-        labels = [class_names[i] for i in scores.argmax(axis=1)]
         logits = scores if by else self._encoder.logits_of(by_score, self._variables)
-        return ZeroShotResult(labels, softmax(logits), scores)
+        return ZeroShotResult([class_names[i] for i in scores.argmax(axis=1)], softmax(logits), scores)
 
     @property
     def has_clusters(self) -> bool:
@@ -303,7 +306,7 @@ class Model:
     def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
         (output,) = encode(items, features(self.similarities[:1])).values()
         rows = self.similarities[0].embedding(output)
-        return unit(rows[:, : self._dims]) if self._dims else rows
+        return unit(rows[:, : self.dims]) if self.dims else rows
 
     def nnx(self) -> Any:
         """Return towers and heads as a Flax NNX module, through Flax's bridge, for your own training code.

@@ -10,6 +10,7 @@ datasets = pytest.importorskip("datasets")
 from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification  # noqa: E402
 from mteb.models.models_protocols import EncoderProtocol  # noqa: E402
 
+import xclip_jax  # noqa: E402
 from xclip_jax.commands.mteb import Model  # noqa: E402
 
 N = 12
@@ -60,6 +61,8 @@ def test_the_protocol_and_its_metadata(model, run):
     assert isinstance(adapted, EncoderProtocol)
     meta = adapted.mteb_model_meta
     assert meta.name == f"xclip_jax/{run.name}" and meta.revision == model.fingerprint()
+    cut = xclip_jax.load(run, dims=4)
+    assert Model(cut).mteb_model_meta.revision == f"{model.fingerprint()}-dims4"
     assert set(meta.modalities) == {"text", "image"} and meta.framework == ["JAX"] and meta.n_parameters > 1000
 
 

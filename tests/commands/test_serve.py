@@ -60,7 +60,14 @@ def test_answers_are_those_of_the_model(client, model, pictures):
 
 @pytest.mark.parametrize(
     ("address", "status"),
-    [("/similar/99", 404), ("/similar/x", 404), ("/thumbnail/8", 404), ("/thumbnail/../../etc/passwd", 404)],
+    [
+        ("/similar/99", 404),
+        ("/similar/x", 404),
+        ("/thumbnail/8", 404),
+        ("/thumbnail/../../etc/passwd", 404),
+        (f"/similar/{'9' * 5000}", 404),
+        ("/similar/-1", 404),
+    ],
 )
 def test_a_bad_question_is_refused(client, address, status):
     answer = client.get(address)
@@ -97,14 +104,18 @@ def test_images_are_embedded_again_only_if_they_change(model, tmp_path, monkeypa
     assert answer.json()["error"] == "The file of image 2, '003.png', can no longer be read."
 
 
-def test_equal_tables_name_the_images_of_their_folders(model, pictures, tmp_path):
+@pytest.mark.parametrize("pattern", ["", "*.bmp", "x.csv", "x.tar"])
+def test_files_of_the_same_names_and_sizes_in_another_folder_are_embedded(pattern, model, pictures, tmp_path):
     scores = []
     for i in (1, 2):
         part = tmp_path / str(i)
         part.mkdir()
-        (part / "0.png").write_bytes((pictures / f"00{i}.png").read_bytes())
-        (part / "x.csv").write_text("image\n0.png\n")
-        scores.append(make_index(model, str(part / "x.csv")).by_text("a picture")[0].score)
+        Image.open(pictures / f"00{i}.png").convert("RGB").resize((30, 20)).save(part / "0.bmp")
+        if pattern == "x.csv":
+            (part / "x.csv").write_text("image\n0.bmp\n")
+        elif pattern == "x.tar":
+            bad_tars.shard(part / "x.tar", [("0", {"bmp": (part / "0.bmp").read_bytes()})])
+        scores.append(make_index(model, str(part / pattern)).by_text("a picture")[0].score)
     assert scores[0] != scores[1]
 
 

@@ -22,6 +22,17 @@ def test_a_kind_is_chosen_by_the_end_of_an_address():
         assert not sources.is_spec(address) and sources.spec_from_path(address) == f"tar:{address}"
 
 
+def test_a_folder_of_images_and_tars_is_ambiguous(tmp_path):
+    bad_tars.shard(tmp_path / "a.tar", [("0", {"jpg": bad_tars.jpeg(0), "txt": b"a fox"})])
+    assert sources.spec_from_path(str(tmp_path)) == f"tar:{tmp_path}"
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "0.JPG").write_bytes(bad_tars.jpeg(0))
+    with pytest.raises(UserError, match=rf"has images and tars, such as a\.tar; write folder:{tmp_path} or tar:"):
+        sources.spec_from_path(str(tmp_path))
+    (tmp_path / "a.tar").unlink()
+    assert sources.spec_from_path(str(tmp_path)) == f"folder:{tmp_path}"
+
+
 def test_a_spec_without_a_split_is_named():
     with pytest.raises(UserError, match="does not name a split"):
         sources.open_pairs("tfds:cifar10")

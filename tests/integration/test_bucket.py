@@ -1,10 +1,12 @@
 """A run's folder in a bucket, which here is fsspec's file system in memory."""
 
+import types
+
 import pytest
 from etils import epath
 
 from tests.data.test_tokenizer import save_words
-from tests.helpers import tiny
+from tests.helpers import made_results, tiny
 from tests.helpers.bucket import Bucket, register
 from tests.integration.test_same_data import compare
 from xclip_jax.commands import export
@@ -14,6 +16,7 @@ from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import tokenizer
 from xclip_jax.train import checkpoint_files, checks, prepare, weights
 from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.log import MetricLogger
 from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.state import create
 
@@ -61,6 +64,32 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     assert loaded.data.tokenizer == copy and experiment.tokenizer(TEXTS, 6).tolist() == expected.tolist()
     export.export(config.run, str(tmp_path / "out"), to="safetensors")
     assert tokenizer.load(str(tmp_path / "out" / "tokenizer.json"))(TEXTS, 6).tolist() == expected.tolist()
+
+
+def test_an_evaluation_is_in_both_files_or_is_repeated(bucket, pairs):
+    """What reaches the bucket at once is an evaluation; a host that is lost before its metrics leaves no result."""
+    config = schema.resolve(tiny.short(pairs, f"{bucket}/runs/mine", log__trackers=()))
+    run, results = prepare.prepare(config, RunWriter(config.run))[0], made_results.zero_shot("x")
+    parts = types.SimpleNamespace(file=types.SimpleNamespace(flush=lambda: None))
+
+    def opened(start):
+        return MetricLogger(run, start, parts, parts, began=0.0)
+
+    first = opened(0)
+    first.write_results(2, results)
+    reader = RunReader(config.run)
+    for lines in (reader.read_evaluations(), reader.read_metrics()):
+        assert [line["step"] for line in lines] == [2]
+    first.end()
+    resumed = opened(2)
+    assert resumed.has_evaluation(2) and len(reader.read_evaluations()) == 1
+    resumed.end()
+    reader.metrics_file.write_text("")
+    repeated = opened(2)
+    assert not repeated.has_evaluation(2)
+    repeated.write_results(2, results)
+    assert [line["step"] for line in reader.read_evaluations()] == [2]
+    repeated.end()
 
 
 @pytest.mark.parametrize("read", [lambda run: RunReader(run).read_config(), weights.load])

@@ -1,5 +1,7 @@
 """launch/tpu_pod.sh, which keeps a run going until it is complete, against a cloud that is made of shell scripts."""
 
+import pytest
+
 from tests.helpers.launching import COMMAND, TRAINING
 
 
@@ -37,12 +39,31 @@ def test_pod_gives_up_on_a_command_that_keeps_failing(cloud):
 
 
 def test_pod_gives_up_at_once_on_input_that_training_refuses(cloud):
+    """A run that was preempted after its first step, too: what counts is how this start went."""
     refused = "echo \"error: unknown evaluation set 'imagenett'\" >&2; exit 1"
-    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[refused] * 3)
+    trained = 'echo "clip: 12 parameters, 8 samples"; echo SUSPENDED >"$CLOUD/state"; exec sleep 30'
+    (cloud.path / "bucket" / "bucket" / "runs" / "mine").mkdir(parents=True)
+    (cloud.path / "bucket" / "bucket" / "runs" / "mine" / "metrics.jsonl").write_text('{"step": 1}\n')
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[trained, refused, refused])
     assert done.returncode == 1
-    assert cloud.verbs() == ["create", "python", "delete"]
+    assert cloud.verbs() == ["create", "python", "delete"] * 2
     assert "error: unknown evaluation set 'imagenett'\n" in done.stdout
     assert "training refused its input, and would again; giving up" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "error: 'gs://bucket/runs/mine/config.json': ServiceUnavailable, status 503: busy",
+        "error: checkpoint gs://bucket/1 cannot be read, though it is whole; run the same command to try again.",
+        r"clip: 12 parameters, 8 samples\nerror: too many samples are bad",
+    ],
+)
+def test_pod_tries_again_after_a_fault_that_may_pass(cloud, words):
+    scenario = [f'echo -e "{words}"; exit 1', "finish; exit 0"]
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=scenario)
+    assert done.returncode == 0, done.stdout
+    assert cloud.verbs() == ["create", "python", "delete"] * 2
 
 
 def test_pod_watch_is_taken_up_again(cloud):

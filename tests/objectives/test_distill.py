@@ -118,6 +118,10 @@ def test_the_recipe_adds_the_term(root):
     c = schema.resolve(load.load_config(f"{distill.__file__}:{arg}"))
     assert c.objective.terms == {"clip": 0.25, "distill": 0.75} and c.steps == 4 and c.data.batch == 8
     assert c.objective.term("distill") == distill.Distill(16, 30.0) and c.model.img.image_size == 24
+    alone = schema.resolve(load.load_config(f"{distill.__file__}:{arg},objective=nclip"))
+    assert alone.objective.terms == {"clip": 0.0, "nclip": 0.25, "distill": 0.75}
+    found = build.build(alone).objective.similarities
+    assert [similarity.name for similarity in found] == ["embedding", "clusters"]
     with pytest.raises(UserError, match="needs pairs=SOURCE and targets=FILES"):
         load.load_config(f"{distill.__file__}:pairs={root}/pairs.parquet")
 

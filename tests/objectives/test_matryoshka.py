@@ -64,6 +64,13 @@ def test_a_run_on_eight_devices():
     assert keys <= metrics.keys()
 
 
+def test_the_embeddings_are_compared_if_their_own_term_is_idle():
+    config = nested()
+    config.objective.terms = {"clip": 0.0, "nested": 1.0, "nclip": 1.0}
+    similarities = build.build(config).objective.similarities
+    assert [similarity.name for similarity in similarities] == ["embedding", "clusters"]
+
+
 @pytest.mark.parametrize(
     ("dims", "message"),
     [((4, 16), r"model\.embed is 16; set it above 16"), ((), "rising"), ((0, 4), "rising"), ((8, 4), "rising")],

@@ -50,6 +50,14 @@ class Images:
             raise records.as_bad_sample(error) from error
         return record["image"], next(iter(record["text"]), "")
 
+    def places(self) -> list[str]:
+        """Return the absolute paths, or the addresses, of the tables and of the first and the last image's files."""
+        paths: list[str] = [*getattr(self.source, "tables", ())]
+        for index in (0, len(self) - 1):
+            place = self.source.describe(self.numbers[index])
+            paths += [place[key] for key in ("tar", "file") if key in place]
+        return [path if storage.is_remote(path) else os.path.abspath(path) for path in paths]
+
     def digest(self) -> str:
         """Return columns and a hash of names and sizes of images and captions, not of times, which change in copies."""
         return f"{self.source.fingerprint()['hash']} {self._columns}"

@@ -28,8 +28,8 @@ class Model:
 
     Attributes:
       model: the `xclip_jax.model.Model`.
-      mteb_model_meta: `mteb.ModelMeta`. Its revision is a checksum of weights, tokenizer and preprocessing: `mteb`
-        caches results by name and revision.
+      mteb_model_meta: `mteb.ModelMeta`. Its revision is a checksum of weights, tokenizer and preprocessing, and
+        the number of kept dimensions: `mteb` caches results by name and revision.
     """
 
     def __init__(self, model: inference.Model | str | os.PathLike, *, step: int | None = None, batch: int = 32) -> None:
@@ -44,10 +44,11 @@ class Model:
         """
         meta = import_extra("mteb.models.model_meta", "mteb", "xclip_jax.commands.mteb")
         self.model = model if isinstance(model, inference.Model) else inference.load(model, step=step, batch=batch)
+        dims = f"-dims{self.model.dims}" if self.model.dims else ""
         self.mteb_model_meta = meta.ModelMeta.create_empty(
             {
                 "name": _name(str(self.model.card.get("checkpoint", "model"))),
-                "revision": self.model.fingerprint(),
+                "revision": self.model.fingerprint() + dims,
                 "n_parameters": self.model.num_parameters,
                 "max_tokens": self.model.length,
                 "framework": ["JAX"],

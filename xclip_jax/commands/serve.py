@@ -115,10 +115,9 @@ def make_index(model: Model, pattern: str, max_unreadable: float = MAX_UNREADABL
     Raises `UserError` if no image can be read.
     """
     source = open_images(pattern)
-    # A table's digest does not cover the images that it names relative to its folder.
-    tables = getattr(source.source, "tables", ())
-    places = [path if storage.is_remote(path) else os.path.abspath(path) for path in tables]
-    key = hashlib.sha256(f"{model.fingerprint()} {source.digest()} {places}".encode()).hexdigest()[:16]
+    # Other folders may have files of the same names and sizes.
+    parts = f"{model.fingerprint()} {source.digest()} {source.places()}"
+    key = hashlib.sha256(os.fsencode(parts)).hexdigest()[:16]
     file = storage.cache_dir() / "search" / f"{key}.parquet"
     embed(model, {"image": source}, str(file), max_unreadable=max_unreadable)
     columns = embeddings.read(file)
@@ -143,6 +142,12 @@ def make_app(index: Index) -> Any:
     def show(_: Request) -> Response:
         return HTMLResponse(page, headers=_HEADERS)
 
+    def number(request: Request) -> int:
+        text = request.path_params["image"]
+        if len(text) > 18 or not (text.isascii() and text.isdigit()):  # Python refuses to convert thousands of digits
+            raise HTTPException(404)
+        return int(text)
+
     def matches(found: list[Match]) -> Response:
         return answer({"matches": [match._asdict() for match in found]})
 
@@ -150,10 +155,10 @@ def make_app(index: Index) -> Any:
         return matches(index.by_text(request.query_params.get("text", "")))
 
     def similar(request: Request) -> Response:
-        return matches(index.by_image(request.path_params["image"]))
+        return matches(index.by_image(number(request)))
 
     def small(request: Request) -> Response:
-        return Response(thumbnail(request.path_params["image"]), media_type="image/webp", headers=_HEADERS)
+        return Response(thumbnail(number(request)), media_type="image/webp", headers=_HEADERS)
 
     def fault(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -164,8 +169,8 @@ def make_app(index: Index) -> Any:
         routes=[
             Route("/", show),
             Route("/search", search),
-            Route("/similar/{image:int}", similar),
-            Route("/thumbnail/{image:int}", small),
+            Route("/similar/{image}", similar),
+            Route("/thumbnail/{image}", small),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS)],
         exception_handlers=dict.fromkeys((UserError, IndexError, HTTPException), fault),

@@ -19,7 +19,7 @@ import numpy as np
 from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.core.imports import LazyClassTable, import_class, import_name
 from xclip_jax.data import holdout, images, labelled
-from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, WrappedSource
+from xclip_jax.data.base import IMAGE_SUFFIXES, Record, Source, SourceKind, SourceOptions, WrappedSource
 from xclip_jax.data.config import DataConfig
 
 CaptionTransform = Callable[[str, Sequence[str], np.random.Generator], str]
@@ -87,7 +87,13 @@ def spec_from_path(text: str) -> str:
     if is_spec(text):
         return text
     if os.path.isdir(path):
-        return f"tar:{text}" if glob.glob("*.tar", root_dir=path) else f"folder:{text}"
+        tars = glob.glob("*.tar", root_dir=path)
+        names = (name for _, _, files in os.walk(path) for name in files)
+        if tars and any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
+            raise UserError(
+                f"{text!r} has images and tars, such as {min(tars)}; write folder:{text} or tar:{text} for one of them."
+            )
+        return f"tar:{text}" if tars else f"folder:{text}"
     for name, kind in SOURCES.items():
         if redact(path).lower().endswith(kind.suffixes):
             return f"{name}:{text}"

@@ -63,6 +63,8 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         if self.image_size % self.patch and (self.pool != "map" or not self.grid):
             nearest = max(round(self.image_size / self.patch), 1) * self.patch
             yield f"image_size {self.image_size} must be a multiple of patch {self.patch}; set it to {nearest}"
+        if self.drop_path and self.depth == 1:
+            yield "drop_path leaves out no branch of the first block, and depth is 1; set it to 0"
         yield from super().conflicts()
 
     @property

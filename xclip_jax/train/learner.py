@@ -57,6 +57,8 @@ class Learner:
           state: the result of `init` or of the last step.
           batch: "image", uint8 (b, size, size, 3), and "text", int32 (b, length); see `preprocess` and `tokenize`. With
             `data.negatives` also "negatives", int32 (b, negatives, length); the caption's tokens if one is missing.
+            With `positives` "caption" or "image" also "text_key" or "image_key", int32 (b, 2), whose rows are equal
+            for equal captions or images.
 
         Raises:
           UserError: arrays of other names, shapes or dtypes.

@@ -207,8 +207,9 @@ class MetricLogger:
         self._metrics = JsonLines(
             run.folder.metrics_file, lambda line: line["step"] <= (start if "loss" in line else last), writes=first
         )
-        self._results = JsonLines(run.folder.results_log_file, lambda line: line["step"] <= last, writes=first)
-        self._evaluated = {line["step"] for line in self._metrics.kept if "loss" not in line}
+        evaluated = {line["step"] for line in self._metrics.kept if "loss" not in line}
+        self._results = JsonLines(run.folder.results_log_file, lambda line: line["step"] in evaluated, writes=first)
+        self._evaluated = evaluated
         del self._metrics.kept, self._results.kept  # large in a long run
         self._trackers = Trackers(run.folder, run.config, start) if first else None
         self.clock = Clock(began, start, before, on_step_end)
@@ -276,7 +277,9 @@ class MetricLogger:
         """Write evaluation results of all sets or some to the run's files and the trackers."""
         # results.jsonl first: a resumed run does not repeat an evaluation listed in metrics.jsonl.
         self._results.append({"step": step, "records": to_json(results)})
+        self._results.flush()
         self._write(step, flat(results))
+        self._metrics.flush()
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         self._metrics.append({"step": step} | dict(scalars))
