@@ -18,6 +18,8 @@ from xclip_jax.config import load, recipes, schema
 from xclip_jax.data import embeddings
 
 ROOT = pathlib.Path(__file__).parents[1]
+SMALL = {f"model.{tower}.{key}": 2 for tower in ("img", "txt") for key in ("depth", "heads")}
+SMALL |= {"model.img.width": 64, "model.txt.width": 64}
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if not path.stem.startswith("study")]
 MODULES = "|".join(rf"xclip_jax\.commands\.{name}" for name in cli.COMMANDS)
 
@@ -93,13 +95,13 @@ def test_pictures_of_the_demo(tmp_path):
 
 @pytest.mark.long
 def test_the_own_loop(tmp_path, monkeypatch, capsys):
-    """Its blocks, one after the other, here of two layers on one device; the loop stays as short as the page says."""
+    """Its blocks, one after the other, here of small towers on one device; the loop stays as short as the page says."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_loop.md").read_text(), re.DOTALL)
     lines = blocks[0].strip().splitlines()
     assert len(lines) <= 30 and len([line for line in lines if line.startswith("import")]) == 3
     assert blocks[0].count('keys = {"steps": 20,') == 1
     blocks[0] = blocks[0].replace(
-        "keys = {", 'keys = {"model.img.depth": 2, "model.txt.depth": 2, "devices": jax.devices()[:1], '
+        "keys = {", f'keys = {SMALL} | {{"devices": jax.devices()[:1], '
     )
     monkeypatch.chdir(tmp_path)
     names = {"jax": jax}
@@ -118,7 +120,7 @@ def test_a_recipe_takes_over_the_towers_of_weights():
     assert schema.resolve({"steps": 1, "optim": {"warmup": 0}, "model": config.model.to_dict()}).model == saved.model
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_vector_stores(run, tmp_path, monkeypatch, capsys):
     """Each program of the page, by itself, finds the images of the largest products, here in a folder of two shares."""
     monkeypatch.chdir(tmp_path)

@@ -177,6 +177,7 @@ def test_compare_objectives(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "clip-1" / "config.json").read_text())["config"]["eval"]["report"] is False
 
 
+@pytest.mark.slow
 def test_study(tmp_path, pairs, capsys):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(

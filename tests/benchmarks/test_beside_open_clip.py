@@ -42,6 +42,7 @@ def command(tmp_path_factory):
         yield types.SimpleNamespace(main=main, flags=flags, out=folder / "out", printed=printed)
 
 
+@pytest.mark.slow
 def test_a_command_trains_and_scores_both_sides_once(command):
     *started, table = command.printed
     assert started == [f"{x} ..." for x in ("small-steps", "open_clip-steps", "small-seed3", "open_clip-0.001-seed3")]
@@ -58,6 +59,7 @@ def test_a_command_trains_and_scores_both_sides_once(command):
         command.main(*command.flags, "--seconds", "9")
 
 
+@pytest.mark.slow
 def test_both_models_are_those_trained(command):
     """Ours is the model of a run of the recipe, and open_clip's has the embeddings that it has in torch."""
     steps = json.loads((command.out / "small-steps.json").read_text())["steps"]

@@ -210,6 +210,7 @@ def test_cudnns_values_and_gradients_are_those_of_attend(undefined_rows, n, caus
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_whole_step_with_cudnn_is_the_same(monkeypatch):
     changes = {"mesh__strategy": "fsdp_tp", "mesh__fsdp": 2, "mesh__model": 2, "model__scan": True}
     calls = []
