@@ -100,9 +100,7 @@ def test_the_own_loop(tmp_path, monkeypatch, capsys):
     lines = blocks[0].strip().splitlines()
     assert len(lines) <= 30 and len([line for line in lines if line.startswith("import")]) == 3
     assert blocks[0].count('keys = {"steps": 20,') == 1
-    blocks[0] = blocks[0].replace(
-        "keys = {", f'keys = {SMALL} | {{"devices": jax.devices()[:1], '
-    )
+    blocks[0] = blocks[0].replace("keys = {", f'keys = {SMALL} | {{"devices": jax.devices()[:1], ')
     monkeypatch.chdir(tmp_path)
     names = {"jax": jax}
     for block in blocks:
