@@ -15,6 +15,8 @@ GLUE follows BERT: AdamW, 2e-5 falling linearly, batch 32, 3 epochs; these tower
 dropout. Not run at full size; no score is claimed.
 """
 
+import math
+
 import ml_collections
 
 from xclip_jax.config import recipes
@@ -27,6 +29,8 @@ ARGUMENTS = {
     "data": "tfds:imagenet2012", "train": "train", "test": "validation", "dir": "", "weights": "", "preset": "",
     "batch": 0, "epochs": 0, "examples": 0, "classes": 0,
 }  # fmt: skip
+RATE = 4e-3  # of a batch of 1024 images
+MIN_BATCH = 32
 # Training examples and classes, so that a config can be read without the data.
 KNOWN = {"tfds:imagenet2012/train": (1_281_167, 1000)}
 
@@ -53,7 +57,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.data.batch = args.batch or 1024
         config.data.crop_scale, config.data.resample = (0.08, 1.0), "bicubic"
         config.data.flip_prob, config.data.color_jitter = 0.5, 0.4
-        config.optim.lr = 4e-3 * config.data.batch / 1024
+        config.optim.lr = RATE * config.data.batch / 1024
         config.optim.lr_end = 1e-6
         config.optim.weight_decay, config.optim.b2 = 0.05, 0.999
     return config
@@ -72,6 +76,10 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> None:
     text = config.objective.classify.tower == "txt"
     epochs = args.epochs or (3 if text else 100)
     batch = config.data.batch
+    if not args.batch:  # at least eight updates per epoch
+        batch = config.data.batch = min(batch, max(2 ** int(math.log2(max(examples // 8, 1))), MIN_BATCH))
+        if not text:
+            config.optim.lr = RATE * batch / 1024
     config.objective.classify.classes = args.classes or counted[1]
     config.steps = max(examples * epochs // batch, 1)
     config.eval.every = max(examples // batch, 1) * max(epochs // 20, 1)

@@ -250,9 +250,9 @@ def image_size(preset: str, counts: Counts, machine: Machine) -> int:
 
 
 def batch_size(trained: int, preset: str, machine: Machine) -> int:
-    """Return the batch size: a power of two, at most half an epoch, in equal parts for the devices."""
+    """Return the batch size: a power of two for each device, in all at most half an epoch."""
     batch = min(2 ** int(math.log2(max(trained // 2, 1))), _limits(preset, machine)[0])
-    return max(batch - batch % machine.devices, machine.devices)
+    return machine.devices * 2 ** int(math.log2(max(batch // machine.devices, 1)))
 
 
 def microbatches(config: ml_collections.ConfigDict, machine: Machine) -> int:
@@ -326,7 +326,7 @@ def set_schedule(config: ml_collections.ConfigDict, machine: Machine, trained: i
         optim.lr = 1e-3 if config.model.img.width < 768 else 5e-4
     config.eval.every = max(steps // 8, min(20, steps))  # at `steps` only the last evaluation is left
     # A few steps are soon trained again, and a checkpoint is three times the model.
-    config.checkpoint.every = max(steps // 10, min(200, steps))
+    config.checkpoint.every = min(max(steps // 10, min(200, steps)), 1000)
     config.log.every = max(min(20, steps // 20), 1)
 
 

@@ -61,6 +61,15 @@ def test_arguments_that_would_have_no_effect_are_refused():
         load.load_config("finetune:weights=run,preset=L/14,examples=10,classes=2")
 
 
+@pytest.mark.parametrize(("examples", "batch"), [(10, 32), (2000, 128), (100_000, 1024)])
+def test_few_images_are_fine_tuned_in_small_batches(examples, batch):
+    arg = f"finetune:data=folder:/x,examples={examples},classes=2"
+    config = load.load_config(arg)
+    assert (config.data.batch, config.optim.lr) == (batch, 4e-3 * batch / 1024)
+    assert config.steps == max(examples * 100 // batch, 1)
+    assert load.load_config(f"{arg},batch=512").data.batch == 512
+
+
 def test_one_class_is_nothing_to_learn(tmp_path):
     tiny.folder(tmp_path / "train" / "cats", 3)
     with pytest.raises(UserError, match=r"folder:.*/train has one class, 'cats'; a classifier learns from two or more"):

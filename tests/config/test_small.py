@@ -94,6 +94,7 @@ def test_rates_warm_up_and_intervals():
         c = schema.resolve(config(1000, steps=steps))
         assert (c.steps, c.eval.every, c.log.every) == (steps, min(steps, 20), max(steps // 20, 1))
         assert c.optim.warmup == int(0.6 * steps)
+    assert config(100_000_000, "gpu").checkpoint.every == 1000  # hours of work may be lost at most
     assert [config(5000, epochs=n).steps for n in (1, 0.5)] == [19, 9]
 
 
@@ -128,7 +129,10 @@ def test_memory_time_and_devices_of_the_machine():
     slow = config(1_000_000)
     assert slow.steps * slow.data.batch == pytest.approx(995_000, rel=0.01)  # one epoch, for want of more time
     six = dataclasses.replace(gpu, devices=6)
-    assert (small.batch_size(180, "Ti/12", six), small.batch_size(10, "Ti/12", six)) == (60, 6)
+    assert (small.batch_size(180, "Ti/12", six), small.batch_size(10, "Ti/12", six)) == (48, 6)
+    for devices in (3, 7, 12):  # of which each has a power of two
+        batch = small.batch_size(10_000_000, "B/16", dataclasses.replace(gpu, devices=devices))
+        assert batch % devices == 0 and math.log2(batch // devices).is_integer() and 2048 < batch <= 4096
 
 
 def test_counts_are_those_of_the_pairs(tmp_path):

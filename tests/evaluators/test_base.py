@@ -5,8 +5,8 @@ import pytest
 from tests.evaluators.test_registry import folder, measure
 from tests.helpers import tiny
 from tests.helpers.encoding import make_encoder
-from xclip_jax.core.errors import UserError
-from xclip_jax.evaluators import registry
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.evaluators import base, registry
 
 
 def test_an_unreadable_image_of_pairs_is_named_by_its_file(tmp_path):
@@ -16,6 +16,16 @@ def test_an_unreadable_image_of_pairs_is_named_by_its_file(tmp_path):
     spec = f"retrieval/folder:{pairs}"
     with pytest.raises(UserError, match=rf"3 of 40 images cannot be read, .*image '{pairs}/003\.png'"):
         measure(spec)
+
+
+def test_any_error_of_a_record_makes_it_an_unreadable_image():
+    class Items(list):
+        def __getitem__(self, index):
+            raise KeyError("pixels")
+
+    with pytest.raises(BadSample, match="KeyError: 'pixels'") as raised:
+        base.pictures(Items([0]), None)[0]
+    assert raised.value.__notes__ == ["image 'record 0'"]
 
 
 @pytest.mark.parametrize("kind", ["probe", "finetuned"])

@@ -139,6 +139,8 @@ def test_results_of_other_protocols_are_not_compared(tmp_path):
     refused = []
     files = str(tmp_path / "a.json"), str(tmp_path / "b.json")
     assert tables.compare(*files, refused=refused) == [] and len(refused) == 1
+    with pytest.raises(UserError, match=r"x is not the same in .*: n is 3 and 4"):
+        compared(tmp_path, [entry(n=3)], [entry(n=4)])
 
 
 def test_the_columns_of_a_comparison_are_as_wide_as_their_cells():

@@ -69,6 +69,16 @@ def test_open_clip_there_and_back(name, file, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, interop.read(str(tmp_path / "back")), (config, variables))
 
 
+def test_layers_without_tensors_are_refused_at_once(tmp_path):
+    state = {key: x.contiguous() for key, x in make_open_clip("erf_b16").state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "open_clip_model.safetensors")
+    whole = MODELS["erf_b16"]
+    config = whole | {"embed_dim": 48, "vision_cfg": whole["vision_cfg"] | {"layers": 10**30}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(UserError, match=r"more layers than the [0-9]+ tensors"):
+        interop.read(str(tmp_path))
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("scripted", [False, True], ids=["state_dict", "torchscript"])
 def test_openai_weights_need_no_config(scripted, tmp_path):

@@ -92,7 +92,11 @@ def test_clips_own_files_are_clip(tmp_path):
 def test_a_whole_tokenizer_needs_no_other_code(name, tmp_path):
     """Cleaning, start, end, truncation and padding are in the file; CLIP's ids are open_clip's."""
     words(tmp_path / "words.json", 300, 299)
+    model = tokenizers.Tokenizer.from_file(str(tmp_path / "words.json"))
+    model.add_special_tokens(["<|endoftext|>"])
+    model.save(str(tmp_path / "words.json"))
     texts = ["", "A  photo of  a CAT", "the dog\u2019s \u201cbone\u201d", "cafe\u0301 d\u02bcor", "w7 w9", "123 " * 30]
+    texts += ["w1 <|endoftext|> w2"] if name == "words.json" else []
     known = tokenizer.load(str(tmp_path / name) if name.endswith("json") else name)
     found = [row.ids for row in tokenizers.Tokenizer.from_str(vocabulary.complete(known, 12)).encode_batch(texts)]
     expected = open_clip.SimpleTokenizer(context_length=12)(texts) if name == "clip" else known(texts, 12)

@@ -15,6 +15,7 @@ from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators.results import Result
 from xclip_jax.report import card
 from xclip_jax.train import build, weights
+from xclip_jax.train.run_writer import RunWriter
 
 
 def test_names_of_others_are_no_markdown_in_a_card(run):
@@ -48,6 +49,13 @@ def test_a_card_has_the_results_of_the_loaded_weights_with_their_protocol(tmp_pa
     (row,) = [line for line in lines if line.startswith("| `folder:set`")]
     (result,) = card.measured(RunReader(run), weights.load(run))
     assert result.protocol.protocol and f"| 8 | {result.protocol.protocol} | a {{c}} \\| one {{c}} |" in row
+    # The end of training evaluated this set, too, and another one.
+    loaded = weights.load(run)
+    ended = [dataclasses.replace(result, set=name, value=1.0) for name in (result.set, "folder:other")]
+    RunWriter(run).write_results(loaded.config, ended)
+    loaded = loaded._replace(config=dataclasses.replace(loaded.config, steps=loaded.step))
+    found = {x.set: x.value for x in card.measured(RunReader(run), loaded)}
+    assert found == {result.set: result.value, "folder:other": 1.0}
     # Checkpoints of another model in their place have no results yet.
     shutil.rmtree(f"{run}/checkpoints")
     shutil.copytree(f"{other}/checkpoints", f"{run}/checkpoints")

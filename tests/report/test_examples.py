@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 
 from tests.helpers import tiny
@@ -75,6 +76,14 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path):
     assert str(tmp_path / "set" / "cat" / "2.png") in shown.missing[0]
     run = written(tmp_path / "run", tiny.config("xclip"), [])
     assert "2 of 16 images drawn from" in " ".join(check(page_of(run, shown)).text)
+
+
+def test_similarities_that_are_not_finite_show_nothing(tmp_path):
+    variables = jax.tree.map(lambda x: x * np.nan, small_model()[1])
+    specs = [f"folder:{folder_of(tmp_path / 'set')}", f"retrieval/folder:{tiny.folder(tmp_path / 'pairs', 8)}"]
+    shown = examples.collect_examples(make_encoder(), variables, specs)
+    assert not shown.named and not shown.retrieved
+    assert ["not finite" in text for text in shown.missing] == [False, True, True]  # the first: two cannot be read
 
 
 def test_the_first_sets_are_shown(tmp_path):

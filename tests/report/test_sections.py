@@ -18,7 +18,7 @@ from xclip_jax.commands import report as command
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.results import Result
+from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.report import collect, examples, page, sections
 from xclip_jax.report.collect import Run
@@ -34,6 +34,8 @@ def run(folder, color, right, *, objective="clip", split="1", **changes):
         {"step": s, "loss": right / s, f"{objective}/loss": right / s, "lr": 1e-3, "grad_norm": 1.0} for s in (1, 2, 3)
     ]
     evaluations = [(step, zero_shot("x", step * right / 3, None, n=100)) for step in (2, 3)]
+    of_data = Provenance(split_hash=split)
+    evaluations = [(step, [dataclasses.replace(x, protocol=of_data) for x in found]) for step, found in evaluations]
     written(folder, tiny.config(objective, run=folder, **changes), rows, evaluations)
     values = np.repeat([1.0, 0.0], [right, 100 - right])
     result = Result("x", "zeroshot", "top1", float(right), n=100, chance=25.0, headline=True, evaluator="zeroshot")
@@ -104,6 +106,7 @@ def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
     assert rows["optim.lr"] == "<td>0.001</td><td>0.001001</td>" and rows["data.batch"] == "<td>16</td><td>8</td>"
     assert "Predictions of b are by the checkpoint of step 2." in words and "Predictions of a" not in words
     assert "No evaluation set has images and texts" in words
+    assert "; the runs&#39; data differ" in text
     RunReader(tmp_path / "b").evaluation_file.unlink()
     assert "make it with xclip-jax evaluate --checkpoint RUN --suite NAME" in page.render([a, b])
 

@@ -84,7 +84,7 @@ def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequenc
     def check_sets() -> Iterator[Finding]:
         opened = prepare.open_evaluators(experiment, encoder)
         if opened:
-            yield Finding("evaluation", f"{len(opened)} evaluation sets can be read")
+            yield Finding("evaluation", f"{len(opened)} evaluation sets can be opened")
 
     def check_weights() -> Iterator[Finding]:
         tensors, _ = prepare.open_initial(experiment, folder, classes)

@@ -129,7 +129,7 @@ def fit(config: ml_collections.ConfigDict, topology: str) -> tuple[int, list[str
     if fits(batch, 1, "full"):
         return largest, flags_of(1, "full")
     parts = batch // (largest or len(devices))
-    while parts * len(devices) <= batch:
+    while batch % (parts * len(devices)) == 0:
         for remat in ("none", "dots", "full"):
             if fits(batch, parts, remat):
                 return largest, flags_of(parts, remat)

@@ -14,6 +14,7 @@ from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data.base import LazySequence, display_name
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.data.records import as_bad_sample
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Result, flat
@@ -197,6 +198,8 @@ def pictures(images: Sequence[Any], prepare: Preprocessing) -> LazySequence:
                 image = images[index]
             except OSError as error:  # from another package's reader, such as an unavailable store
                 raise storage.unreadable(error) from error
+            except Exception as error:
+                raise as_bad_sample(error) from error
             return prepare(image)
         except BadSample as error:
             error.add_note(f"image {display_name(images, index)!r}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -199,5 +200,6 @@ def bootstrap(a: PerExample, b: PerExample | None = None, *, samples: int = 2000
         with contextlib.suppress(UserError, ZeroDivisionError):
             value = a.value(chosen)
             defined.append(value if b is None else b.value(chosen) - value)
+    defined = [value for value in defined if math.isfinite(value)]
     low, high = np.percentile(defined, [2.5, 97.5]) if defined else (np.nan, np.nan)
     return float(low), float(high)

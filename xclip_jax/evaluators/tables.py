@@ -28,7 +28,7 @@ _FAMILIES = {
 }
 # Sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
 _PATH = re.compile(r"([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)")
-_COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol", "profile")
+_COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol", "profile", "n")
 
 
 @dataclasses.dataclass

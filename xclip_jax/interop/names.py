@@ -163,6 +163,8 @@ def read(tensors: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int
 
     A `UserError` lists missing, unknown or misshapen tensors by name.
     """
+    if max(group[tower]["depth"] for tower in ("img", "txt")) > len(tensors):
+        raise UserError(f"the config has more layers than the {len(tensors)} tensors of the weights.")
     params = _params(group, vocab, names, sigmoid=names.get("bias") in tensors)
     shapes = {name: shape for param in params for name, shape in param.parts.items()}
     reshaped = dict(tensors)

@@ -153,7 +153,12 @@ def complete(tokens: tokenizer.Tokenizer, length: int) -> str:
     model.post_processor = processors.TemplateProcessing([*start, "$A", end], special_tokens=special)
     model.enable_truncation(length)
     model.enable_padding(length=length, pad_id=tokens.pad_id, pad_token=str(model.id_to_token(tokens.pad_id)))
-    return model.to_str()
+    content = json.loads(model.to_str())
+    # The file has no `encode_special_tokens`: a special token in a text would end the row.
+    words = model.get_vocab(with_added_tokens=False)
+    added = content["added_tokens"]
+    content["added_tokens"] = [token for token in added if not (token["special"] and token["content"] in words)]
+    return json.dumps(content, ensure_ascii=False)
 
 
 def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:

@@ -131,16 +131,18 @@ def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> st
 
 
 def measured(run: RunReader, loaded: Loaded) -> list[Result]:
-    """Return the loaded model's headline results, the last of each set by `evaluate`, or else by the end of training.
+    """Return the loaded model's headline results of each set, the last by `evaluate`, or else by the end of training.
 
     The model is identified by its weights, since the run's checkpoints may have been replaced.
     """
-    entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
-    number = fingerprint(loaded.experiment, loaded.variables) if entries else ""
-    entries = [entry for entry in entries if entry["step"] == loaded.step and entry["fingerprint"] == number]
+    known = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
+    number = fingerprint(loaded.experiment, loaded.variables) if known else ""
+    entries = [entry for entry in known if entry["step"] == loaded.step and entry["fingerprint"] == number]
     values = results.read_entries(results.latest(entries)[0]) if entries else []
-    if not values and loaded.step == loaded.config.steps:
-        values = results.from_json((run.read_results() or {"records": []})["records"])
+    if (values or not known) and loaded.step == loaded.config.steps:
+        sets = {(result.family, result.set) for result in values}
+        trained = results.from_json((run.read_results() or {"records": []})["records"])
+        values += [result for result in trained if (result.family, result.set) not in sets]
     return [result for result in values if result.headline]
 
 

@@ -27,6 +27,7 @@ PROMPTS = 6000  # about the most class texts of a set
 ZEROSHOT_SETS = 3  # sets for classification
 CLUSTERS = 24
 _PROBABILITY = "probability"
+_NOT_FINITE = "similarities that are not finite name and find nothing; look at the loss."
 _NO_SIMILARITY = (
     "The model does not compare images with texts (no term of its objective has a similarity), so no examples of its "
     "predictions are shown."
@@ -223,6 +224,9 @@ def _add_names(
         groups={},
     )
     scores = ZeroShot(encoder, zeroshot).scores(variables)
+    if not np.isfinite(scores[""]).all():
+        examples.missing.append(f"{title}: {_NOT_FINITE}")
+        return
     indices = np.searchsorted(keep, first)
     bars, meaning = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
     ranking = np.argsort(-scores[""][indices], axis=1, kind="stable")
@@ -257,7 +261,7 @@ def _label(value: float, meaning: str, name: str, right: bool) -> ScoredLabel:
 def _retrieved(
     encoder: Encoder, variables: Variables, data: RetrievalSet, shown: RetrievalSet, seed: int, missing: list[str]
 ) -> RetrievalExamples | None:
-    """Return results for `NUM_QUERIES` texts and `NUM_IMAGES` images; None without a readable image."""
+    """Return results for `NUM_QUERIES` texts and `NUM_IMAGES` images; None without readable images or finite scores."""
     rng = np.random.default_rng(seed)
     decoded = _decode(shown, np.sort(rng.permutation(len(data.images))[:POOL]), missing)
     if not decoded:
@@ -268,6 +272,9 @@ def _retrieved(
     gallery = Gallery([data.images[i] for i in decoded], list(decoded.values()), names)
     by_score = compare(encoder.similarities, *encode_pairs(encoder, variables, gallery.images, texts))
     scores = by_score[""]
+    if not np.isfinite(scores).all():
+        missing.append(f"{data.name}: {_NOT_FINITE}")
+        return None
     bars, meaning = _bars(encoder, variables, by_score)
     matches = Matches(captions).of_images()
     by_text = []

@@ -121,7 +121,9 @@ def results(runs: Sequence[Run]) -> Section:
         metric = next(of_run[key][0] for of_run in measured if key in of_run)
         column = [(run, of_run[key][1] if key in of_run else None) for run, of_run in zip(runs, measured, strict=True)]
         cells = [(result, run.record.step_of(result)) if result else None for run, result in column]
-        rows.append((short[key[1]], metric.label, cells))
+        of_data = {result.protocol.split_hash for _, result in column if result}
+        label = metric.label + "; the runs' data differ" * (len(of_data) > 1)
+        rows.append((short[key[1]], label, cells))
     texts = {run.name: tables.render(run.record.results) for run in runs if run.record.results}
     return Section("results", "Results", (rows, texts))
 

@@ -17,6 +17,9 @@ def test_incomplete_rows_of_glue_are_counted(tmp_path, capsys):
 
 
 def test_other_files_are_named(tmp_path):
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\n")
+    with pytest.raises(UserError, match=r"dev\.tsv' has no complete item of GLUE's sst2"):
+        glue.read_pairs("sst2", "validation", str(tmp_path))
     for content, named in (("", "IndexError"), ("a\tb\n1\t2", "KeyError"), ("sentence\tlabel\na\t7", "ValueError")):
         (tmp_path / "train.tsv").write_text(content)
         with pytest.raises(UserError, match=rf"train\.tsv' is not a file of GLUE's sst2; .*{named}"):

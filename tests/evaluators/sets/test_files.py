@@ -58,6 +58,10 @@ def test_senteval(tmp_path):
     data = load(f"cr@{tmp_path}")
     assert (len(data.train), len(data.validation), len(data.test), data.folds) == (24, 0, 0, 10)
     assert [text.startswith("zzz") for text in data.train] == data.tasks[""][0].astype(bool).tolist()
+    (tmp_path / "rt-polarity.neg").write_text("bad\n")
+    (tmp_path / "rt-polarity.pos").write_text("")
+    with pytest.raises(UserError, match="items of one class only"):
+        load(f"mr@{tmp_path}")
     metrics = evaluate(dataclasses.replace(data, sweep=Sweep((1.0, 8.0), 0), folds=3))
     assert metrics[f"textual/cr@{tmp_path}/linear/top1"] == 100 and metrics[f"textual/cr@{tmp_path}/n"] == 24
 
@@ -96,6 +100,9 @@ def test_sentevals_own_splits(name, tmp_path):
         metrics = evaluate(dataclasses.replace(data, sweep=Sweep((1.0, 8.0), 0), folds=2 if data.folds else 0))
         assert metrics[f"textual/{name}@{tmp_path}/linear/top1"] == 100
         assert metrics[f"textual/{name}@{tmp_path}/linear/f1"] == 100
+    (tmp_path / files_of[-1]).write_text(head)
+    with pytest.raises(UserError, match=f"{files_of[-1]} has no items"):
+        load(f"{name}@{tmp_path}")
     (tmp_path / files_of[-1]).write_text(head + row.format(w="b", i=9, L="X"))
     with pytest.raises(UserError, match=f"{name}: .* is not in the published layout .*'[9X]'"):
         load(f"{name}@{tmp_path}")

@@ -154,6 +154,13 @@ def test_classes_named_by_numbers_get_the_name_of_their_number(tmp_path):
     assert named(data) == {i: whole[i] for i in (0, 2, 10)} and len(data.prompts) == 43
 
 
+def test_countries_are_named_by_their_codes(tmp_path):
+    countries = dict(zip(known_sets._COUNTRIES.split(), prompts.published("country211"), strict=True))
+    assert [countries[x] for x in ("AD", "CW", "MF", "SX", "XK", "ZW")] == [
+        "Andorra", "Curacao", "Saint-Martin", "Sint Maarten", "Kosovo", "Zimbabwe"]  # fmt: skip
+    assert named(load(f"country211@{folder(tmp_path, list(countries))}")) == dict(enumerate(countries.values()))
+
+
 def test_labels_of_tfds_are_those_of_files(tmp_path):
     wnids = tfds.builder("imagenet2012:5.1.0").info.features["label"].names
     whole = prompts.published("imagenet1k")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import check_choice
+from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data.base import SourceKind, SourceOptions, read_text
 from xclip_jax.data.labelled import Labelled
 from xclip_jax.data.readers.tfds import name_and_split
@@ -80,6 +80,8 @@ def read_pairs(name: str, split: str, folder: str) -> tuple[list[list[str]], np.
     if len(complete) < len(rows):
         missing = len(rows) - len(complete)
         print(f"{str(path)!r}: {missing:,} of {len(rows):,} rows lack a text or the label and are left out", flush=True)
+    if not texts:
+        raise UserError(f"{str(path)!r} has no complete item of GLUE's {name}; download the task again.")
     return texts, values
 
 

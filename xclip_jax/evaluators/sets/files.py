@@ -100,6 +100,10 @@ def senteval(name: str, path: pathlib.Path) -> ProbeSet:
     else:
         parts = [_read_split(name, path / file) for file in _SPLIT_FILES[name]]
         how = "own splits"
+        if not all(parts):
+            raise ValueError(f"{_SPLIT_FILES[name][list(map(len, parts)).index(0)]} has no items; get it again")
+    if len({label for _, label in parts[0]}) < 2:
+        raise ValueError("it has items of one class only; get it again")
     if len(parts) == 2:
         parts.insert(1, [])
         how += ", C by ten folds of the training items"

@@ -72,6 +72,14 @@ def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
     return Entry(tfds_name, split, "imagenet", "imagenet1k", **fields)
 
 
+_COUNTRIES = (  # codes of ISO 3166, which name the folders of Country211
+    "AD AE AF AG AI AL AM AO AQ AR AT AU AW AX AZ BA BB BD BE BF BG BH BJ BM BN BO BQ BR BS BT BW BY BZ CA CD CF CH "
+    "CI CK CL CM CN CO CR CU CV CW CY CZ DE DK DM DO DZ EC EE EG ES ET FI FJ FK FO FR GA GB GD GE GF GG GH GI GL GM "
+    "GP GR GS GT GU GY HK HN HR HT HU ID IE IL IM IN IQ IR IS IT JE JM JO JP KE KG KH KN KP KR KW KY KZ LA LB LC LI "
+    "LK LR LT LU LV LY MA MC MD ME MF MG MK ML MM MN MO MQ MR MT MU MV MW MX MY MZ NA NC NG NI NL NO NP NZ OM PA PE "
+    "PF PG PH PK PL PR PS PT PW PY QA RE RO RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SS SV SX SY SZ TG TH "
+    "TJ TL TM TN TO TR TT TW TZ UA UG US UY UZ VA VE VG VI VN VU WS XK YE ZA ZM ZW"
+)
 ENTRIES: Mapping[str, Entry] = {
     "imagenet": _imagenet(_IMAGENET, "validation"),
     "imagenet_minival": _imagenet(_IMAGENET, "train[99%:]", train="", role=VALIDATION),  # big_vision's
@@ -108,7 +116,7 @@ ENTRIES: Mapping[str, Entry] = {
     "fer2013": Entry(templates="fer2013", names="fer2013",  # and Kaggle's folders, which clip_benchmark reads
                      folders=("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")),
     "gtsrb": Entry(templates="gtsrb", names="gtsrb"),
-    "country211": Entry(templates="country211", names="country211"),
+    "country211": Entry(templates="country211", names="country211", folders=tuple(_COUNTRIES.split())),
     "hatefulmemes": Entry(templates="hatefulmemes", names="hatefulmemes", metric="roc_auc"),
     "renderedsst2": Entry(templates="renderedsst2"),
     "ucf101": Entry(templates="ucf101", readable=True, note=_APPROXIMATE + "; middle frames"),
