@@ -9,8 +9,9 @@ Keys of the argument: data, train and test (a source is DATA/TRAIN: tfds:imagene
 with one sub-folder per class, csv:/my/images/train.csv with train=train.csv, glue:TASK@FOLDER/train), weights, preset
 (without weights), batch, epochs, examples and classes (0 counts them in the source), dir (of TFDS data sets).
 
-Images follow SLIP's README and BEiT's code, 100 epochs at batch 1024, here with lr in proportion to the batch, changes
-of brightness, contrast and saturation by 0.4 instead of RandAugment, no random erasing, and weight decay of positions.
+Images follow SLIP's README and BEiT's code, 100 epochs at batch 1024, or less for fewer than 8192 images, here with lr
+in proportion to the batch, changes of brightness, contrast and saturation by 0.4 instead of RandAugment, no random
+erasing, and weight decay of positions.
 GLUE follows BERT: AdamW, 2e-5 falling linearly, batch 32, 3 epochs; these towers have no published recipe and no
 dropout. Not run at full size; no score is claimed.
 """
