@@ -30,7 +30,7 @@ NUMBERS = (
     ("config.schema:LogConfig.stall_limit", 1800.0, "checkpoints.md", "`log.stall_limit` seconds (1800, 0 for never)"),
     ("processes.runtime:HEARTBEAT_SECONDS", 25, "pods.md", "JAX ends the others after 25 s"),
     ("data.config:DataConfig.max_bad_fraction", 0.05, "data.md", "Above `data.max_bad_fraction` (5 %)"),
-    ("data.images:MAX_PIXELS", 2**26, "data.md", "an image of more than 64 million pixels is refused"),
+    ("data.images:MAX_PIXELS", 2**26, "data.md", "an image of more than 67 million pixels is refused"),
     (
         "evaluators.encoder:MAX_UNREADABLE",
         0.05,

@@ -17,8 +17,8 @@ zeros. Both are counted, and listed in OUT.bad.jsonl.
 
 The work is done in parts, stored in OUT.parts until all are complete: after an interruption, the same command resumes
 without repeating a part. It stops with an error if the weights, the text file, or names or sizes of images changed.
-It also stops if over 5 % of a part cannot be read, such as addresses that a server refuses; --max_unreadable=0.3 leaves
-out up to 30 %. A missing file in a table is unusable, unless its folder is missing.
+It also stops if more than ten items and over 5 % of a part cannot be read, such as addresses that a server refuses;
+--max_unreadable=0.3 leaves out up to 30 %. A missing file in a table is unusable, unless its folder is missing.
 It does not notice images with new content but the same size, nor any change of image files in a bucket or named by a
 table.
 

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", default="", help="evaluation sets to show, separated by commas; by default the run's")
     parser.add_argument("--step", type=int, help="step of the checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
-    parser.add_argument("--output", type=os.path.expanduser, default="", help="the page, by default RUN/report.html")
+    parser.add_argument(
+        "--output", type=os.path.expanduser, default="", help="by default RUN/report.html, or comparison.html of runs"
+    )
     add_trust(parser)
     flags = parser.parse_args(argv)
     with exit_with_message(), trusting(flags.trust):

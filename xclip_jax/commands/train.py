@@ -16,7 +16,10 @@ from xclip_jax.processes import runtime
 from xclip_jax.train import callbacks, prepare, trainer
 
 _CHECK = flags.DEFINE_bool(
-    "check", False, "Check keys and names of the config, and stop; needs no data, devices or run folder."
+    "check",
+    False,
+    "Check keys and names of the config, and stop; needs no run folder, and no data or devices except for recipes that "
+    "read them, such as small and finetune.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the processes of other hosts, which JAX discovers on TPU pods, GKE and Slurm."

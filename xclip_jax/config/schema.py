@@ -71,7 +71,9 @@ class EvalConfig:
     every: int = key(0, "steps between two evaluations; 0: only at the end", at_least(0))
     batch: int = key(256, "items to encode at once", at_least(1))
     ema: bool = key(False, "evaluate the moving average of the parameters, if the run has one", evaluation="model")
-    report: bool = key(False, "make picture.png and report.html at the end", compared=False)
+    report: bool = key(
+        False, "make report.html, and picture.png of classified images or clusters, at the end", compared=False
+    )
     resize: str = key("shortest", "how images are made square", choice(RESIZE_MODES), evaluation="model")
     resize_size: int = key(0, "side before the crop; 0 for model.img.image_size", at_least(0), evaluation="model")
     interpolation: str = key("bicubic", "how images are resized", choice(INTERPOLATIONS), evaluation="model")
