@@ -219,8 +219,8 @@ class Photographs(Matrix):
         if name == "detached_head":  # xCLIP but for the gradient
             changes["objective.terms"] = {"clip": round(1 - settings["weight"], 6), "detached": settings["weight"]}
             changes["objective.plugins.detached.tau"] = settings["tau"]
-        # The head of weight 0 changes nothing, so that one seed shows it.
-        seeds = CONTROL_SEEDS[:1] if name == "untrained_head" else CONTROL_SEEDS
+        # The head of weight 0 changes nothing, so that one seed shows it; see study.md on tokens.
+        seeds = {"untrained_head": CONTROL_SEEDS[:1], "tokens": SEEDS}.get(name, CONTROL_SEEDS)
         return arm_of(f"control_{name}", title, objective, changes, seeds, "split=train")
 
     def _declare_tested(self) -> None:
