@@ -218,6 +218,7 @@ def test_folders_among_names(tmp_path):
         ("gs://b/{09..10}y{a,b{1..2}}", [f"gs://b/{i}y{j}" for i in ("09", "10") for j in ("a", "b1", "b2")]),
         ("gs://b/{b,c{1,2}}d,gs://b/e", ["gs://b/bd", "gs://b/c1d", "gs://b/c2d", "gs://b/e"]),
         ("gs://b/{9..10}", ["gs://b/9", "gs://b/10"]),
+        ("gs://b/{10..09},gs://b/x", ["gs://b/10", "gs://b/09", "gs://b/x"]),
         ("https://h/a?x=1,b=2,,c", ["https://h/a?x=1,b=2,,c"]),
         (
             "https://h/{a,b}?x=1,2, HTTP://h/c?y=1,gs://b/d",

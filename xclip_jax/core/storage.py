@@ -197,7 +197,8 @@ def _braces(pattern: str) -> Iterator[str]:
     if limits:
         first, last = map(int, limits.groups())
         width = max(map(len, limits.groups())) if re.search(r"\b0\d", match[1]) else 0
-        choices = (f"{number:0{width}d}" for number in range(first, last + 1))
+        step = 1 if first <= last else -1
+        choices = (f"{number:0{width}d}" for number in range(first, last + step, step))
     for choice in choices:
         yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
 

@@ -183,7 +183,10 @@ def held_out_data(spec: str, data: DataConfig) -> DataConfig:
         content = RunReader(run).read_config() if run else None
         if content is None:
             raise UserError(f"{spec}: {run!r} is not the folder of a run with a config.json; name one, {name}@RUN.")
-        data = fields.read_group(DataConfig, content["config"]["data"], "data", [])
+        faults: list[str] = []
+        data = fields.read_group(DataConfig, content["config"]["data"], "data", faults)
+        if faults:
+            raise UserError(f"{spec}: the config of {run!r} cannot be read ({'; '.join(faults)}); name another run.")
     if not data.holdout or not data.sources:
         raise UserError(f"{spec}: the run holds out no pairs (data.holdout); name another one, {name}@RUN.")
     return data

@@ -121,6 +121,10 @@ def test_held_out_pairs_of_the_run_and_of_another_one(pairs, run, tmp_path):
     for family, place in itertools.product(("retrieval", "zeroshot"), ("/new", "")):
         with pytest.raises(UserError, match=f"--data_dir={place or '/old'}"):
             registry.load(f"{family}/holdout@{other}", SIZE, place, data=DataConfig(dir="/own"))
+    content["config"]["data"]["held_out"] = 0.5
+    (other / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"holdout@.*: the config of .* cannot be read .*held_out"):
+        registry.load(f"retrieval/holdout@{other}", SIZE)
 
 
 def test_a_path_of_own_pairs_needs_no_kind_before_it(pairs, tmp_path, monkeypatch):
