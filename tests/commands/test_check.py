@@ -78,8 +78,9 @@ def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):
 def test_paths_without_a_prefix(tmp_path, capsys):
     tiny.folder(tmp_path / "pairs", n=3)
     (tmp_path / "table.csv").write_text("image,text\npairs/000.png,one\npairs/001.png,two\n")
-    bad_tars.pairs(tmp_path / "0.tar", 0, 4)
-    for path, samples in (("pairs", 3), ("table.csv", 2), (".", 4), ("*.tar", 4)):
+    (tmp_path / "tars").mkdir()
+    bad_tars.pairs(tmp_path / "tars" / "0.tar", 0, 4)
+    for path, samples in (("pairs", 3), ("table.csv", 2), ("tars", 4), ("tars/*.tar", 4)):
         code, out, _ = run(capsys, tmp_path / path)
         assert code == 0 and f"samples: {samples}, " in out, path
         assert out.endswith(": training would run\n")
