@@ -287,6 +287,11 @@ tpu_ssh() {
   done
 }
 
+# Command on a worker, in its checkout: what this start of training has printed. The line with the number of parameters is
+# the last before the first step.
+# shellcheck disable=SC2016,SC2034
+THIS_LOG='tail -c +$(($(cat train.begin) + 1)) train.log'
+
 # tpu_scp FILE NAME: copies FILE to the home folders of all workers, as NAME.
 tpu_scp() {
   local node

@@ -92,11 +92,11 @@ complete() {
 
 # Whether this start of training refused its input before its first step, as the next one would. Not so where a store
 # did not answer, the processes did not find each other, or another one ended this one; nor for an exception in place of a
-# sentence. In the log of a start the line with the number of parameters is the last before the first step.
+# sentence.
 refused() {
   local passing='this process cannot join|process [0-9]+ of [0-9]+ (has|is) |process [0-9]+ of [0-9]+: [A-Za-z_.]+\('
   passing+='|.*(status (408|429|5[0-9][0-9])|Timeout|[Tt]imed out|run the same command to try again)'
-  tpu_ssh 0 "cd xclip_jax && said=\$(tail -c +\$((\$(cat train.begin) + 1)) train.log) && \
+  tpu_ssh 0 "cd xclip_jax && said=\$($THIS_LOG) && \
 [[ \$said != *' parameters, '* ]] && tail -n 20 <<<\"\$said\" | grep '^error: ' | grep -vE '^error: ($passing)'" 2>/dev/null
 }
 

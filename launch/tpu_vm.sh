@@ -74,17 +74,15 @@ tpu_start "$@"
 
 [ -z "$DRY_RUN" ] || exit 0
 
-# In the log of this start the line with the number of parameters is the last before the first step.
-# shellcheck disable=SC2016
-look='cd xclip_jax && if [ -f train.exit ]; then echo "ended $(cat train.exit)"
-elif tail -c +$(($(cat train.begin) + 1)) train.log | grep -q " parameters, "; then echo trains; fi'
+look="cd xclip_jax && if [ -f train.exit ]; then echo \"ended \$(cat train.exit)\"; \
+elif $THIS_LOG | grep -q ' parameters, '; then echo trains; fi"
 for ((try = 1; try <= 8; try++)); do
   training=$(tpu_ssh 0 "$look" 2>/dev/null | tail -n 1) || training=
   [ -z "$training" ] || break
   sleep "${POLL:-15}"
 done
 echo
-tpu_ssh 0 "tail -c +\$((\$(cat xclip_jax/train.begin) + 1)) xclip_jax/train.log | tail -n 20" || true
+tpu_ssh 0 "cd xclip_jax && $THIS_LOG | tail -n 20" || true
 case $training in
   trains) said="Training runs on $NAME." ;;
   "ended 0") said="Training has ended on $NAME, see above." ;;

@@ -68,11 +68,7 @@ def _tiles(record: Record) -> Iterator[dict[str, Any]]:
         judged = judge(result)
         step = record.step_of(result)
         unit = result.unit if result.unit not in UNITS or result.unit == "%" else ""
-        chance = (
-            f"chance {result.chance:.1f}\u00a0{unit or '%' * (result.unit == '%')}".rstrip()
-            if result.chance is not None
-            else ""
-        )
+        chance = f"chance {result.chance:.1f}\u00a0{unit}".rstrip() if result.chance is not None else ""
         when = "" if step is None else f"at step {step:,}"
         yield {
             "family": family,

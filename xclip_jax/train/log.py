@@ -207,9 +207,8 @@ class MetricLogger:
         self._metrics = JsonLines(
             run.folder.metrics_file, lambda line: line["step"] <= (start if "loss" in line else last), writes=first
         )
-        evaluated = {line["step"] for line in self._metrics.kept if "loss" not in line}
-        self._results = JsonLines(run.folder.results_log_file, lambda line: line["step"] in evaluated, writes=first)
-        self._evaluated = evaluated
+        self._evaluated = {line["step"] for line in self._metrics.kept if "loss" not in line}
+        self._results = JsonLines(run.folder.results_log_file, lambda x: x["step"] in self._evaluated, writes=first)
         del self._metrics.kept, self._results.kept  # large in a long run
         self._trackers = Trackers(run.folder, run.config, start) if first else None
         self.clock = Clock(began, start, before, on_step_end)

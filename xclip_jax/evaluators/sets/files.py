@@ -100,8 +100,9 @@ def senteval(name: str, path: pathlib.Path) -> ProbeSet:
     else:
         parts = [_read_split(name, path / file) for file in _SPLIT_FILES[name]]
         how = "own splits"
-        if not all(parts):
-            raise ValueError(f"{_SPLIT_FILES[name][list(map(len, parts)).index(0)]} has no items; get it again")
+        empty = [file for file, part in zip(_SPLIT_FILES[name], parts, strict=True) if not part]
+        if empty:
+            raise ValueError(f"{empty[0]} has no items; get it again")
     if len({label for _, label in parts[0]}) < 2:
         raise ValueError("it has items of one class only; get it again")
     if len(parts) == 2:
