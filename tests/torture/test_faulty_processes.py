@@ -1,6 +1,6 @@
 """Two processes of one run, of which one fails, is killed, stopped or started with something else: both end, by name.
 
-Each takes half a minute: bash launch/test.sh -m slow tests/torture/test_faulty_processes.py
+Each takes half a minute, so one case is in the normal suite; for the others: bash launch/test.sh -m slow tests/torture/test_faulty_processes.py
 """
 
 import os
@@ -45,7 +45,6 @@ def both(tmp_path, fault, step, process, *changes, of_second=()):
     return [each.wait() % 256 for each in running], outputs
 
 
-@pytest.mark.slow
 def test_an_error_in_one_process_ends_both(tmp_path):
     statuses, outputs = both(tmp_path, "raise", 3, 1)
     assert statuses == [1, 1], outputs
