@@ -1,6 +1,7 @@
 """Two processes of one run, of which one fails, is killed, stopped or started with something else: both end, by name.
 
-Each takes half a minute, so one case is in the normal suite; for the others: bash launch/test.sh -m slow tests/torture/test_faulty_processes.py
+Each case takes half a minute; the first is in the normal suite, the others are marked:
+bash launch/test.sh -m slow tests/torture/test_faulty_processes.py
 """
 
 import os
