@@ -11,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
 show_help "$@"
+unset PYTHONDONTWRITEBYTECODE  # workers, and commands that tests start, import the same modules
 setup test
 use_jemalloc
 "$VENV/bin/ruff" check .
@@ -23,4 +24,4 @@ if [ "${1:-}" = fast ]; then
   shift
   set -- -m "not slow and not long" "$@"
 fi
-exec "$VENV/bin/python" -m pytest --numprocesses="${WORKERS:-2}" --dist=loadfile "$@"
+exec "$VENV/bin/python" -m pytest --numprocesses="${WORKERS:-2}" --dist=loadfile --no-loadscope-reorder "$@"

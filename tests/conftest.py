@@ -3,6 +3,7 @@
 Read by XLA and JAX when jax is first imported, so set before any test module; commands that tests start inherit it.
 """
 
+import collections
 import gc
 import importlib.metadata
 import os
@@ -29,6 +30,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 gc.set_threshold(100_000, 10, 10)
 
+_FIRST = (
+    "test_end_to_end.py",
+    "test_faulty_processes.py",
+    "test_runtime.py",
+    "test_block_kernels.py",
+    "test_onnx_files.py",
+)
+
 
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="a test that would be skipped fails, as in .ci/run")
@@ -42,6 +51,12 @@ def pytest_runtest_makereport(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     return _without_skips((yield), collector.config)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with dear files of few tests, so that none runs alone at the end, and go on with files of many tests."""
+    count = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in _FIRST, -count[item.path], str(item.path)))
 
 
 def _without_skips(report, config):

@@ -18,8 +18,9 @@ from xclip_jax.config import load, recipes, schema
 from xclip_jax.data import embeddings
 
 ROOT = pathlib.Path(__file__).parents[1]
-SMALL = {f"model.{tower}.{key}": 2 for tower in ("img", "txt") for key in ("depth", "heads")}
-SMALL |= {"model.img.width": 64, "model.txt.width": 64}
+SMALL = {
+    f"model.{tower}.{name}": n for tower in ("img", "txt") for name, n in (("depth", 1), ("heads", 2), ("width", 64))
+}
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if not path.stem.startswith("study")]
 MODULES = "|".join(rf"xclip_jax\.commands\.{name}" for name in cli.COMMANDS)
 

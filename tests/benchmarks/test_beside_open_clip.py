@@ -84,12 +84,18 @@ def test_both_models_are_those_trained(command):
     np.testing.assert_allclose(theirs.encode_text(texts), z[1], rtol=0, atol=1e-4)
 
 
-def test_updates_and_pixels_are_those_of_the_recipes(command):
-    settings = json.loads((command.out / "settings.json").read_text())
+def test_updates_and_pixels_are_those_of_the_recipes(tmp_path, monkeypatch):
+    monkeypatch.setitem(two_towers._SIZES, "Ti", ((32, 1, 2), (24, 1, 3), 16))
+    for seed, name in enumerate(("red", "green")):
+        tiny.folder(tmp_path / "pairs" / name, 30, seed)
+    pairs = str(tmp_path / "pairs")
+    settings = dict.fromkeys(beside.RECIPE, "") | {"pairs": pairs, "evaluate": [f"retrieval/{pairs}"]}
     experiment, _ = beside.opened(settings, 20, 0)
-    loaded = weights.load(str(command.out / "open_clip-0.001-seed3")).experiment
-    assert beside.evaluators(settings, experiment, loaded)[0].encoder.preprocessing == experiment.preprocessing
     side = beside.OpenClip(experiment, 1e-2)
+    (tmp_path / "model").mkdir()
+    side.save(tmp_path / "model")
+    loaded = weights.load(str(tmp_path / "model")).experiment
+    assert beside.evaluators(settings, experiment, loaded)[0].encoder.preprocessing == experiment.preprocessing
     expected = {name: [x.detach().clone(), 0, 0] for name, x in side.model.named_parameters()}
     batch = {"image": np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), np.uint8)}
     batch["text"] = beside.cpu.random_tokens(np.full(8, 9), experiment.context_length, beside.cpu.VOCAB)

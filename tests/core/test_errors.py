@@ -103,7 +103,6 @@ with exit_with_message():
 COMPILES = """
 import os, signal, sys, threading
 import jax, jax.numpy as jnp
-from xclip_jax.evaluators import registry
 from xclip_jax.processes import runtime as processes
 from xclip_jax.processes import interrupt
 def long(x):

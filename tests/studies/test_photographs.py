@@ -134,7 +134,7 @@ def test_heads_that_teach_the_towers_nothing():
             out = {f"s_{tower}": head.module.apply({"params": params}, x) for tower, head, x in towers}
             return term(out, None, {}, {})[0]
 
-        return jax.grad(loss, (0, 1))(params, h)
+        return jax.jit(jax.grad(loss, (0, 1)))(params, h)
 
     expected, of_features = gradients(Nclip())
     chex.assert_trees_all_close(gradients(terms.DetachedHead()), (expected, 0 * h))
