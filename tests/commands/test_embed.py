@@ -1,5 +1,6 @@
 """Embeddings of images and texts in a file: rows, parts, resume and faults."""
 
+import functools
 import json
 import os
 import pathlib
@@ -26,9 +27,10 @@ pytestmark = pytest.mark.long
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_parts():
+def small_parts_and_one_model():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embed, "PART", 8)
+        patch.setattr(embed.inference, "load", functools.cache(embed.inference.load))
         yield
 
 

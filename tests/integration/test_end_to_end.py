@@ -18,6 +18,7 @@ def test_from_data_to_table_and_picture(tmp_path):
     """The demo, of narrow towers and two steps."""
     run = tmp_path / "run"
     flags = [f"--config.model.{tower}.{key}" for tower in ("img", "txt") for key in ("depth=1", "width=64", "heads=2")]
+    flags += ["--config.model.cluster_head.clusters=64", "--config.model.cluster_head.hidden=64"]
     flags += [f"--config.run={run}", "--config.data.batch=64", "--config.eval.every=0", "--config.eval.sets=()"]
     flags += ["--config.eval.sets_at_end=('emoji/test_concepts','emoji/test_retrieval')"]
     line = [sys.executable, "-m", "xclip_jax.main", "--config", "configs/demo.py:steps=2", *flags]
