@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import json
+import math
 import operator
 import pathlib
 import shutil
+import zlib
 
 import jax
 import numpy as np
@@ -17,7 +19,6 @@ from xclip_jax.data import loader
 from xclip_jax.train import build
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_writer import RunWriter
-from xclip_jax.train.state import create
 from xclip_jax.train.weights import Origin
 
 BATCH, SIZE, LENGTH = 16, 16, 12
@@ -55,21 +56,40 @@ def short(pairs, run, **changes):
     return config(run=run, **defaults | changes)
 
 
-def untrained(run, objective="xclip", noise=0.0, origin=None, **changes):
-    """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder.
+def drawn(experiment, noise=0.0):
+    """A state before the first step with values drawn by NumPy: the initialisation takes seconds to compile.
 
-    `noise` is the deviation of what is added to weights and statistics, so that none is as every run begins.
+    Values depend on names and seed alone. Kernels, embeddings and positions have a deviation of 0.2, scales, biases and
+    statistics that of `noise`, and averages are others than the parameters.
     """
+    means = {"scale": 1.0, "var": 1.0, "log_scale": math.log(1 / 0.07)}
+    abstract, seed = experiment.abstract, experiment.config.seed
+
+    def place(x, value):
+        value = np.broadcast_to(value, x.shape).astype(x.dtype)
+        return jax.make_array_from_callback(x.shape, x.sharding, lambda index: value[index])
+
+    def draw(path, x):
+        rng = np.random.default_rng([seed, zlib.crc32(jax.tree_util.keystr(path).encode())])
+        name = path[-1].key
+        deviation = noise if name in (*means, "bias", "mean") else 0.2
+        value = means.get(name, 0.0) + deviation * rng.normal(size=x.shape)
+        return place(x, abs(value) if name == "var" else value)
+
+    state = jax.tree.map(lambda x: place(x, 0), abstract).replace(seed=place(abstract.seed, seed))
+    names = ("params", "batch_stats", "ema_params", "ema_batch_stats")
+    trees = {name: getattr(abstract, name) for name in names}
+    return state.replace(**jax.tree_util.tree_map_with_path(draw, trees))
+
+
+def untrained(run, objective="xclip", noise=0.0, origin=None, **changes):
+    """What a run leaves in the folder `run` before its first step, with weights of `drawn`. Returns the folder."""
     c = config(objective, run=run, data__batch=8, **changes)
-    made, rng = build.build(c), np.random.default_rng(0)
+    made = build.build(c)
     with RunWriter(run).claimed(made.config, [], origin=origin or Origin()):
         pass
-    state = create(made.init, made.abstract)
-    if noise:
-        trees = {"params": state.params, "batch_stats": state.batch_stats}
-        state = state.replace(**jax.tree.map(lambda x: x + rng.normal(0, noise, x.shape).astype(x.dtype), trees))
     with Checkpointer(run) as checkpointer:
-        checkpointer.save(state, {"samples": 0})
+        checkpointer.save(drawn(made, noise), {"samples": 0})
     return run
 
 
@@ -90,9 +110,7 @@ def batch(seed=0, b=BATCH, eot=257):
 
 def assert_same_step(one, other, batch, *names):
     """The first steps of two experiments have the same loss, norm of the gradient and metrics `names`; returns them."""
-    expected, metrics = (
-        jax.device_get(p.compiled(create(p.init, p.abstract), loader.to_global(batch, p.mesh))[1]) for p in (one, other)
-    )
+    expected, metrics = (jax.device_get(p.compiled(drawn(p), loader.to_global(batch, p.mesh))[1]) for p in (one, other))
     for name in ("loss", "grad_norm", *names):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
     return metrics

@@ -18,7 +18,7 @@ from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader, sources
 from xclip_jax.parallel.mesh import replicated
 from xclip_jax.processes import runtime
-from xclip_jax.train import build, state, trainer, weights
+from xclip_jax.train import build, trainer, weights
 from xclip_jax.train.build import make_encoder
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -45,16 +45,21 @@ def main(folder, out, *others, devices=None):
     transform = loader.Transform(p.config.data, p.image_size, p.tokenizer, p.context_length)
     hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
     batches = loader.batches(order, transform, batch=BATCH, start=0, stop=STEPS, seed=0, **hosts)
-    s, losses, rows = state.create(p.init, p.abstract), [], []
+    # An optimizer that keeps the gradient as its state, followed by the run's: one program for both.
     catch = optax.GradientTransformation(lambda params: params, lambda grads, _, params=None: (grads, grads))
-    gradients = jax.jit(dataclasses.replace(p, tx=catch).step)
+    abstract = p.abstract.replace(opt_state=(p.abstract.params, p.abstract.opt_state))
+    with_gradients = dataclasses.replace(p, tx=optax.chain(catch, p.tx), abstract=abstract)
+    s, losses, rows = tiny.drawn(with_gradients), [], []
     for i, local in enumerate(batches):
         rows.append(len(local["text"]))
-        batch = loader.to_global(local, p.mesh)
-        if i == 0:
-            grads = gradients(s.replace(opt_state=catch.init(s.params)), batch)[0].opt_state
-        s, metrics = p.compiled(s, batch)
+        s, metrics = with_gradients.compiled(s, loader.to_global(local, p.mesh))
         losses.append(float(metrics["loss"]))
+        if i == 0:
+            whole = jax.jit(lambda x: x, out_shardings=replicated(p.mesh))(s.opt_state[0])
+            flat = jax.tree_util.tree_leaves_with_path(whole)
+            # Copied, as the next step takes the memory.
+            grads = {f"grad{jax.tree_util.keystr(path)}": np.array(x.addressable_data(0)) for path, x in flat}
+    s = s.replace(opt_state=s.opt_state[1])
     with Checkpointer(f"{out}.run") as checkpointer:
         checkpointer.save(s, {"samples": STEPS * BATCH, "batch": BATCH, "seed": 0})
     with Checkpointer(f"{out}.run") as checkpointer:
@@ -73,10 +78,7 @@ def main(folder, out, *others, devices=None):
     found = {"losses": losses, "rows": rows, "restored": [same, position["samples"] == STEPS * BATCH]}
     found |= {"fell_back": fell_back, "unreadable": np.flatnonzero(unreadable), "counted": [*encoder.unreadable]}
     found |= {"image": features["embedding"], "clusters": features["cluster_logits"], "text": texts["embedding"]}
-    whole = jax.jit(lambda x: x, out_shardings=replicated(p.mesh))(grads)
-    flat = jax.tree_util.tree_leaves_with_path(whole)
-    found |= {f"grad{jax.tree_util.keystr(path)}": x.addressable_data(0) for path, x in flat}
-    np.savez(f"{out}.{jax.process_index()}.npz", **found)
+    np.savez(f"{out}.{jax.process_index()}.npz", **found, **grads)
 
 
 def falls_back(run, abstract, s):

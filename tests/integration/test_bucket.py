@@ -18,7 +18,6 @@ from xclip_jax.train import checkpoint_files, checks, prepare, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.log import MetricLogger
 from xclip_jax.train.run_writer import RunWriter
-from xclip_jax.train.state import create
 
 pytestmark = pytest.mark.long
 
@@ -58,7 +57,7 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
 
     # Orbax would read the checkpoint by a client of its own, from the real store.
     with Checkpointer(tmp_path / "local") as checkpointer:
-        checkpointer.save(create(first.experiment.init, first.experiment.abstract), {"samples": 0})
+        checkpointer.save(tiny.drawn(first.experiment), {"samples": 0})
     monkeypatch.setattr(weights, "Checkpointer", lambda _, **options: Checkpointer(tmp_path / "local", **options))
     loaded, experiment, *_ = weights.load(config.run)
     assert loaded.data.tokenizer == copy and experiment.tokenizer(TEXTS, 6).tolist() == expected.tolist()

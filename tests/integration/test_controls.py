@@ -16,7 +16,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
 from xclip_jax.objectives.clip import Clip
 from xclip_jax.objectives.nclip import Nclip
-from xclip_jax.train import build, state
+from xclip_jax.train import build
 
 pytestmark = pytest.mark.long
 
@@ -74,7 +74,7 @@ def test_the_order_of_targets_changes_with_the_step():
 def metrics_of_a_step(devices=8, **changes):
     p = build.build(tiny.config("xclip", **changes), jax.devices()[:devices])
     batch = loader.to_global(tiny.batch(0, eot=p.tokenizer.eot_id), p.mesh)
-    metrics = jax.device_get(p.compiled(state.create(p.init, p.abstract), batch)[1])
+    metrics = jax.device_get(p.compiled(tiny.drawn(p), batch)[1])
     return {name: float(x) for name, x in metrics.items()}
 
 

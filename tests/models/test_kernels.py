@@ -26,7 +26,6 @@ from xclip_jax.models.transformer import Transformer, TransformerConfig
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build, cost
-from xclip_jax.train.state import create
 
 pytestmark = pytest.mark.long
 
@@ -225,7 +224,7 @@ def test_a_whole_step_with_cudnn_is_the_same(monkeypatch):
     for accepted in (True, False):
         monkeypatch.setattr(kernels, "cudnn_accepts", lambda *_, accepted=accepted: accepted)
         experiment = build.build(tiny.config("clip", **changes))
-        state = create(experiment.init, experiment.abstract)
+        state = tiny.drawn(experiment)
         batch = {key: jnp.asarray(x) for key, x in tiny.batch().items()}
         results.append(experiment.compiled(state, batch)[1])
     assert {causal for _, causal in calls} == {False, True}

@@ -13,7 +13,7 @@ from xclip_jax import optim
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader, transforms
 from xclip_jax.objectives.classify import Classify
-from xclip_jax.train import build, state
+from xclip_jax.train import build
 from xclip_jax.train.step import BatchNoise
 
 pytestmark = pytest.mark.long
@@ -104,14 +104,6 @@ def make(devices=8, **changes):
     return build.build(tiny.config("classify", **changes), jax.devices()[:devices])
 
 
-def started(p):
-    """The initial state, with a classifier 15,000 times as large, so that its logits differ."""
-    s = state.create(p.init, p.abstract)
-    linear = s.params["classifier"]["linear"]
-    classifier = {"linear": linear | {"kernel": 15_000 * linear["kernel"]}}
-    return s.replace(params=s.params | {"classifier": classifier})
-
-
 def batch(p, seed=0):
     whole = tiny.batch(seed, eot=p.tokenizer.eot_id)
     whole["label"] = np.random.default_rng(seed).integers(0, p.objective.classes, tiny.BATCH, dtype=np.int32)
@@ -120,7 +112,7 @@ def batch(p, seed=0):
 
 def gradients(p):
     step, s = catching(p)
-    s, metrics = step(s.replace(params=started(p).params), loader.to_global(batch(p), p.mesh))
+    s, metrics = step(s, loader.to_global(batch(p), p.mesh))
     return jax.device_get(metrics), jax.device_get(s.opt_state)
 
 
@@ -160,7 +152,7 @@ def test_mixed_images_and_labels_belong_together():
     """
     plain = {"data__flip_prob": 0.0, "data__color_jitter": 0.0, "model__img__drop_path": 0.0}
     p = make(8, **IMAGES | plain, optim__microbatches=2)
-    s, b = started(p), batch(p)
+    s, b = tiny.drawn(p), batch(p)
     metrics = jax.jit(lambda *args: p.step(*args)[1])(s, loader.to_global(b, p.mesh))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s.seed), s.step), 1)
     drawn = transforms.sample_mix(key, tiny.BATCH, tiny.SIZE, 0.8, 1.0)

@@ -62,13 +62,6 @@ def config(run="runs/tiny", size=3, scale=20.0, **changes):
     return c
 
 
-def test_microbatches_on_eight_devices_equal_the_whole_batch():
-    batch = tiny.batch() | dict(zip(("target_img", "target_txt"), map(np.float32, unit_vectors(16, 3)), strict=True))
-    one = build.build(config(), jax.devices()[:1])
-    parts = build.build(config(optim__microbatches=2, loss__chunk_size=8))
-    tiny.assert_same_step(one, parts, batch, "distill/loss", "distill/agree")
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A teacher, pairs in a table with one or two captions each, their embeddings, and the same for other pairs."""

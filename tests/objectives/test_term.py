@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
+from tests.losses.test_contrastive import embeddings
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.objectives import Check, Term, make_objective
@@ -55,10 +56,29 @@ def test_the_documented_outputs_are_those_of_the_model():
     assert set(re.findall(r"`(\w+)`", names)) == written
 
 
-def test_a_term_of_another_package_on_eight_devices():
-    one = build.build(superclip(), jax.devices()[:1])
-    eight = build.build(superclip(mesh__strategy="fsdp", mesh__data=4, mesh__fsdp=2))
-    tiny.assert_same_step(one, eight, tiny.batch(), "tokens/loss")
+def test_terms_of_other_packages_on_eight_devices():
+    """Three examples at once, in microbatches and chunks, against the whole batch on one device."""
+    plugins = {
+        "tokens": {"type": SUPERCLIP, "spread": 0.5},
+        "nested": {"type": "examples.matryoshka:Nested", "dims": (1, 3, 4)},
+        "distill": {"type": "examples.distill:Distill", "size": 3, "scale": 20.0},
+    }
+
+    def make(devices, **changes):
+        config = tiny.config("clip", **changes)
+        config.objective.name, config.objective.plugins = "examples", plugins
+        config.objective.terms = {"clip": 0.25, "tokens": 0.5, "nested": 0.75, "distill": 1.0}
+        return build.build(config, jax.devices()[:devices])
+
+    split = {"mesh__strategy": "fsdp", "mesh__data": 4, "mesh__fsdp": 2}
+    one, eight = make(1), make(8, optim__microbatches=2, loss__chunk_size=8, **split)
+    targets = dict(zip(("target_img", "target_txt"), map(np.float32, embeddings(tiny.BATCH, 3)), strict=True))
+    names = ("tokens/loss", "distill/loss", "distill/agree", "nested/loss_1", "nested/loss_3", "nested/acc_img_4")
+    metrics = tiny.assert_same_step(one, eight, tiny.batch() | targets, *names)
+    total = sum(weight * metrics[f"{name}/loss"] for name, weight in one.config.objective.terms.items())
+    assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+    for name, term in one.objective.terms.items():
+        assert {f"{name}/{key}" for curve in term.curves() for key, _ in curve.lines} <= metrics.keys()
 
 
 def test_a_heads_flops_count():

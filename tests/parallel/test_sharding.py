@@ -9,7 +9,7 @@ from tests.train.test_step import catching
 from xclip_jax.data import loader
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, make_mesh, replicated
-from xclip_jax.train import build, state
+from xclip_jax.train import build
 from xclip_jax.train.cost.roofline import devices_of
 
 pytestmark = pytest.mark.long
@@ -35,9 +35,9 @@ def make(objective, mesh=None, **changes):
 
 
 def gradients(p, step=0):
-    """Metrics, gradients and statistics of a step; a teacher differs from the model at a `step` above 0."""
+    """Metrics, gradients and statistics of a step; a teacher differs from the model."""
     caught, s = catching(p)
-    s = s.replace(step=s.step + step, ema_params=jax.tree.map(lambda x: (1 + step / 50) * x, s.ema_params))
+    s = s.replace(step=s.step + step)
     keys = np.arange(2 * BATCH).reshape(-1, 2) // 10
     batch = tiny.batch(b=BATCH, eot=p.tokenizer.eot_id) | {"text_key": keys, "image_key": keys}
     batch = {field: batch[field] for field in p.objective.fields}
@@ -99,7 +99,7 @@ def test_states_of_optimizers_are_split(monkeypatch):
 
     def updated(mesh):
         p = make("clip", mesh, optim__name="muon", model__scan=True, model__img__depth=2)
-        s = state.create(p.init, p.abstract)
+        s = tiny.drawn(p)
         of_state = jax.tree.map(lambda x: x.sharding, p.abstract.opt_state)
         update = jax.jit(p.tx.update, out_shardings=(None, of_state))
         _, opt_state = update(s.params, s.opt_state, s.params)

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 from tests.helpers import tiny
 from tests.parallel.test_sharding import assert_same, gradients, make
 from xclip_jax.parallel.mesh import AXES
-from xclip_jax.train import build, state
+from xclip_jax.train import build
 from xclip_jax.train.build import make_encoder
 
 pytestmark = pytest.mark.long
@@ -61,7 +61,7 @@ def test_evaluation_reads_split_heads():
     split, one = experiment("dp", eval__batch=16), experiment(None, eval__batch=16)
     texts = ["a dog", "two cats on a mat", "rain"]
     found, expected = (
-        make_encoder(p).texts(state.create(p.init, p.abstract).variables(), texts, ["cluster_logits"])["cluster_logits"]
+        make_encoder(p).texts(tiny.drawn(p).variables(), texts, ["cluster_logits"])["cluster_logits"]
         for p in (split, one)
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)

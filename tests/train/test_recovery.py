@@ -17,7 +17,7 @@ from xclip_jax.core.errors import Diverged, UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.objectives import Term
-from xclip_jax.train import build, recovery, state, trainer
+from xclip_jax.train import build, recovery, trainer
 from xclip_jax.train import step as train_step
 
 pytestmark = pytest.mark.long
@@ -70,7 +70,7 @@ def test_a_bad_batch_changes_nothing_but_the_step():
     def step(s, batch):
         return p.compiled(s, loader.to_global(batch, p.mesh))
 
-    s, metrics = step(state.create(p.init, p.abstract), batches[0])
+    s, metrics = step(tiny.drawn(p), batches[0])
     assert not metrics["skipped"]
     before = jax.device_get(s)
     assert len(jax.tree.leaves(before.ema_batch_stats)) and before.loss_state["poison"].any()

@@ -31,7 +31,7 @@ def catching(p):
     catch = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
     )
-    s = state.create(p.init, p.abstract)
+    s = tiny.drawn(p)
     return jax.jit(dataclasses.replace(p, tx=catch).step), s.replace(opt_state=catch.init(s.params))
 
 
@@ -45,7 +45,7 @@ def test_terms_are_given_the_place_of_the_end_token():
     p = make("clip", devices=1)
     inputs = tiny.batch(eot=p.tokenizer.eot_id)
     step = TrainStep(p.model, p.tx, p.objective, batch_noise=None, momentum=None)
-    given = step._batch(state.create(p.init, p.abstract), inputs)
+    given = step._batch(tiny.drawn(p), inputs)
     assert given["text_end"].tolist() == [row.tolist().index(p.tokenizer.eot_id) for row in inputs["text"]]
 
 
@@ -60,7 +60,7 @@ def test_a_term_of_texts_alone_gets_its_draws():
 def test_the_logit_scale_is_bounded_by_clip_alone():
     """CLIP's paper bounds it by 100, SigLIP's not: published SigLIP weights have 117."""
     p = make("clip", devices=1, optim__warmup=0, optim__lr=1e-6, optim__lr_end=0.0)
-    first, batch = state.create(p.init, p.abstract), loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh)
+    first, batch = tiny.drawn(p), loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh)
     for start, end in ((117.33, 100.0), (20.0, 20.0)):
         s = jax.tree.map(jnp.copy, first)  # a step donates its state
         s = s.replace(params=s.params | {"log_scale": jnp.log(jnp.float32(start))})
@@ -76,7 +76,7 @@ def test_the_logit_scale_is_bounded_by_clip_alone():
 
 def test_randomness_moves_with_the_step_and_the_seed():
     p = make("clip", 1)
-    s = state.create(p.init, p.abstract)
+    s = tiny.drawn(p)
     batch = loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh)
     step = jax.jit(p.step)
     losses = {
@@ -96,8 +96,8 @@ def test_parameters_are_what_the_abstract_state_says():
 def test_compiled_once_and_donated_and_the_average_follows_its_formula():
     """The average of the parameters, and of the statistics of BatchNorm, which have no teacher here."""
     p = make("xclip", steps=10, ema__momentum=0.9, objective__terms={"clip": 0.25, "nclip": 0.5})
-    s = state.create(p.init, p.abstract)
-    expected = jax.tree.map(np.array, s.variables())  # a view would keep the buffers
+    s = tiny.drawn(p)
+    expected = jax.tree.map(np.array, s.variables(ema=True))  # a view would keep the buffers
     for i in range(3):
         before = s
         s, metrics = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
@@ -123,7 +123,7 @@ def projected(p, variables, batch):
 
 def test_a_teacher_has_the_statistics_of_its_own_features():
     p = make("xclip", 1, **TEACHER, **PLAIN, ema__momentum=0.9, optim__lr=0.1, optim__warmup=0)
-    s = state.create(p.init, p.abstract)
+    s = tiny.drawn(p)
     for i in range(3):
         batch = tiny.batch(i, eot=p.tokenizer.eot_id)
         before = jax.device_get(s)

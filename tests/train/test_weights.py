@@ -15,7 +15,7 @@ from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader, tokenizer
 from xclip_jax.models.transformer import stack_blocks, unstack_blocks
-from xclip_jax.train import build, state, trainer, weights
+from xclip_jax.train import build, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.long
@@ -71,7 +71,7 @@ def test_average_statistics_and_layout_of_a_start(source, capsys):
         ema__momentum=0.996, mesh={"data": 4, "fsdp": 2, "model": 1, "strategy": "zero1"},
     )  # fmt: skip
     p = build.build(c)
-    fresh = state.create(p.init, p.abstract)
+    fresh = tiny.drawn(p)
     begun = weights.init_from_weights(weights.read_initial(build.build(c).config, fresh)[0], fresh)
     assert "different settings: model.img.style ('xclip', 'openai' in this run)" in capsys.readouterr().out
     assert jax.tree.map(lambda x: x.sharding, begun) == jax.tree.map(lambda x: x.sharding, p.abstract)
@@ -144,7 +144,7 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
 def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments():
     changes = {"optim__weight_decay": 0.5, "optim__grad_clip_norm": 1.0, "optim__microbatches": 2}
     p = build.build(tiny.config("clip", init__freeze=("txt",), **changes))
-    before = state.create(p.init, p.abstract)
+    before = tiny.drawn(p)
     kept, after = jax.device_get(before.params), before
     for seed in range(3):
         after, metrics = p.compiled(after, loader.to_global(tiny.batch(seed), p.mesh))
@@ -174,7 +174,7 @@ def test_a_config_adopts_the_width_of_embeddings_that_a_style_demands(tmp_path):
 
 def test_a_fingerprint_does_not_depend_on_the_layout_of_blocks():
     stacked, plain = (build.build(tiny.config("clip", model__scan=scan), jax.devices()[:1]) for scan in (True, False))
-    params = state.create(stacked.init, stacked.abstract).params
+    params = tiny.drawn(stacked).params
     converted = {name: getattr(plain.model, name).convert(params[name])[0] for name in plain.model.towers}
     found = weights.fingerprint(stacked, {"params": params})
     assert found == weights.fingerprint(plain, {"params": params | converted})
