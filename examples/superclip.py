@@ -1,8 +1,12 @@
-"""SuperCLIP: CLIP with classification of the caption's tokens, as a term in a file outside the package.
+"""SuperCLIP: CLIP with classification of the caption's tokens; a term and a recipe outside the package.
 
-config.objective.name = "superclip"
-config.objective.terms = {"clip": 1.0, "tokens": 1.0}  # the weights of the paper's code
-config.objective.plugins = {"tokens": {"type": "examples.superclip:Tokens"}}
+    PYTHONPATH=. xclip-jax train --config examples/superclip.py:pairs=/my/pairs
+
+The recipe is `small` with the term. Any other recipe takes it by
+
+    config.objective.name = "superclip"
+    config.objective.terms = {"clip": 1.0, "tokens": 1.0}  # the weights of the paper's code
+    config.objective.plugins = {"tokens": {"type": "examples.superclip:Tokens"}}
 
 Source: Zhao et al., "SuperCLIP: CLIP with Simple Classification Supervision", arXiv 2512.14480, and its code.
 """
@@ -13,13 +17,18 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
-from xclip_jax.core.fields import above, key
+from configs import small
+from xclip_jax.config import recipes
+from xclip_jax.core.fields import above, at_least, key
 from xclip_jax.models.heads import Classifier, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives import Check, Curve, Health, Term
 from xclip_jax.objectives.term import Arrays, Result
 from xclip_jax.parallel.sharding import argmax
+
+SMALL_CLASSES = 4096  # of small towers, whose steps a head over all of CLIP's tokens would lengthen by 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,22 +41,31 @@ class Tokens(Term):
     title: ClassVar[str] = "tokens"
 
     spread: float = key(1.0, "initial standard deviation of the head's weights, times the root of the width", above(0))
+    classes: int = key(0, "size of the head: of the tokens in order of appearance, 0 for all", at_least(0))
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """Return a linear classifier of images with one class per token."""
-        width = model.widths["img"]
-        classifier = Classifier(vocab, self.spread * width**-0.5)
-        return {"tokens": Head(classifier, input="img", output="tokens", flops=2 * vocab * width)}
+        """Return a linear classifier of images with one class per token, or `classes`."""
+        width, classes = model.widths["img"], self.classes or vocab
+        classifier = Classifier(classes, self.spread * width**-0.5)
+        return {"tokens": Head(classifier, input="img", output="tokens", flops=2 * classes * width)}
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, jax.Array]:
-        """Return the document frequencies of the tokens."""
-        return initial_state(vocab)
+        """Return the document frequencies of the tokens and, for `classes`, the class of each token."""
+        numbers = {"token_classes": jnp.zeros(vocab, jnp.int32)} if self.classes else {}
+        return initial_state(self.classes or vocab) | numbers
 
     def __call__(
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
     ) -> Result:
         """Compute the loss, see `Term.__call__`."""
-        return classify(out["tokens"], batch["text"], batch["text_end"], state)
+        text, numbers = batch["text"], {}
+        counts = first_uses(text, batch["text_end"])
+        if self.classes:
+            numbers["token_classes"] = number(state["token_classes"], text, counts, self.classes)
+            text = numbers["token_classes"][text]
+            counts &= text > 0
+        loss, metrics, state = classify(out["tokens"], text, counts, state)
+        return loss, metrics, state | numbers
 
     def curves(self) -> tuple[Curve, ...]:
         """Return charts of the loss and the fraction of images whose most probable token is in their caption."""
@@ -71,17 +89,31 @@ def initial_state(vocab: int) -> dict[str, jax.Array]:
     return {"token_frequency": jnp.zeros(vocab), "token_batches": jnp.zeros(())}
 
 
-def classify(logits: jax.Array, text: jax.Array, end: jax.Array, state: Arrays) -> Result:
+def number(classes: jax.Array, text: jax.Array, counts: jax.Array, most: int) -> jax.Array:
+    """Return the class of each token, int32 (vocab,), after new tokens of a batch got the next free ones below `most`.
+
+    Args:
+      classes: int32 (vocab,), the classes so far; 0 for none.
+      text: int32 tokens (b, n).
+      counts: bool (b, n), the positions of tokens to classify.
+      most: number of classes.
+    """
+    new = jnp.zeros(classes.shape, bool).at[text].max(counts) & (classes == 0)
+    numbers = jnp.max(classes) + jnp.cumsum(new, dtype=jnp.int32)
+    return jnp.where(new & (numbers < most), numbers, classes)
+
+
+def classify(logits: jax.Array, text: jax.Array, counts: jax.Array, state: Arrays) -> Result:
     """Return the cross-entropy of a softmax over the vocabulary with the weighted tokens of captions, in nats.
 
     The target of image i is w_c / sum_c w_c for the different tokens c of its caption, and 0 for all others, with the
     inverse document frequency w_c = ln((n + 1) / (n_c + 1)): n counts the captions of all batches so far, with this
-    one, and n_c those with the token. The end of a text and its padding do not count, as they do in the paper's code.
+    one, and n_c those with the token.
 
     Args:
       logits: fp32 (b, vocab), rows of the global batch.
       text: int32 tokens (b, n).
-      end: int32 (b,), the position of each row's end token; padding follows it.
+      counts: bool (b, n), see `first_uses`.
       state: result of `initial_state`, or the state after the last batch.
 
     Returns:
@@ -89,7 +121,6 @@ def classify(logits: jax.Array, text: jax.Array, end: jax.Array, state: Arrays) 
       a weight; the next state.
     """
     b, vocab = logits.shape
-    counts = first_uses(text, end)
     # Gathers and scatters along the vocabulary stay within a device's rows; K-hot targets would be as large as logits.
     share = jnp.zeros(vocab).at[text].add(counts.astype(jnp.float32)) / b
     batches = state["token_batches"] + 1
@@ -105,7 +136,25 @@ def classify(logits: jax.Array, text: jax.Array, end: jax.Array, state: Arrays) 
 
 
 def first_uses(text: jax.Array, end: jax.Array) -> jax.Array:
-    """Return a mask of each token's first occurrence before its row's `end` (b,), bool (b, n)."""
+    """Return a mask of each token's first occurrence before its row's `end` (b,), bool (b, n).
+
+    The end of a text and its padding do not count, as they do in the paper's code.
+    """
     n = text.shape[1]
     repeated = jnp.any((text[:, :, None] == text[:, None, :]) & jnp.tri(n, k=-1, dtype=bool), axis=2)
     return ~repeated & (jnp.arange(n) < end[:, None])
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Return the config of the recipe `small`."""
+    return small.get_config(arg)
+
+
+def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> recipes.Describe:
+    """Fill in the recipe `small`, and add the term."""
+    describe = small.fill_in(config, arg)
+    classes = SMALL_CLASSES if config.model.img.width <= small.SMALL_WIDTH else 0
+    config.objective.name = "superclip"
+    config.objective.terms = {**config.objective.terms, "tokens": 1.0}
+    config.objective.plugins = {"tokens": {"type": "examples.superclip:Tokens", "classes": classes}}
+    return describe

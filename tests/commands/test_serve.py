@@ -1,9 +1,7 @@
 """The search page: answers, the command, and the page in a browser."""
 
 import io
-import re
 import socket
-import threading
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from PIL import Image
 from tests.helpers import bad_tars, tiny
 from tests.helpers.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
 from tests.helpers.pages import Page, check_basics
+from tests.helpers.serving import served
 from xclip_jax.commands import embed
 from xclip_jax.commands import serve as command
 from xclip_jax.commands.serve import make_index
@@ -19,7 +18,6 @@ from xclip_jax.commands.serve import make_index
 pytestmark = pytest.mark.long
 
 testclient = pytest.importorskip("starlette.testclient")
-uvicorn = pytest.importorskip("uvicorn")
 
 
 @pytest.fixture(scope="module")
@@ -150,26 +148,8 @@ def test_bad_arguments(flags, message, run):
 
 @pytest.fixture(scope="module")
 def address(run, pictures, tmp_path_factory):
-    """The address that the command prints, in a thread of this process."""
-    printed, servers, ready, serve = [], [], threading.Event(), uvicorn.Server.run
-
-    def observed(server, sockets):
-        servers.append(server)
-        ready.set()
-        serve(server, sockets)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XCLIP_CACHE", str(tmp_path_factory.mktemp("served")))
-        patch.setattr(command, "log0", printed.append)
-        patch.setattr(uvicorn.Server, "run", observed)
-        line = [str(run), "--images", str(pictures), "--port", "0"]
-        thread = threading.Thread(target=command.main, args=(line,), daemon=True)
-        thread.start()
-        assert ready.wait(100)
-    yield re.fullmatch(r"8 images: (http://127\.0\.0\.1:\d+)  \(Ctrl-C to end\)", printed[-1])[1] + "/"
-    servers[0].should_exit = True
-    thread.join(10)
-    assert not thread.is_alive()
+    with served(run, pictures, tmp_path_factory.mktemp("served")) as address:
+        yield address
 
 
 @pytest.mark.parametrize(("width", "scheme"), list(zip(WIDTHS, SCHEMES, strict=True)))

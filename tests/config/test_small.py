@@ -189,7 +189,7 @@ def test_the_pairs_decide_on_size_context_and_captions_apart(discs):
     c, describe = load.load_recipe(f"small:pairs={discs},tokenizer=bytes")
     assert describe(c) == (
         "small: 128 pairs, 16 % of them held out; clip (on titles like these captions xclip is not shown to pay, "
-        f"unlike SuperCLIP's tokens: docs/verdicts.md), Ti/12, 36 px, 24 tokens, batch {c.data.batch}, {c.steps} "
+        f"but examples/superclip.py is: docs/verdicts.md), Ti/12, 36 px, 24 tokens, batch {c.data.batch}, {c.steps} "
         f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs), muon at {c.optim.lr:g}, "
         "tuned on icons and photographs"
     )
@@ -241,7 +241,7 @@ def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(tmp_path):
         (["a fox", "hens"], "; clip (with label smoothing it beats xclip on names like these captions: docs"),
         (
             ["Turtle Check Men Navy Blue Shirt by Brand"],
-            "; clip (on titles like these captions xclip is not shown to pay, unlike SuperCLIP's tokens: ",
+            "; clip (on titles like these captions xclip is not shown to pay, but examples/superclip.py is: ",
         ),
         ([], "; clip (no study here compared it with xclip on captions like these: "),
     ],

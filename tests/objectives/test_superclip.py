@@ -1,10 +1,14 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from examples import superclip as tokens
+from tests.helpers import tiny
 from tests.helpers.util import assert_close, central_differences, rows_over
+from xclip_jax.config import load, schema
 from xclip_jax.parallel.mesh import replicated
 from xclip_jax.train.cost.hlo import collectives
 
@@ -30,11 +34,11 @@ def words(row):
 
 
 def oracle(batches, logits):
-    """Loss of the last of `batches` and its targets, from counts of all captions, in float64."""
-    seen = [words(row) for text in batches for row in text]
-    documents = np.array([sum(c in caption for caption in seen) for c in range(VOCAB)])
+    """Loss of the last of `batches`, lists of the classes of each caption, and its targets, in float64."""
+    seen = [caption for batch in batches for caption in batch]
+    documents = np.array([sum(c in caption for caption in seen) for c in range(logits.shape[1])])
     idf = np.log((len(seen) + 1) / (documents + 1))
-    weights = np.array([[idf[c] * (c in words(row)) for c in range(VOCAB)] for row in batches[-1]])
+    weights = np.array([[idf[c] * (c in caption) for c in range(len(idf))] for caption in batches[-1]])
     totals = weights.sum(axis=1, keepdims=True)
     target = np.divide(weights, totals, out=np.zeros_like(weights), where=totals > 0)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -44,12 +48,13 @@ def oracle(batches, logits):
 def given(batches):
     state = tokens.initial_state(VOCAB)
     for text in batches:
-        _, _, state = tokens.classify(jnp.zeros((len(text), VOCAB)), jnp.asarray(text), ends(text), state)
+        _, (_, state) = loss(jnp.zeros((len(text), VOCAB)), jnp.asarray(text), ends(text), state)
     return state
 
 
-def loss(logits, text, end, state):
-    value, metrics, state = tokens.classify(logits, text, end, state)
+def loss(logits, text, end, state, classes=0):
+    term = tokens.Tokens(classes=classes)
+    value, metrics, state = term({"tokens": logits}, None, state, {"text": text, "text_end": end})
     return value, (metrics, state)
 
 
@@ -62,25 +67,58 @@ def test_equals_oracle(steps, devices, pad):
     arrays = jax.device_put(arrays, rows_over(devices))
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, (metrics, state)), grad = step(*arrays, given(batches[:-1]))
-    expected, target, frequency = oracle(batches, logits)
+    captioned = [list(map(words, text)) for text in batches]
+    expected, target, frequency = oracle(captioned, logits)
     assert float(value) == pytest.approx(expected, rel=1e-5) and float(metrics["loss"]) == float(value)
-    assert_close([grad], central_differences(lambda x: oracle(batches, x)[0], [logits]), 2e-5)
+    assert_close([grad], central_differences(lambda x: oracle(captioned, x)[0], [logits]), 2e-5)
     hits = [target[i, row.argmax()] > 0 for i, row in enumerate(logits)]
     assert float(metrics["top1"]) == pytest.approx(np.mean(hits)) and 0 < np.mean(hits) < 1
     np.testing.assert_allclose(np.asarray(state["token_frequency"])[3:], frequency[3:], rtol=1e-5)
     assert float(state["token_batches"]) == steps
 
 
-def test_rows_stay_on_their_device():
+@pytest.mark.parametrize("devices", [1, 8])
+def test_only_the_first_tokens_have_classes(devices):
+    """In a head of 9 classes, with numbers in order of appearance; the others are not there."""
+    batches, class_of = [captions(n=5, seed=i) for i in range(3)], {}
+    state = tokens.Tokens(classes=9).initial_state(None, VOCAB)
+    logits = np.random.default_rng(7).normal(size=(8, 9))
+    step = jax.jit(jax.value_and_grad(functools.partial(loss, classes=9), has_aux=True))
+    for text in batches:
+        new = sorted({x for row in text for x in words(row)} - class_of.keys())
+        class_of |= dict(zip(new, range(len(class_of) + 1, 9)))  # noqa: B905 some get no class
+        arrays = [jnp.asarray(logits, jnp.float32), jnp.asarray(text), ends(text)]
+        (value, (_, state)), grad = step(*jax.device_put(arrays, rows_over(devices)), state)
+    assert state["token_classes"].tolist() == [class_of.get(x, 0) for x in range(VOCAB)] and len(class_of) == 8
+    captioned = [[{class_of[x] for x in words(row) & class_of.keys()} for row in text] for text in batches]
+    expected, _, frequency = oracle(captioned, logits)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert_close([grad], central_differences(lambda x: oracle(captioned, x)[0], [logits]), 2e-5)
+    np.testing.assert_allclose(state["token_frequency"], frequency, rtol=1e-5)
+
+
+def test_the_recipe_adds_the_term(tmp_path):
+    arg = f"pairs={tiny.folder(tmp_path, n=32)},size=48,steps=4,batch=8,tokenizer=bytes"
+    config = schema.resolve(load.load_config(f"{tokens.__file__}:{arg}"))
+    assert config.objective.terms == {"clip": 1.0, "tokens": 1.0} and config.model.img.image_size == 48
+    assert config.objective.term("tokens") == tokens.Tokens(classes=tokens.SMALL_CLASSES)
+    large = schema.resolve(load.load_config(f"{tokens.__file__}:{arg},objective=siglip,preset=S/16"))
+    assert large.objective.terms == {"siglip": 1.0, "tokens": 1.0} and large.objective.term("tokens").classes == 0
+
+
+@pytest.mark.parametrize("classes", [0, 512])
+def test_rows_stay_on_their_device(classes):
     """What travels grows with the vocabulary and not with the batch; 8 devices, gradients included."""
     b, n, vocab = 64, 12, 512
     rows = rows_over(8)
     whole = replicated(rows.mesh)
     logits = jax.ShapeDtypeStruct((b, vocab), jnp.float32, sharding=rows)
     text, end = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((b, n), (b,)))
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tokens.initial_state(vocab))
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=((whole, (whole, whole)), rows))
+    state = tokens.Tokens(classes=classes).initial_state(None, vocab)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
+    of_classes = functools.partial(loss, classes=classes)
+    step = jax.jit(jax.value_and_grad(of_classes, has_aux=True), out_shardings=((whole, (whole, whole)), rows))
     compiled = step.lower(logits, text, end, state).compile()
     found = collectives(compiled.as_text(), 8)
-    assert {x.kind for x in found} == {"all-reduce"} and sum(x.total for x in found) < 4 * (vocab + 64)
+    assert {x.kind for x in found} == {"all-reduce"} and sum(x.total for x in found) < 4 * (vocab + 64) + classes
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * b // 8 * vocab

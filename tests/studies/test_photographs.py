@@ -151,7 +151,7 @@ def test_tokens_that_are_not_common_share_a_class():
     logits = np.random.default_rng(0).normal(size=(2, 1 + len(common)))
     state = term.initial_state(None, 50_000)
     loss, _, _ = term({"tokens": logits}, None, state, {"text": text, "text_end": end})
-    assert float(loss) == float(superclip.classify(logits, classes, end, state)[0])
+    assert float(loss) == float(superclip.classify(logits, classes, superclip.first_uses(classes, end), state)[0])
 
 
 def finish(monkeypatch, settled, arms=("pilot", "search")):
