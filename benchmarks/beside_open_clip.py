@@ -222,13 +222,13 @@ def estimate(values: Sequence[float], sign: str = "") -> str:
     """Return the mean and, for two values or more, its 95 % t-interval."""
     mean = np.mean(values)
     if len(values) < 2:
-        return f"{mean:{sign}.2f}"
+        return f"{mean:{sign}.1f}"
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return f"{mean:{sign}.2f} [{mean - half:{sign}.2f}, {mean + half:{sign}.2f}]"
+    return f"{mean:{sign}.1f} [{mean - half:{sign}.1f}, {mean + half:{sign}.1f}]"
 
 
-def row(label: str, runs: dict[int, Record], names: Sequence[str]) -> list[str]:
-    """Return the cells of a row, means over seeds, with the scores `names`."""
+def column(label: str, runs: dict[int, Record], names: Sequence[str]) -> list[str]:
+    """Return the cells of a column, means over seeds, with the scores `names`."""
     each = list(runs.values())
     formats = {"rate": "g", "steps": ",.0f", "seconds": ",.0f", "pairs_per_second": ",.1f"}
     rate, *means = (f"{np.mean([x[key] for x in each]):{shown}}" for key, shown in formats.items())
@@ -252,13 +252,14 @@ def table(settings: Record, out: pathlib.Path) -> str:
     names = list(ours[first]["scores"])
     seeds = [seed for seed in ours if seed in theirs]
     apart = [[ours[seed]["scores"][name] - theirs[seed]["scores"][name] for seed in seeds] for name in names]
-    rows = [
-        ["arm", "rate", "seeds", "steps", "seconds", "pairs/s", *names], ["---"] * (6 + len(names)),
-        row("xclip_jax, small", ours, names), row("open_clip, best rate", theirs, names),
+    columns = [
+        ["", "rate", "seeds", "steps", "seconds", "pairs/s", *names],
+        column("small", ours, names), column("open_clip, best rate", theirs, names),
         ["difference", "", str(len(seeds)), "", "", "", *(estimate(values, "+") for values in apart)],
-        *(row("open_clip, another rate", {first: runs[first]}, names) for runs in tried.values()),
+        *(column("open_clip, another rate", {first: runs[first]}, names) for runs in tried.values()),
     ]  # fmt: skip
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    head, *rows = (f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True))
+    return "\n".join([head, "|---" * len(columns) + "|", *rows])
 
 
 def settings_of(flags: argparse.Namespace) -> Record:

@@ -1,6 +1,7 @@
 """Both sides of `benchmarks.beside_open_clip` on a few pairs, and the table of made-up records."""
 
 import json
+import pathlib
 import types
 
 import numpy as np
@@ -126,10 +127,21 @@ def test_table_of_records(tmp_path):
         (tmp_path / f"{beside.Job(*job).name}.json").write_text(json.dumps(record))
     table = beside.table({"seeds": [4, 5, 6], "rates": [0.1, 0.2, 0.3]}, tmp_path)
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    assert [row[1] for row in rows] == ["0", "0.2", "", "0.1", "0.3"]
+    assert rows[0] == ["rate", "0", "0.2", "", "0.1", "0.3"]
     ours, theirs = np.array(list(made.values())[:6]).reshape(2, 3, 4)[..., 1]
-    for row, x, sign in zip(rows, (ours, theirs, ours - theirs), ("", "", "+"), strict=False):
+    for cell, x, sign in zip(rows[6][1:], (ours, theirs, ours - theirs), ("", "", "+"), strict=False):
         low, high = scipy.stats.ttest_1samp(x, 0).confidence_interval(0.95)
-        assert row[7] == f"{x.mean():{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+        assert cell == f"{x.mean():{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
     (tmp_path / "open_clip-0.2-seed6.json").unlink()
-    assert "| difference |  | 2 |" in beside.table({"seeds": [4, 5, 6], "rates": [0.2]}, tmp_path)
+    assert "| seeds | 3 | 2 | 2 |" in beside.table({"seeds": [4, 5, 6], "rates": [0.2]}, tmp_path)
+
+
+def test_documented_scores_are_those_of_the_records():
+    root = pathlib.Path(beside.__file__).parents[1]
+    page = (root / "docs" / "comparison.md").read_text()
+    table = page.partition("## Trained on the same pairs")[2].partition("##")[0]
+    out = root / "studies" / "photographs" / "beside_open_clip"
+    lines = beside.table(json.loads((out / "settings.json").read_text()), out).splitlines()
+    cells = {"| ".join(line.split("| ")[2:5]) for line in lines}
+    shown = [line for line in table.splitlines() if "[" in line and line.startswith("|")]
+    assert len(shown) == 7 and all("| ".join(line.split("| ")[2:]).rstrip("|") in cells for line in shown)
