@@ -237,8 +237,13 @@ def load(tars: Sequence[str]) -> list[pathlib.Path]:
 
     Errors are as for `build`.
     """
+
+    def cached(path: str) -> pathlib.Path | None:
+        with storage.unreadable_as(f"{path!r} cannot be read; check its address"):
+            return _cached(path)
+
     with thread_pool(16) as threads:  # a store takes long to answer
-        index_paths = dict(zip(tars, threads.map(_cached, tars), strict=True))
+        index_paths = dict(zip(tars, threads.map(cached, tars), strict=True))
     todo = [path for path, index_path in index_paths.items() if index_path is None]
     if todo:
         began = time.monotonic()
