@@ -41,7 +41,7 @@ class Tokens(Term):
     title: ClassVar[str] = "tokens"
 
     spread: float = key(1.0, "initial standard deviation of the head's weights, times the root of the width", above(0))
-    classes: int = key(0, "size of the head: of the tokens in order of appearance, 0 for all", at_least(0))
+    classes: int = key(0, "size of the head, for the tokens that appear first in training; 0 for all", at_least(0))
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """Return a linear classifier of images with one class per token, or `classes`."""

@@ -188,10 +188,10 @@ def test_the_context_is_long_enough_for_every_column(tmp_path):
 def test_the_pairs_decide_on_size_context_and_captions_apart(discs):
     c, describe = load.load_recipe(f"small:pairs={discs},tokenizer=bytes")
     assert describe(c) == (
-        "small: 128 pairs, 16 % of them held out; clip (on titles like these captions xclip is not shown to pay, "
-        f"but examples/superclip.py is: docs/verdicts.md), Ti/12, 36 px, 24 tokens, batch {c.data.batch}, {c.steps} "
-        f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs), muon at {c.optim.lr:g}, "
-        "tuned on icons and photographs"
+        "small: 128 pairs, 16 % of them held out; clip (on titles like these xclip is not shown to pay, "
+        "unlike SuperCLIP's tokens in examples/superclip.py: docs/verdicts.md), Ti/12, 36 px, 24 tokens, "
+        f"batch {c.data.batch}, {c.steps} steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs), "
+        f"muon at {c.optim.lr:g}, tuned on icons and photographs"
     )
     assert c.data.sources == (f"folder:{discs}",) and re.fullmatch(r"runs/small-.*pairs-[0-9a-f]{6}", c.run)
     assert (c.model.img.image_size, c.model.txt.context_length) == (36, 24)
@@ -241,7 +241,7 @@ def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(tmp_path):
         (["a fox", "hens"], "; clip (with label smoothing it beats xclip on names like these captions: docs"),
         (
             ["Turtle Check Men Navy Blue Shirt by Brand"],
-            "; clip (on titles like these captions xclip is not shown to pay, but examples/superclip.py is: ",
+            "; clip (on titles like these xclip is not shown to pay, unlike SuperCLIP's tokens in examples",
         ),
         ([], "; clip (no study here compared it with xclip on captions like these: "),
     ],

@@ -188,7 +188,8 @@ def read(index_path: pathlib.Path) -> np.ndarray | None:
 
 def _cached(path: str) -> pathlib.Path | None:
     """Return the path of a tar's stored index, which may be copied from the tar's bucket; None if there is none."""
-    index_paths = index_files(path)
+    with storage.unreadable_as(f"{path!r} cannot be read; check its address"):
+        index_paths = index_files(path)
     shared = _shared(path, index_paths[-1].name)
     if shared and read(index_paths[-1]) is None:
         with contextlib.suppress(OSError), storage.os_errors(shared):
@@ -237,13 +238,8 @@ def load(tars: Sequence[str]) -> list[pathlib.Path]:
 
     Errors are as for `build`.
     """
-
-    def cached(path: str) -> pathlib.Path | None:
-        with storage.unreadable_as(f"{path!r} cannot be read; check its address"):
-            return _cached(path)
-
     with thread_pool(16) as threads:  # a store takes long to answer
-        index_paths = dict(zip(tars, threads.map(cached, tars), strict=True))
+        index_paths = dict(zip(tars, threads.map(_cached, tars), strict=True))
     todo = [path for path, index_path in index_paths.items() if index_path is None]
     if todo:
         began = time.monotonic()
