@@ -186,9 +186,13 @@ def read(index_path: pathlib.Path) -> np.ndarray | None:
         return None
 
 
+def _unreadable(path: str) -> contextlib.AbstractContextManager[None]:
+    return storage.unreadable_as(f"{path!r} cannot be indexed; check the tar, and set XCLIP_CACHE to a writable folder")
+
+
 def _cached(path: str) -> pathlib.Path | None:
     """Return the path of a tar's stored index, which may be copied from the tar's bucket; None if there is none."""
-    with storage.unreadable_as(f"{path!r} cannot be read; check its address"):
+    with _unreadable(path):
         index_paths = index_files(path)
     shared = _shared(path, index_paths[-1].name)
     if shared and read(index_paths[-1]) is None:
@@ -213,7 +217,7 @@ def build(path: str) -> pathlib.Path:
 
     `UserError` if the tar is unreadable, or neither its folder nor the cache is writable.
     """
-    with storage.unreadable_as(f"{path!r} cannot be indexed; check the tar, and set XCLIP_CACHE to a writable folder"):
+    with _unreadable(path):
         cached = _cached(path)
         if cached is not None:
             return cached
