@@ -147,6 +147,7 @@ def test_titles(objective, title, formula):
 def test_a_card_lists_the_options_of_a_term_of_another_package():
     resolved = schema.resolve(superclip())
     recipe = make_objective(resolved.objective).recipe(resolved.model)
-    own = [f"objective.clip.{name}" for name in ("label_smoothing", "positives", "gce_q")]
-    assert recipe.keys() == {"objective.terms.clip", "objective.terms.tokens", *own, "objective.plugins.tokens.spread"}
+    clip = {f"objective.clip.{name}" for name in ("label_smoothing", "positives", "gce_q")}
+    tokens = {f"objective.plugins.tokens.{name}" for name in ("spread", "classes")}
+    assert recipe.keys() == {"objective.terms.clip", "objective.terms.tokens"} | clip | tokens
     assert recipe["objective.terms.tokens"] == recipe["objective.plugins.tokens.spread"] == 0.5
