@@ -46,7 +46,7 @@ def pages(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "width", "scheme"),
     [
-        *(("full", width, scheme) for width in WIDTHS for scheme in SCHEMES),
+        *(("full", *shown) for shown in zip(WIDTHS, SCHEMES, strict=True)),
         ("begun", WIDTHS[0], "light"),
         *(("several", width, "light") for width in WIDTHS),
     ],
