@@ -200,6 +200,7 @@ class _Plot:
 def chart_of_differences(title: str, groups: Mapping[str, Mapping[str, Estimate]], label: str) -> str | None:
     """Return a chart of differences {group: {name: difference}} and intervals, or None without any; `label`: unit."""
     known = {group: {k: e for k, e in rows.items() if e.n >= MIN_SEEDS} for group, rows in groups.items()}
+    known = {group: rows for group, rows in known.items() if rows}
     drawn = [e for rows in known.values() for e in rows.values()]
     if not drawn:
         return None

@@ -9,6 +9,7 @@ import numpy as np
 from studies import page, verdicts
 from studies.declaration import ClaimPart, Measure
 from studies.matrix import Matrix
+from studies.page import estimate_text
 from studies.photographs import spaces, stages
 from studies.photographs.claims import BOTH_WAYS
 
@@ -116,7 +117,13 @@ def _by_the_other_reading(matrix: stages.Photographs, names: Sequence[str]) -> l
     for measures in (_NAMING, _RETRIEVAL):
         lines += page.arms(other, two_heads, measures)
         lines += page.differences(other, "minus CLIP", pairs, measures)
-    return lines
+    rows = []
+    for number, claim in enumerate(other.study.claims, 1):
+        for part in claim.parts:
+            found = verdicts.difference(other, part), verdicts.unpaired_difference(other, part)
+            texts = [estimate_text(x, other.study.measure(part.measure), difference=True) for x in found]
+            rows.append([f"{number}. {part.text}", *texts])
+    return [*lines, *page.table(["part of a claim", "difference", "without pairing"], rows)]
 
 
 def _against_controls(matrix: stages.Photographs) -> list[str]:
