@@ -174,11 +174,12 @@ class _Plot:
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
 
     def legend(self, names: Sequence[str]) -> None:
-        x = float(self.left)
-        for name, color in zip(names, COLORS, strict=False):
+        widths = [28 + 7.2 * len(name) for name in names]
+        x = max(float(RIGHT), min(float(self.left), WIDTH - RIGHT - sum(widths)))
+        for name, width, color in zip(names, widths, COLORS, strict=False):
             self.dot(x, 44, color)
             self.text(x + 9, 48, name)
-            x += 28 + 7.2 * len(name)
+            x += width
 
     def grid(self, axis: str, label: str) -> None:
         values = ticks(*self.spans[axis], 8)

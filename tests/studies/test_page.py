@@ -40,6 +40,10 @@ def test_charts():
     _, (worse, first), (better, second) = (tuple(map(float, at)) for at in places)  # the first is the legend's
     zero = float(re.search(r'<polyline points="([\d.]+),[^"]*" fill="none" stroke="#888888"', svg)[1])
     assert worse < zero < better and first < second
+    four = {f"measure {i}, long": groups["more"]["xCLIP"] for i in range(4)}
+    svg = page.chart_of_differences("x", {"an arm with a long name, too": four, "unknown": {"other": few}}, "points")
+    names = re.findall(r'<text x="([\d.]+)"[^>]*>(measure[^<]*)<', svg)
+    assert len(names) == 4 and all(0 < float(x) < 720 - 6.5 * len(name) for x, name in names) and "unknown" not in svg
     svg = page.chart_of_curves("Loss", {"CLIP": [(1.0, 5.5), (100.0, 2.0)], "flat": [(100.0, 2.0)]}, "nats")
     assert svg.count("<circle") == 2 and ">100<" in svg
     assert page.chart_of_differences("x", {"a": {"b": few}}, "") is None and page.chart_of_curves("x", {}, "") is None
