@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from xclip_jax.commands.check import SUSPECTS
 from xclip_jax.core.errors import UserError, exit_with_message
+from xclip_jax.core.outputs import check_file
+from xclip_jax.core.storage import write_whole
 from xclip_jax.data import sources
 from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, WrappedSource
 
@@ -65,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("suspects", help="file by xclip-jax check --suspects")
     parser.add_argument("--out", default="exchanged.jsonl", help="file for all exchanged captions")
     options = parser.parse_args(argv)
+    out = check_file("--out", options.out, SUSPECTS)
     lines = [json.loads(line) for line in pathlib.Path(options.suspects).read_text().splitlines()]
     columns = tuple(lines[0]["source"].rpartition(":")[2].split(","))
     source: Any = sources.open_pairs(options.source, SourceOptions(text_columns=columns))
@@ -85,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"exchanged; {hits / wrong.sum():.1%} of all exchanged"
         )
     chosen = [line for line, bad in zip(lines, wrong, strict=True) if bad]
-    pathlib.Path(options.out).write_text("".join(f"{json.dumps(line)}\n" for line in chosen))
+    write_whole(out, "".join(f"{json.dumps(line)}\n" for line in chosen))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xclip_jax import interop
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError, exit_with_message
+from xclip_jax.core.outputs import check_folder
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.train import weights
 
@@ -35,7 +36,7 @@ def mix(run: str, share: float, out: str) -> None:
       share: share of the tuned weights, from 0 to 1.
       out: the folder to write, new or of an earlier mix.
     """
-    interop.check_replaceable(out)
+    check_folder("the folder of the mix", out, lambda: interop.has_own(out))  # before the work
     if not 0 <= share <= 1:
         raise UserError(f"the share of the tuned weights is {share:g}; expected a number from 0 to 1.")
     config, experiment, variables, _, classes = weights.load(run)

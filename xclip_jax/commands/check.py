@@ -13,7 +13,6 @@ import argparse
 import collections
 import json
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Sequence
@@ -28,18 +27,19 @@ from xclip_jax.core.errors import (
     Parser,
     UserError,
     check_count,
-    check_file,
     check_fraction,
     exit_with_message,
 )
 from xclip_jax.core.imports import add_trust
-from xclip_jax.core.storage import strict_json
+from xclip_jax.core.outputs import check_file
+from xclip_jax.core.storage import strict_json, write_whole
 from xclip_jax.data import inspect, loader, records, sources, tokenizer
 from xclip_jax.data.base import Record, Source, SourceOptions
 from xclip_jax.data.images import decode
 from xclip_jax.data.inspect import Sample
 from xclip_jax.objectives.similarity import ClusterSimilarity, features
 
+SUSPECTS = rb'^\{"index": .*"likeliest": '  # beginning of a file by --suspects
 _EXAMPLES = 3  # bad samples to list per reason
 _SUSPECTS = 10  # captions to list
 _NEGATIVES = "; in one batch they would count as false negatives"
@@ -152,7 +152,7 @@ def _show_suspects(source: Source, good: Sequence[Sample], options: argparse.Nam
     for entry in entries[:_SUSPECTS]:
         show(f"    {json.dumps(entry, ensure_ascii=False)}")
     if options.suspects:
-        pathlib.Path(options.suspects).write_text("".join(f"{strict_json(entry)}\n" for entry in entries))
+        write_whole(options.suspects, "".join(f"{strict_json(entry)}\n" for entry in entries))
         show(f"all {len(entries):,}, the least likely first: {options.suspects}")
 
 
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.suspects:  # written at the end
             if not options.by:
                 raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
-            check_file("--suspects", options.suspects)
+            options.suspects = check_file("--suspects", options.suspects, SUSPECTS)
         given = {"image": "image", "text": "text", "dir": "", "tags": "", "negatives": ""}
         path, *pairs = re.split(rf",(?=(?:{'|'.join(given)})=)", options.source)
         named = [pair.partition("=")[0] for pair in pairs]

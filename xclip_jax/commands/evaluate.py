@@ -31,12 +31,12 @@ from xclip_jax.core.errors import (
     UserError,
     check_choice,
     check_count,
-    check_writable,
     exit_with_message,
     redact,
 )
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.core.storage import as_path, is_remote
+from xclip_jax.core.outputs import check_file
+from xclip_jax.core.storage import as_path
 from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.prompts import PROFILES, read_class_names
 from xclip_jax.evaluators.results import Result
@@ -91,10 +91,9 @@ def evaluate(
     place = hub.locate(run)
     config, experiment, variables, loaded_step, classes = weights.load(place, step)
     path = as_path(output) if output else hub.results_file(place.name)
-    if not is_remote(str(path)) and jax.process_count() == 1:  # with several, only the first writes
-        check_writable("--output", path.parent)
-    if path.exists():
-        results.read(path, "delete it, or name another --output")  # raises an error before the work
+    if jax.process_count() == 1:  # with several, only the first writes
+        path = check_file("--output", path, rb"^\{")
+    results.check(path)  # before the work
     encoder = make_encoder(experiment, classes)
     profile_used = profile_of_run(config, profile, changes)
     opened = registry.open_all(names, encoder, data_dir, profile_used, experiment.config.data)

@@ -10,7 +10,6 @@ hf:ORG/NAME. If the run evaluates the moving average of its parameters (eval.ema
 finally uploads the files to a repository of the Hugging Face Hub.
 """
 
-import os
 from collections.abc import Sequence
 
 import jax
@@ -19,9 +18,10 @@ from xclip_jax import interop
 from xclip_jax.commands import onnx_files
 from xclip_jax.config import schema
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, check_choice, exit_with_message
+from xclip_jax.core.errors import Parser, check_choice, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.core.storage import as_path, write_whole
+from xclip_jax.core.outputs import check_folder
+from xclip_jax.core.storage import write_whole
 from xclip_jax.interop import hub
 from xclip_jax.report import card
 from xclip_jax.train import weights
@@ -43,10 +43,8 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, push
       UserError: bad input, or a model that the format does not support.
     """
     check_choice("--to", to, FORMATS)
-    out = os.path.expanduser(out)
-    folder = as_path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{out!r} is not an empty folder; name another.")
+    folder = check_folder("OUT", out)
+    out = str(folder)  # without ~
     if push:
         hub.check_push(push)
     place = hub.locate(path)

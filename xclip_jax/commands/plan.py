@@ -11,7 +11,6 @@ import dataclasses
 import importlib.metadata
 import itertools
 import os
-import pathlib
 import shlex
 import sys
 import time
@@ -24,7 +23,9 @@ from absl import app, flags
 
 from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes, log0
-from xclip_jax.core.errors import UserError, check_file, exit_with_message
+from xclip_jax.core.errors import UserError, exit_with_message
+from xclip_jax.core.outputs import check_file
+from xclip_jax.core.storage import write_whole
 from xclip_jax.train import cost
 from xclip_jax.train.cost.hlo import collectives, summary
 from xclip_jax.train.cost.roofline import devices_of, roofline
@@ -42,9 +43,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, hlo: str = "") -> 
     The optimised program is written to the file `hlo`. For `topology` see `devices_of`; `UserError` for an unknown one,
     and for a config that cannot be built.
     """
-    hlo = os.path.expanduser(hlo)
-    if hlo:  # compilation takes minutes
-        check_file("--hlo", hlo)
+    file = check_file("--hlo", hlo, rb"^HloModule ") if hlo else None  # compilation takes minutes
     devices, chip = devices_of(topology)
     began = time.perf_counter()
     experiment, compiled, trouble = cost.compile_config(config, devices, chip.memory)
@@ -72,8 +71,8 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, hlo: str = "") -> 
     if compiled is None:
         return facts | {"remedies": cost.remedies(experiment)}
     program = compiled.as_text()
-    if hlo:
-        pathlib.Path(hlo).write_text(program)
+    if file:
+        write_whole(file, program)
     times = dataclasses.asdict(roofline(program, topology, len(devices)))
     step_ms = times["step_ms"]
     pairs_per_second = 1e3 * config.data.batch / step_ms

@@ -20,10 +20,11 @@ from typing import Any
 from etils import epath
 
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, check_file, exit_with_message
+from xclip_jax.core.errors import Parser, UserError, exit_with_message
 from xclip_jax.core.imports import add_trust, named_by, trusting
+from xclip_jax.core.outputs import check_file
 from xclip_jax.core.run_folder import RunReader
-from xclip_jax.core.storage import as_path, is_remote, write_whole
+from xclip_jax.core.storage import write_whole
 from xclip_jax.evaluators import registry
 from xclip_jax.report import collect, page
 from xclip_jax.report.collect import Record, Run
@@ -55,9 +56,8 @@ def make(flags: argparse.Namespace) -> epath.Path:
     names = short_names(flags.runs)
     records = [collect.read(run) for run in flags.runs]
     several = len(records) > 1
-    path = as_path(flags.output or ("comparison.html" if several else RunReader(flags.runs[0]).report_file))
-    if not is_remote(str(path)):  # before the predictions
-        check_file("--output", path)
+    output = flags.output or ("comparison.html" if several else RunReader(flags.runs[0]).report_file)
+    path = check_file("--output", output, page.MARK.encode())  # before the predictions
     specs = registry.expand_suites(flags.sets) if flags.sets.strip(" ,") else ()
     of_runs = [(*record.config.eval.sets_at_end, *record.config.eval.sets) for record in records]
     specs = specs or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))

@@ -5,7 +5,6 @@ import contextlib
 import errno
 import numbers
 import os
-import pathlib
 import re
 import select
 import signal
@@ -218,22 +217,3 @@ def check_fraction(key: str, value: float) -> None:
     """Raise `UserError` unless the value of `key` is from 0 to 1."""
     if not 0 <= value <= 1:
         raise UserError(f"{key} is {value:g}; expected a fraction from 0 to 1.")
-
-
-def check_file(option: str, path: str | os.PathLike) -> None:
-    """Make the folder of an option's file; raises `UserError` if the file cannot be written."""
-    path = pathlib.Path(path)
-    check_writable(option, path.parent)
-    if path.is_dir():
-        raise UserError(f"{option}: {str(path)!r} is a folder; name a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-
-def check_writable(option: str, folder: str | os.PathLike) -> None:
-    """Raise `UserError` unless files can be written to an option's `folder`, which need not exist yet."""
-    parent = pathlib.Path(folder).absolute()
-    while not os.path.lexists(parent):
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        fault = "cannot be written to" if parent.is_dir() else "is not a folder"
-        raise UserError(f"{option}: {str(parent)!r} {fault}; name another folder.")

@@ -192,19 +192,24 @@ def read_entries(entries: Iterable[Entry]) -> list[Result]:
     return [result for entry in entries for result in from_json(entry["records"])]
 
 
-def read(path: epath.Path, remedy: str = "delete it, and evaluate again") -> tuple[list[Entry], ItemsOf]:
-    """Return all entries of a results file, oldest first and the entries of "results" last, and their items.
+def check(path: epath.Path) -> None:
+    """Raise `UserError` if `add` would replace another program's file."""
+    if path.exists():
+        read(path)
+    read_items(path)
 
-    `remedy` ends the error for other files.
-    """
+
+def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
+    """Return all entries of a results file, oldest first and the entries of "results" last, and their items."""
     if not path.exists():
         raise UserError(f"{path} does not exist; make it with xclip-jax evaluate --checkpoint RUN --suite NAME.")
     with path.open("rb") as file:
         first = file.read(1)
         content = first + file.read() if first == b"{" else first  # files of weights may have gigabytes
-    with unreadable_as(f"{path} is not a file of results; {remedy}"):
+    with unreadable_as(f"{path} is not a file of results; delete it, or name another --output"):
         record = json.loads(content)
         entries = [*record.get("other_results", ()), *record["results"]]
+        _ = entries[0]
         for entry in entries:
             entry["value"] = math.nan if entry["value"] is None else entry["value"]  # JSON has no NaN
             _ = [entry[key] for key in (*KEY, "checkpoint", "name", "metric", "items")]
@@ -295,7 +300,7 @@ def read_items(path: epath.Path) -> ItemsOf:
     file = items_file(path)
     fields = collections.defaultdict[tuple[str, ...], dict[str, Any]](dict)
     items_of: ItemsOf = {}
-    with unreadable_as(f"{file} is damaged; delete it, --compare then gives no intervals"):
+    with unreadable_as(f"{file} is damaged or another program's; delete it, --compare then gives no intervals"):
         for key, array in np.load(io.BytesIO(file.read_bytes())).items() if file.exists() else ():
             statistic, part, entry, name = key.split(":", 3)
             fields[statistic, entry, name][part] = array

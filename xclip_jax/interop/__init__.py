@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xclip_jax.core import imports
 from xclip_jax.core.errors import UserError, check_choice, describe, first_line
 from xclip_jax.core.fields import read_group
-from xclip_jax.core.run_folder import RunReader
+from xclip_jax.core.outputs import check_folder
 from xclip_jax.core.storage import write_whole
 from xclip_jax.data import tokenizer
 from xclip_jax.data.images import DECODINGS, WHITE
@@ -121,7 +121,7 @@ def write(
     Args:
       variables: the model's variables, see `read`.
       config: the model's config, see `read`; other keys, such as a run's, are ignored.
-      path: the folder to create. Other files of an earlier export are deleted at the end.
+      path: the folder to create; with "safetensors" also one of an earlier model, which is replaced.
       to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors" (our format, which loses nothing).
       classes: classes of a fine-tuned model.
 
@@ -129,13 +129,11 @@ def write(
       Notes on parts of the model that the format cannot store.
 
     Raises:
-      UserError: the format does not support the model, tokenizer or preprocessing, or `path` is a run directory.
+      UserError: the format does not support the model, tokenizer or preprocessing, or `path` has other files.
     """
     check_choice("to", to, FORMATS)
-    if RunReader(path).is_run():
-        raise UserError(f"{path!r} is a run directory; name another folder.")
+    folder = check_folder(to, path, lambda: to == "safetensors" and has_own(path))
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
-    folder = epath.Path(path).expanduser()
     notes = []
     if to == "safetensors":
         weights = WEIGHTS
@@ -155,22 +153,13 @@ def write(
     tensor_files.write(folder / weights, tensors)  # if it fails, an earlier export is still there
     for name, text in texts.items():
         write_whole(folder / name, text)
-    for name in set(WRITTEN) - {weights, *texts}:
-        (folder / name).unlink(missing_ok=True)
     return notes
 
 
-def check_replaceable(path: str | os.PathLike) -> None:
-    """Raise `UserError` if in the folder `path` a `write` to "safetensors" would change another program's files."""
+def has_own(path: str | os.PathLike) -> bool:
+    """Whether a folder has a model that `write` wrote to "safetensors", perhaps interrupted."""
     folder = epath.Path(path).expanduser()
-    ours = [CONFIG, WEIGHTS]
-    if any((folder / name).exists() for name in ours):  # an earlier export, perhaps interrupted
-        ours.append(vocabulary.FILE)
-    foreign = ", ".join(name for name in WRITTEN if name not in ours and (folder / name).exists())
-    if foreign:
-        raise UserError(
-            f"{str(path)!r} has files of another program, which would be lost: {foreign}; use a new folder."
-        )
+    return any((folder / name).exists() for name in (CONFIG, WEIGHTS))
 
 
 def _own_texts(config: Mapping[str, Any], classes: Sequence[str] | None) -> dict[str, str]:

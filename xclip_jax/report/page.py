@@ -32,6 +32,7 @@ from xclip_jax.train.callbacks import Callback
 
 _TOWERS = {"img": "Image", "txt": "Text"}
 THUMB = 72  # side of an image in the page, pixels
+MARK = Markup('<meta name="generator" content="xclip-jax report">')  # in the head of a page
 
 
 def render(runs: Sequence[Run], *, step: int | None = None) -> str:
@@ -48,6 +49,7 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
     if first.record.results and all(result.family == "retrieval" for result in first.record.results):
         notes.append("Retrieval does not show how well images are named: settings can raise one and lower the other.")
     context: dict[str, Any] = {
+        "mark": MARK,
         "runs": runs,
         "sections": sorted(sections(runs, step), key=lambda section: not section.content),
         "images": Images(),

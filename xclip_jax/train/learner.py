@@ -106,13 +106,12 @@ class Learner:
         The moving average of the parameters is written if `eval.ema` is set. To resume, save the state itself.
 
         Raises:
-          UserError: the folder has files of another program that a model's files would replace.
+          UserError: the folder has files, and no earlier model.
         """
         config = self.experiment.config
         variables = {name: x for name, x in state.variables(ema=config.eval.ema).items() if x}
         whole = jax.jit(lambda x: x, out_shardings=replicated(self.experiment.mesh))(variables)
         if jax.process_index() == 0:
-            interop.check_replaceable(path)
             interop.write(jax.device_get(whole), schema.to_dict(config), os.fspath(path))
 
 

@@ -11,7 +11,8 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
-from xclip_jax.core.errors import UserError, check_writable
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.outputs import check_folder, check_writable
 from xclip_jax.core.run_folder import RunReader, lock
 from xclip_jax.core.storage import as_path, is_remote, write_json, write_whole
 from xclip_jax.data import tokenizer
@@ -35,8 +36,8 @@ class RunWriter(RunReader):
 
     def check(self, config: Config) -> None:
         """Raise `UserError`, without writing anything, unless a run of `config` can start or resume in this folder."""
-        for path in () if is_remote(str(self.path)) else (self.path, self.checkpoints):  # may be on different disks
-            check_writable(f"--config.run={str(self.path)!r}", path)
+        if not is_remote(str(self.path)):
+            check_writable("--config.run", self.checkpoints)  # may be on another disk
         saved = self.read_config()
         latest = self.latest_step()
         fault = ""
@@ -64,6 +65,7 @@ class RunWriter(RunReader):
                 fault = f"has a run whose config differs in {len(differing)} keys, such as {listed}; restore them"
         if fault:
             raise UserError(f"{self.path} {fault}, or use a different --config.run.")
+        check_folder("--config.run", self.path, lambda: saved is not None)
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json, with defaults for keys that it lacks."""
