@@ -26,6 +26,7 @@ from xclip_jax.commands.evaluate import evaluate
 from xclip_jax.commands.export import export
 from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import exit_with_message
+from xclip_jax.core.outputs import check_folder
 from xclip_jax.demo import emoji
 from xclip_jax.evaluators import tables
 from xclip_jax.parallel import compiler
@@ -159,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = pathlib.Path(options.folder)
     compiler.enable_cache()
     if not (folder / "given").exists():
+        check_folder("--folder", folder)
         write_pairs(folder)
         train_given(folder / "first", folder / "given", options.given_steps)
     rows = ["| way | mix | new pairs, R@1 | first half, R@1 | change | change |", "|---|---|---|---|---|---|"]

@@ -15,6 +15,9 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image, ImageDraw
 
+from xclip_jax.core.errors import exit_with_message
+from xclip_jax.core.outputs import check_folder
+
 SIZE = 32  # pixels
 COLORS = {
     "red": (220, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 220), "yellow": (240, 210, 20),
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the example; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=pathlib.Path, help="folder for train.parquet and test.parquet")
-    folder = parser.parse_args(argv).folder
+    folder = pathlib.Path(check_folder("folder", parser.parse_args(argv).folder))
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (name, n) in enumerate((("train", 3000), ("test", 300))):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(n, seed)), folder / f"{name}.parquet")
@@ -83,4 +86,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_message():
+        main()

@@ -24,7 +24,7 @@
 #         share: python3 -m venv .venv-gpu && .venv-gpu/bin/pip install --editable . "jax[cuda13]", or "jax[cuda12]" for
 #         drivers before 580. Then PYTHON=.venv-gpu/bin/python sbatch ...
 # FAILURES  gives up, with status 1, after this many starts of a job that were stopped or hung and left no newer checkpoint
-#         than before (default: 5); `slurm_retries` in the run's folder has a line for each, of the job and that checkpoint
+#         than before (default: 5); `.slurm_retries` in the run's folder has a line for each, of the job and that checkpoint
 #
 # What is compiled is kept in ~/.cache/xclip_jax/compiled; a job that resumes on a node that sees it need not compile again.
 #
@@ -51,10 +51,10 @@ refuse_flags "$@"
 # --cpus-per-task from sbatch.
 task=(srun --kill-on-bad-exit=1 --gpu-bind=none ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
 # A task that was asked to stop exits with 75 (saved), or 143 or 130 (before it could save), one that hung or lost another
-# with 79. None is a bad exit, for which srun would kill the other tasks, so it becomes 0, and slurm_stopped is left: the
+# with 79. None is a bad exit, for which srun would kill the other tasks, so it becomes 0, and .slurm_stopped is left: the
 # others end by themselves. Slurm signals the shell too, which goes on to wait.
 # shellcheck disable=SC2016
-task+=(bash -c 'trap : TERM INT; "$@"; status=$?; case $status in 75 | 79 | 130 | 143) touch "$0"; exit 0 ;; esac; exit "$status"' "$folder/slurm_stopped")
+task+=(bash -c 'trap : TERM INT; "$@"; status=$?; case $status in 75 | 79 | 130 | 143) touch "$0"; exit 0 ;; esac; exit "$status"' "$folder/.slurm_stopped")
 task+=("${PYTHON:-python}" -m xclip_jax.main --distributed "$@")
 requeue=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
 
@@ -72,18 +72,18 @@ newest_checkpoint() {
 
 before=$(newest_checkpoint)
 mkdir -p "$folder"
-rm -f "$folder/slurm_stopped"
+rm -f "$folder/.slurm_stopped"
 "${task[@]}"
 # SIGTERM goes to the tasks and not to this script, be it for the time limit (--signal) or for a preemption with grace.
 # The tasks then end with 0, as they do when the run is complete; results.json tells, unless it is an earlier start's.
 # (scancel ends this script too; a job that loses its node, or is preempted without grace, is requeued by Slurm itself.)
-[ -e "$folder/slurm_stopped" ] || [ ! -e "$folder/results.json" ] || exit 0
+[ -e "$folder/.slurm_stopped" ] || [ ! -e "$folder/results.json" ] || exit 0
 
 if [ "$(newest_checkpoint)" -le "$before" ]; then
   # A run that always hangs at the same place must not hold the GPUs for ever.
   line="${SLURM_JOB_ID:-} $before"
-  echo "$line" >>"$folder/slurm_retries"
-  starts=$(grep -cxF "$line" "$folder/slurm_retries")
+  echo "$line" >>"$folder/.slurm_retries"
+  starts=$(grep -cxF "$line" "$folder/.slurm_retries")
   if [ "$starts" -ge "$FAILURES" ]; then
     echo "error: $starts starts of this job left no newer checkpoint than step $before; giving up" >&2
     exit 1

@@ -14,7 +14,7 @@ from xclip_jax.core.errors import Diverged, exit_with_message
 from xclip_jax.processes import runtime
 from xclip_jax.train import trainer
 
-REQUEST, DIVERGED = "study.json", "diverged.json"
+REQUEST, DIVERGED = ".study.json", "diverged.json"
 
 
 def stop_with_parent() -> None:
@@ -24,7 +24,7 @@ def stop_with_parent() -> None:
 
 
 def main(folder: str, *cores: str) -> None:
-    """Train, or resume, the run of the config in FOLDER/study.json, on the named cores, by default on all."""
+    """Train, or resume, the run of the config in FOLDER/.study.json, on the named cores, by default on all."""
     if cores:
         os.sched_setaffinity(0, map(int, cores))
     logging.set_verbosity(logging.ERROR)

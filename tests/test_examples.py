@@ -104,7 +104,10 @@ def test_mix_leaves_initial_weights_and_files_of_other_programs(tmp_path):
         interop.write(variables, config, str(tmp_path / to), to)
     same = {"data__tokenizer": "clip", "model__img__heads": 1, "model__txt__heads": 1}
     run = tiny.untrained(tmp_path / "run", "clip", init__weights=str(tmp_path / "safetensors"), **same)
-    for out, message in (("hf", "another program, .*config.json"), ("safetensors", "has the initial weights of .*run")):
+    for out, message in (
+        ("hf", "other files, such as .*config.json"),
+        ("safetensors", "has the initial weights of .*run"),
+    ):
         before = {file: file.read_bytes() for file in (tmp_path / out).iterdir()}
         with pytest.raises(UserError, match=message):
             mix.mix(str(run), 0.5, str(tmp_path / out))

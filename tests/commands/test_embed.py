@@ -249,17 +249,18 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys, mo
     shutil.copy(straight, out)
     (tmp_path / "x.parquet.parts").mkdir()  # as after a kill at the end
     (tmp_path / "x.parquet.parts" / "image-000000008.parquet").write_bytes(b"the rest")
+    (tmp_path / "x.parquet.parts" / "plan.json").write_text("{}")
     assert embed.embed(model, sources, str(out))["rows"] == 40 and "is complete" in capsys.readouterr().out
     assert not (tmp_path / "x.parquet.parts").exists()
-    (tmp_path / "again.parquet.parts").mkdir()  # without its plan
-    shutil.copy(straight, tmp_path / "again.parquet.parts" / "image-000000000.parquet")
-    (tmp_path / "again.parquet.parts" / "image-000000000.bad.jsonl").touch()
-    assert embed.embed(model, sources, str(tmp_path / "again.parquet"))["rows"] == 40
+    parts = tmp_path / "again.parquet.parts"
+    parts.mkdir()
+    (parts / "image-000000000.parquet").touch()  # another program's, since there is no plan
+    with pytest.raises(UserError, match=r"again.parquet.parts' has other files, such as 'image-000000000.parquet'"):
+        embed.embed(model, sources, str(tmp_path / "again.parquet"))
     plan = embeddings.about(out)["plan"]
-    (tmp_path / "x.parquet.parts").mkdir()
-    (tmp_path / "x.parquet.parts" / "plan.json").write_text(json.dumps(plan | {"weights": "other"}))
-    with pytest.raises(UserError, match=r"x.parquet.parts has other embeddings: weights differ; delete it"):
-        embed.embed(model, sources, str(out))
+    (parts / "plan.json").write_text(json.dumps(plan | {"weights": "other"}))
+    with pytest.raises(UserError, match=r"again.parquet.parts has other embeddings: weights differ; delete it"):
+        embed.embed(model, sources, str(tmp_path / "again.parquet"))
     with lock(out, blocking=False), pytest.raises(UserError, match=r"x\.parquet is in use by"):
         embed.embed(model, sources, str(out))
 

@@ -155,8 +155,8 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     [
         (["--checkpoint", "{}", "--to", "gguf", "{}/../x"], "--to is 'gguf'"),
         (["--checkpoint", "{}"], "OUT"),
-        (["--checkpoint", "{}", "{}/config.json"], "config.json' is not an empty folder"),
-        (["--checkpoint", "{}", "{}"], "is not an empty folder"),
+        (["--checkpoint", "{}", "{}/config.json"], "config.json' is not a folder"),
+        (["--checkpoint", "{}", "{}"], "run' has other files, such as"),
     ],
 )
 def test_bad_input(flags, message, run):

@@ -122,12 +122,12 @@ def test_own_form_is_bit_exact_and_brings_its_tokenizer(tmp_path, monkeypatch):
 
 def test_notes_on_what_a_format_cannot_hold(tmp_path):
     config, variables = our_model("xclip", model__scan=True, data__decoding="transformers")
-    notes = interop.write(variables, config, str(tmp_path / "hf"), "hf")
+    notes = interop.write(variables, config, str(tmp_path / "clusters"), "hf")
     assert [note.rpartition(": ")[2] for note in notes] == ["clusters_img, clusters_txt"]
     config, variables = our_model("clip", data__decoding="open_clip")
-    (note,) = interop.write(variables, config, str(tmp_path / "hf"), "hf")
+    (note,) = interop.write(variables, config, str(tmp_path / "alpha"), "hf")
     assert ": data.decoding='open_clip'; drop the alpha channel, as Image.convert('RGB') does, before" in note
-    assert interop.write(variables, config, str(tmp_path / "open_clip"), "open_clip") == []
+    assert interop.write(variables, config, str(tmp_path / "plain"), "open_clip") == []
     config, variables = our_model("siglip")
     rotate = "rotate images by their EXIF tag, as PIL.ImageOps.exif_transpose does, before they are resized"
     ours = [": bias", f": data.decoding='xclip'; {rotate}"]

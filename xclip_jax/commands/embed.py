@@ -26,10 +26,10 @@ With --share I/N, OUT is a folder with one file per share; the N commands may ru
 pyarrow and pandas read it as one table, and `xclip_jax.data.embeddings.read` refuses a folder that lacks a share.
 """
 
+import contextlib
 import json
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -47,12 +47,12 @@ from xclip_jax.core.errors import (
     UserError,
     check_choice,
     check_fraction,
-    check_writable,
     exit_with_message,
 )
 from xclip_jax.core.imports import add_trust
+from xclip_jax.core.outputs import check_file, check_folder, check_writable
 from xclip_jax.core.run_folder import lock
-from xclip_jax.core.storage import strict_json, write_json
+from xclip_jax.core.storage import strict_json, unreadable_as, write_json, write_whole
 from xclip_jax.data import embeddings
 from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.evaluators.encoder import MAX_UNREADABLE
@@ -61,6 +61,7 @@ from xclip_jax.parallel import compiler
 PART = 4096  # rows that an interruption may cost
 _REFUSED = ("file cannot be read", "tar cannot be read")  # faults of a disk or store, not of the content
 MAY_FAIL = "fraction of a part's items that may be unreadable, by default 0.05; they are left out"
+_LEDGER = rb'^\{"kind": "'  # beginning of a file of bad items
 _FEW = 10  # number of items per part that a disk may always refuse
 
 
@@ -152,24 +153,26 @@ def embed(
         folder = pathlib.Path(f"{out}.{path.stem}.parts")
     elif path.is_dir():
         raise UserError(f"--out {out!r} is a folder, perhaps of shares; give --share for one of these, or name a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = pathlib.Path(check_file("--out", path, b""))  # its metadata are compared
     plan_file = epath.Path(folder / "plan.json")
     with lock(path, blocking=False):
-        saved = plan
-        begun = plan_file.exists()
-        if begun:
-            saved = json.loads(plan_file.read_text())
-        elif path.exists():
+        place, saved = path, plan
+        if path.exists():
             saved = embeddings.about(path).get("plan", {})
+        elif plan_file.exists():
+            place = folder
+            with unreadable_as(f"{plan_file} is another program's; set --out"):
+                saved = dict(json.loads(plan_file.read_text()))
+        else:
+            check_folder("--out", folder)
         differing = sorted(key for key in plan.keys() | saved.keys() if plan.get(key) != saved.get(key))
         if differing:
-            place = folder if begun else path
             raise UserError(f"{place} has other embeddings: {', '.join(differing)} differ; delete it, or set --out.")
-        if not begun:
-            shutil.rmtree(folder, ignore_errors=True)  # left by an interruption of `_join`
-            if path.exists():
-                log0(f"{path} is complete; delete it to embed again.")
-                return embeddings.about(path)
+        if path.exists():
+            _clear(folder)
+            log0(f"{path} is complete; delete it to embed again.")
+            return embeddings.about(path)
+        check_file("--out", ledger_of(folder.with_suffix("")), _LEDGER)
         folder.mkdir(exist_ok=True)
         write_json(plan_file, plan)
         rest = folder, threads, max_unreadable
@@ -232,19 +235,28 @@ def _join(files: Sequence[pathlib.Path], total: int, out: pathlib.Path, about: d
     ledger = ledger_of(files[0].parent.with_suffix(""))
     ledger.unlink(missing_ok=True)
     if bad:
-        ledger.write_text("\n".join(bad) + "\n")
+        write_whole(epath.Path(ledger), "\n".join(bad) + "\n")
         log0(f"{len(bad):,} of {total:,} could not be used; they are listed in {ledger}")
     rows = total - sum(json.loads(line)["kind"] == "image" for line in bad)
     about |= {"rows": rows, "bad": len(bad), "environment": environment.capture()}
     if len(bad) < total or "share" in about["plan"]:  # else the folder would lack a share for ever
         with storage.whole_file(out) as temporary:
             embeddings.join(files, temporary, about)
-    (files[0].parent / "plan.json").unlink()  # first, since it marks the folder as resumable
-    shutil.rmtree(files[0].parent, ignore_errors=True)
+    _clear(files[0].parent)
     if not out.exists():
         raise UserError(f"nothing could be embedded, first: {json.loads(bad[0])['reason']}; see {ledger}.")
     log0(f"{rows:,} embeddings: {out}")
     return about
+
+
+def _clear(folder: pathlib.Path) -> None:
+    """Delete the parts, and plan.json last, since it tells that they are ours."""
+    plan_file = folder / "plan.json"
+    if plan_file.exists():
+        for file in (*folder.glob("image-*"), *folder.glob("text-*"), plan_file):
+            file.unlink()
+        with contextlib.suppress(OSError):  # another program's file is in the folder
+            folder.rmdir()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -271,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if storage.is_remote(flags.out):
             raise UserError(f"--out {flags.out!r} is in a bucket; name a local file, and copy it there afterwards.")
         check_choice("the ending of --out", pathlib.Path(flags.out).suffix, (".parquet",))
-        check_writable(f"--out {flags.out!r}", flags.out if share[1] > 1 else os.path.dirname(flags.out))
+        check_writable("--out", flags.out if share[1] > 1 else os.path.dirname(flags.out))
         sources: dict[str, Inputs] = {}
         if flags.images:
             images = open_images(flags.images)

@@ -49,18 +49,21 @@ def check_folder(option: str, path: str | os.PathLike, is_ours: Callable[[], boo
       is_ours: whether an existing folder is an earlier output, to which files may be added.
 
     Raises:
-      UserError: the folder cannot be written, or is neither new, nor ours, nor empty but for hidden files and logs.
+      UserError: the folder cannot be written, or is neither new, nor ours, nor empty but for hidden files, logs and
+        empty folders.
     """
     folder = as_path(path)
     if not is_remote(str(folder)):
         check_writable(option, folder)
     if folder.exists() and not is_ours():
-        for file in folder.iterdir():
-            if not (file.name.startswith(".") or file.name.endswith(_LOGS)):
-                raise UserError(
-                    f"{option}: {str(path)!r} has files of another program, such as {file.name!r}; name a new folder."
-                )
+        for file in sorted(folder.iterdir()):
+            if not (file.name.startswith(".") or file.name.endswith(_LOGS) or _is_empty(file)):
+                raise UserError(f"{option}: {str(path)!r} has other files, such as {file.name!r}; name a new folder.")
     return folder
+
+
+def _is_empty(folder: epath.Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def check_writable(option: str, folder: str | os.PathLike) -> None:

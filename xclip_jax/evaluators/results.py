@@ -199,14 +199,17 @@ def check(path: epath.Path) -> None:
     read_items(path)
 
 
-def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
-    """Return all entries of a results file, oldest first and the entries of "results" last, and their items."""
+def read(path: epath.Path, remedy: str = "delete it, or name another file") -> tuple[list[Entry], ItemsOf]:
+    """Return all entries of a results file, oldest first and the entries of "results" last, and their items.
+
+    `remedy` ends the error for other files.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist; make it with xclip-jax evaluate --checkpoint RUN --suite NAME.")
     with path.open("rb") as file:
         first = file.read(1)
         content = first + file.read() if first == b"{" else first  # files of weights may have gigabytes
-    with unreadable_as(f"{path} is not a file of results; delete it, or name another --output"):
+    with unreadable_as(f"{path} is not a file of results; {remedy}"):
         record = json.loads(content)
         entries = [*record.get("other_results", ()), *record["results"]]
         _ = entries[0]

@@ -132,7 +132,7 @@ def write(
       UserError: the format does not support the model, tokenizer or preprocessing, or `path` has other files.
     """
     check_choice("to", to, FORMATS)
-    folder = check_folder(to, path, lambda: to == "safetensors" and has_own(path))
+    folder = check_folder("path", path, lambda: to == "safetensors" and has_own(path))
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     notes = []
     if to == "safetensors":
