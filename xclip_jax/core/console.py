@@ -2,11 +2,12 @@
 
 import contextlib
 import contextvars
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO, TypeVar
 
-from xclip_jax.core.errors import redact
+from xclip_jax.core.errors import discard, redact
 
 
 def log0(message: str) -> None:
@@ -19,9 +20,18 @@ def log0(message: str) -> None:
 
 
 def show(message: str, file: TextIO | None = None) -> None:
-    """Print to standard output, or `file`, with URLs redacted and letters that its encoding lacks as "?"."""
-    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
-    print(redact(message).encode(encoding, "replace").decode(encoding), file=file, flush=True)
+    """Print to standard output, or `file`, with URLs redacted and letters that its encoding lacks as "?".
+
+    Nothing is printed to a terminal that was closed.
+    """
+    stream = file or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(redact(message).encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        discard(stream.fileno())
 
 
 def format_duration(seconds: float) -> str:

@@ -88,7 +88,15 @@ def interrupted(*_: Any, advice: str = "") -> NoReturn:
 
 
 def end_at_once() -> None:
-    """From now on exit on Ctrl-C without unwinding, unless the parent process ignores it, as nohup does."""
+    """From now on exit on Ctrl-C without unwinding, unless the parent process ignores it, as nohup does.
+
+    Closed standard streams are opened, or the first files would get their numbers, and messages of libraries.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            discard(descriptor)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
         sys.unraisablehook = _unraisable
@@ -181,8 +189,13 @@ def _is_unread() -> bool:
     poll.register(1, 0)
     unread = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     if unread:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard(1)
     return unread
+
+
+def discard(descriptor: int) -> None:
+    """Discard what is written to `descriptor` from now on."""
+    os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
 
 
 class Parser(argparse.ArgumentParser):

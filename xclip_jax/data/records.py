@@ -7,7 +7,6 @@ import itertools
 import multiprocessing.pool
 import os
 import queue
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -204,18 +203,3 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None]) -> 
             if request.ready():
                 with contextlib.suppress(Exception):
                     getattr(elements, "close", lambda: None)()
-
-
-def init_worker() -> None:
-    """Initialise a worker process: ignore signals to the process group, and exit with the parent."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    # PR_SET_PDEATHSIG would act too soon, at the end of the thread that started the worker.
-    threading.Thread(target=watch, daemon=True).start()

@@ -22,7 +22,7 @@ class Interrupted(BaseException):
 
 
 class PreemptionHandler:
-    """Treats the first SIGTERM or SIGINT as a request to save and stop; the second one acts at once.
+    """Treats the first SIGTERM, SIGINT or SIGHUP as a request to save and stop; a second SIGTERM or SIGINT acts at once.
 
     While `can_save` is false, the first signal interrupts an evaluation, or else ends the process at once with
     `EXIT_RESUMABLE`: an exception could be lost in a callback, and would leave XLA compiling. Several processes agree
@@ -43,8 +43,9 @@ class PreemptionHandler:
     def __enter__(self) -> "PreemptionHandler":
         if jax.process_count() > 1:
             self._service = _handler_below_python(signal.SIGTERM)
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in (*SIGNALS, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,7 +57,9 @@ class PreemptionHandler:
         previous = self._previous[number]
         # The second signal must end the process, though nohup's handler ignores SIGINT, and a command's handler waits
         # while the main thread is in C code.
-        signal.signal(number, signal.SIG_DFL if previous in (signal.SIG_IGN, errors.interrupted) else previous)
+        second = signal.SIG_DFL if previous in (signal.SIG_IGN, errors.interrupted) else previous
+        # The system and the shell both send SIGHUP when a terminal is closed.
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else second)
         self.signal_received = True
         alone = jax.process_count() == 1
         stopping = "saving, then stopping; send it again to stop at once"

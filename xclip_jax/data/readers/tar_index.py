@@ -3,16 +3,17 @@
 A row is one sample or one fault of the tar, so nothing is lost silently. Damaged and truncated tars are indexed, too.
 """
 
-import concurrent.futures
 import contextlib
 import glob
 import hashlib
 import io
-import multiprocessing
+import json
 import os
 import pathlib
 import posixpath
 import random
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from etils import epath
 from xclip_jax.core import storage
 from xclip_jax.core.errors import redact
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, open_binary
-from xclip_jax.data.records import cores, init_worker, thread_pool
+from xclip_jax.data.records import cores, thread_pool
 
 FAULTS = (
     "", "no caption file", "no image file", "tar cut off", "tar damaged", "tar without samples", "file too large",
@@ -237,6 +238,45 @@ def build(path: str) -> pathlib.Path:
         return index_paths[-1]
 
 
+def _build_apart(tars: Sequence[str], processes: int) -> None:
+    """Index tars in processes, since walking headers holds the interpreter's lock; those that fail are left out.
+
+    Each worker reads a tar's path from its standard input, and ends with this process. `multiprocessing` would run the
+    caller's script again, and needs shared memory.
+    """
+    code = f"import sys; sys.path = {sys.path}; from {__name__} import _serve; _serve()"
+    rest, done = iter(tars), []
+
+    def work(_: int) -> None:
+        pipe, command = subprocess.PIPE, [sys.executable, "-c", code]
+        worker = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True, bufsize=0
+        )
+        with worker, worker.stdin as questions, worker.stdout as answers:  # ty: ignore[invalid-context-manager] pipes
+            for path in rest:
+                questions.write(json.dumps(path).encode() + b"\n")
+                if not answers.readline():
+                    return
+                done.append(path)
+
+    with thread_pool(processes) as threads:
+        working = threads.map_async(work, range(processes), chunksize=1)
+        try:
+            while not working.ready():
+                working.wait(_PROGRESS_SECONDS)
+                if not working.ready():
+                    print(f"indexed {len(done):,} of {len(tars):,} tars", flush=True)
+        finally:
+            list(rest)  # after Ctrl-C the workers end with their present tar
+
+
+def _serve() -> None:
+    for line in sys.stdin:
+        with contextlib.suppress(Exception):
+            build(json.loads(line))
+        print(flush=True)
+
+
 def load(tars: Sequence[str]) -> list[pathlib.Path]:
     """Return the path of each tar's index; new or changed tars are indexed first, in parallel.
 
@@ -250,16 +290,14 @@ def load(tars: Sequence[str]) -> list[pathlib.Path]:
         print(f"indexing {len(todo):,} tars, once ...", flush=True)
         random.shuffle(todo)  # in different orders, hosts that begin together share the work
         processes = min(cores(), 16, len(todo) // 4)
-        # Processes, since walking headers holds the interpreter's lock.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(max(processes, 1), context, init_worker) as pool:
-            built = pool.map(build, todo) if processes > 1 else map(build, todo)
-            reported = began
-            for done, (tar, index_path) in enumerate(zip(todo, built, strict=True), 1):
-                index_paths[tar] = index_path
-                if time.monotonic() - reported > _PROGRESS_SECONDS:
-                    reported = time.monotonic()
-                    print(f"indexed {done:,} of {len(todo):,} tars", flush=True)
+        if processes > 1:
+            _build_apart(todo, processes)
+        reported = time.monotonic()
+        for done, tar in enumerate(todo, 1):
+            index_paths[tar] = build(tar)  # at once if a worker did so; else its error is raised here
+            if time.monotonic() - reported > _PROGRESS_SECONDS:
+                reported = time.monotonic()
+                print(f"indexed {done:,} of {len(todo):,} tars", flush=True)
         print(f"indexed {len(todo):,} tars in {time.monotonic() - began:.1f} s", flush=True)
     return [index_path for index_path in map(index_paths.get, tars) if index_path is not None]
 

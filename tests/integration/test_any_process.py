@@ -1,0 +1,73 @@
+"""The package in a process of the user's: how it was started, what its streams are, which thread calls."""
+
+import contextlib
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import bad_tars
+
+# Opens so many tars that processes index them, and prints their number of pairs and the first caption.
+CODE = """
+import sys
+from xclip_jax.data.readers.tar import TarSource
+def main():
+    source = TarSource(sys.argv[1])
+    print(len(source), source[0]["text"])
+"""
+WAYS = {
+    "no guard": CODE + "main()",
+    "running event loop, as in a notebook": CODE + "import asyncio\nasync def cell(): main()\nasyncio.run(cell())",
+    "thread": CODE + "import threading\nthread = threading.Thread(target=main)\nthread.start()\nthread.join()",
+    "fork": CODE + "import os\npid = os.fork()\nif not pid: main()\nelse: assert os.waitpid(pid, 0)[1] == 0",
+    "daemon of multiprocessing": CODE
+    + "import multiprocessing\np = multiprocessing.get_context('fork').Process(target=main, daemon=True)\n"
+    + "p.start(); p.join()",
+    "path changed by the script": "import sys\nsys.path.append('/nowhere')\n" + CODE + "main()",
+}
+
+
+@pytest.fixture
+def tars(tmp_path):
+    (tmp_path / "tars").mkdir()
+    for number in range(8):
+        bad_tars.pairs(tmp_path / "tars" / f"{number}.tar", 10 * number, 2)
+    return tmp_path / "tars"
+
+
+def lines(process):
+    """The output after the two lines of progress; nothing is written to standard error."""
+    first, last, *rest = process.stdout.splitlines()
+    assert (first, last[:14], process.stderr) == ("indexing 8 tars, once ...", "indexed 8 tars", "")
+    return process.returncode, rest
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_script(way, tars, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(WAYS[way])
+    process = subprocess.run([sys.executable, script, tars], capture_output=True, text=True)
+    assert lines(process) == (0, ["16 ['pair 0']"])
+
+
+def test_code_without_a_file(tars):
+    code = CODE + "main()"
+    command = subprocess.run([sys.executable, "-c", code, tars], capture_output=True, text=True)
+    assert lines(command) == (0, ["16 ['pair 0']"])
+
+
+def test_code_from_standard_input(tars):
+    command = subprocess.run([sys.executable, "-", tars], input=CODE + "main()", capture_output=True, text=True)
+    assert lines(command) == (0, ["16 ['pair 0']"])
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_closed_streams(closed, tars, tmp_path):
+    (tmp_path / "script.py").write_text(CODE + "main()")
+    command = f"{sys.executable} {tmp_path}/script.py {tars} {closed}"
+    process = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert lines(process) == (0, ["16 ['pair 0']"])
