@@ -22,7 +22,7 @@ class Interrupted(BaseException):
 
 
 class PreemptionHandler:
-    """Treats the first SIGTERM, SIGINT or SIGHUP as a request to save and stop; a second SIGTERM or SIGINT acts at once.
+    """Treats the first SIGTERM, SIGINT or SIGHUP as a request to save and stop; a second one acts at once.
 
     While `can_save` is false, the first signal interrupts an evaluation, or else ends the process at once with
     `EXIT_RESUMABLE`: an exception could be lost in a callback, and would leave XLA compiling. Several processes agree
@@ -58,7 +58,7 @@ class PreemptionHandler:
         # The second signal must end the process, though nohup's handler ignores SIGINT, and a command's handler waits
         # while the main thread is in C code.
         second = signal.SIG_DFL if previous in (signal.SIG_IGN, errors.interrupted) else previous
-        # The system and the shell both send SIGHUP when a terminal is closed.
+        # Both the system and the shell send SIGHUP when a terminal is closed.
         signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else second)
         self.signal_received = True
         alone = jax.process_count() == 1
