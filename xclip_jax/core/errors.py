@@ -147,7 +147,9 @@ def first_line(error: BaseException) -> str:
 
 
 def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    # TensorStore ends its other writes, each with this error, after Orbax has raised that of the first one.
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -239,7 +239,8 @@ def ends_all() -> Iterator[None]:
 def exits() -> Iterator[None]:
     """Run a whole command in `ends_all`; afterwards the process exits in time, even if a thread hangs.
 
-    A stopped single process exits at once, as XLA may still compile for an abandoned evaluation.
+    A single process that stops or fails exits at once, since XLA may still compile for an abandoned evaluation, and
+    threads of TensorStore that write abort a process whose interpreter ends.
     """
     status = 1
     try:
@@ -248,9 +249,14 @@ def exits() -> Iterator[None]:
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        if status == EXIT_RESUMABLE and _peers is None:
+        if status and _peers is None:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
             exit_now(status)
         raise
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        exit_now(status)
     finally:
         if _peers is not None and status in (0, EXIT_RESUMABLE):
             _peers.await_first()
