@@ -156,7 +156,7 @@ def main(chosen: list[str]) -> int:
 
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         data = pathlib.Path(folder)
-        tiny.write_pairs(data / "pairs")
+        tiny.folder(data / "pairs")
         (data / "tars").mkdir()
         for number in range(8):
             bad_tars.pairs(data / "tars" / f"{number}.tar", 10 * number, 2)
