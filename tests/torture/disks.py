@@ -72,16 +72,20 @@ def child(stage: str, fault: str, place: pathlib.Path, run: str, data: pathlib.P
     """Run the stage's command in this process; `run` is a complete run for commands that read one."""
     from tests.helpers import tiny
     from xclip_jax.commands import check, embed, export
-    from xclip_jax.core.errors import exit_with_message
+    from xclip_jax.core.errors import end_at_once, exit_with_message
     from xclip_jax.parallel import compiler
     from xclip_jax.processes import runtime
     from xclip_jax.report import page
     from xclip_jax.train import trainer
 
+    end_at_once()
     name, call, _ = STAGES[stage]
     if fault in FAULTS:
         _before(name, call, lambda: FAULTS[fault](place))
     if stage == "index":
+        os.environ["XCLIP_CACHE"] = str(place / "cache")
+        for number in range(2, 8 if fault in FAULTS else 2):
+            (place / "tars" / f"{number}.tar").unlink()  # so few are indexed in this process
         check.main([str(place / "tars")])
     elif stage == "embeddings":
         embed.main(["--checkpoint", run, "--images", str(data / "pairs"), "--out", str(place / "out" / "x.parquet")])
@@ -89,7 +93,7 @@ def child(stage: str, fault: str, place: pathlib.Path, run: str, data: pathlib.P
         export.main(["--checkpoint", run, "--to", "safetensors", str(place / "out")])
     else:
         os.environ["XCLIP_CACHE"] = str(place / "cache" if stage == "compiled" else data / "cache")
-        folder = data / "compiled" if stage == "compiled" else place / "run"
+        folder = data / f"compiled-{fault}" if stage == "compiled" else place / "run"
         with runtime.exits(), exit_with_message():
             compiler.enable_cache()
             sets = {"eval__sets": (f"retrieval/{data / 'pairs'}",)}
@@ -127,21 +131,21 @@ def fault_of(stage: str, fault: str, run: str, data: pathlib.Path) -> str:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], check=True)
         try:
             shutil.copytree(data / "tars", place / "tars")
-            with open(place / "log" if stage == "log" else data / "log", "w") as log:
-                process = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True)
+            with open(place / "log", "w") if stage == "log" else contextlib.nullcontext(subprocess.PIPE) as output:
+                process = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
             lines = process.stderr.splitlines()
             errors = [line for line in lines if line.startswith("error: ")]
-            allowed = (0, 1) if fault in PLACES else STAGES[stage][2]
+            allowed = (0, 1) if fault in (*PLACES, "removed") else STAGES[stage][2]
             faults = []
             if process.returncode not in allowed:
                 faults.append(f"status {process.returncode}")
             if len(lines) > MOST or len(errors) != process.returncode:
                 faults.append(f"{len(lines)} lines, {len(errors)} of them errors: {lines[-1:]}")
             checkpoints = RunReader(place / "run").checkpoints
-            steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] * checkpoints.exists()
+            steps = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
             if steps and (damage := checkpoint_files.find_fault(checkpoints / str(max(steps)), max(steps))):
                 faults.append(f"checkpoint {max(steps)}: {damage}")
-            said = (errors or (data / "log").read_text().splitlines() or [""])[-1]
+            said = (errors or (process.stdout or "").splitlines() or [""])[-1]
             print(f"{stage:<11} {fault:<9} status {process.returncode}  {'; '.join(faults) or said}", flush=True)
             return "; ".join(faults)
         finally:

@@ -99,13 +99,15 @@ def end_at_once() -> None:
             discard(descriptor)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
-        sys.unraisablehook = _unraisable
+    sys.unraisablehook = _unraisable
 
 
 def _unraisable(event: Any) -> None:
     if issubclass(event.exc_type, KeyboardInterrupt):  # else the command would continue
         interrupted()
-    sys.__unraisablehook__(event)
+    # TensorStore ends its other writes, each with this error, after Orbax has raised that of the first one.
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
 
 
 class UserError(ValueError):
@@ -147,9 +149,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    # TensorStore ends its other writes, each with this error, after Orbax has raised that of the first one.
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -176,9 +176,13 @@ def exit_with_message() -> Iterator[None]:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
             sys.exit(EXIT_UNREAD)
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        place = "a file cannot be written" if error.filename is None else repr(str(error.filename))
+        place = (
+            "a file, perhaps in /tmp or /dev/shm, cannot be written"
+            if error.filename is None
+            else repr(str(error.filename))
+        )
         sys.exit(redact(f"error: {place}: {error.strerror}"))
     finally:
         if handled:

@@ -205,7 +205,8 @@ def lock(path: str | os.PathLike, *, blocking: bool, file: str | os.PathLike = "
                     content.flush()
                     yield
                 finally:
-                    file.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # such as on a disk that became read-only
+                        file.unlink()
 
 
 def holder(file: str | os.PathLike) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -72,6 +73,11 @@ class TensorBoard:
         tensorboardx = importlib.import_module("tensorboardX")
         # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
         self._writer = tensorboardx.SummaryWriter(str(folder.tensorboard), max_queue=0, purge_step=step + 1)
+        writer: Any = self._writer.file_writer
+        self._thread = writer.event_writer._worker
+        hook = threading.excepthook
+        # Else an error of the disk, which `_check` reports, is printed as a traceback too.
+        threading.excepthook = lambda event: None if event.thread is self._thread else hook(event)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._check()
@@ -84,8 +90,7 @@ class TensorBoard:
 
     def _check(self) -> None:
         """Raise if the writing thread has ended: closing would wait for ever."""
-        writer: Any = self._writer.file_writer
-        if not writer.event_writer._worker.is_alive():
+        if not self._thread.is_alive():
             raise OSError("its event file cannot be written")
 
 
