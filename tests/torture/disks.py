@@ -41,8 +41,8 @@ def fill(place: pathlib.Path) -> None:
 
 
 def limit(_: pathlib.Path) -> None:
-    """Let no file grow beyond one kilobyte."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, resource.RLIM_INFINITY))
+    """Let no file grow beyond 128 bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 7, resource.RLIM_INFINITY))
 
 
 def close(place: pathlib.Path) -> None:

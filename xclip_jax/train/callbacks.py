@@ -74,10 +74,10 @@ class TensorBoard:
         # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
         self._writer = tensorboardx.SummaryWriter(str(folder.tensorboard), max_queue=0, purge_step=step + 1)
         writer: Any = self._writer.file_writer
-        self._thread = writer.event_writer._worker
+        self._events = writer.event_writer
         hook = threading.excepthook
         # Else an error of the disk, which `_check` reports, is printed as a traceback too.
-        threading.excepthook = lambda event: None if event.thread is self._thread else hook(event)
+        threading.excepthook = lambda event: None if event.thread is self._events._worker else hook(event)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._check()
@@ -90,7 +90,8 @@ class TensorBoard:
 
     def _check(self) -> None:
         """Raise if the writing thread has ended: closing would wait for ever."""
-        if not self._thread.is_alive():
+        if not self._events._worker.is_alive():
+            self._events.close = lambda: None  # called at exit, it would raise the error again
             raise OSError("its event file cannot be written")
 
 
