@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from docs import commands
 from tests import extension
 from tests.extension import json_lines
+from tests.helpers.documented import RECIPE
 from xclip_jax import main as cli
 from xclip_jax.config import load
 from xclip_jax.core.errors import Parser, UserError
@@ -33,13 +34,6 @@ PARSED = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROO
     "benchmarks.plans",
 }  # plain lists of words
 LAUNCHED = ("local.sh", "slurm.sh", "tpu_pod.sh", "tpu_vm.sh")  # whose arguments are those of train
-RECIPE = """
-from configs import pretrain
-
-
-def get_config(arg=None):
-    return pretrain.get_config(f"data=cc12m,{arg}" if arg else "data=cc12m")
-"""
 NEEDED = ("the following arguments are required", "one of the arguments")
 
 

@@ -23,6 +23,13 @@ from tests.helpers.launching import executable
 
 LINKS = ("README.md", "LICENSE", "benchmarks", "configs", "examples", "launch", "pyproject.toml", "setup.py", "studies",
          "tests", "xclip_jax")  # fmt: skip
+RECIPE = """
+from configs import pretrain
+
+
+def get_config(arg=None):
+    return pretrain.get_config(f"data=cc12m,{arg}" if arg else "data=cc12m")
+"""
 # What a page writes, and what stands for it in the folder.
 STAND_INS = {
     r"/(my|data|shared)/": r"\1/",
@@ -49,7 +56,7 @@ SHORT = {  # flags that end a command within a minute or two
     r"studies photographs --run": " --list",
 }
 CANNOT = {
-    r"launch/(test|docs|local)\.sh|\.ci/run|pytest|pre-commit|pictures|docs\.curves": "the suite, the site or a browser",
+    r"launch/(test|docs|local)\.sh|\.ci/run|pytest|pre-commit|pictures|docs\.curves": "the suite, site or browser",
     r"torchrun|big_vision|tensorboard|wandb|xprof|kubectl|open_clip_train": "another program, which is not installed",
     r"^git |VERSION|--push|uv venv|old-checkout": "a release, another checkout or an account",
     r"examples\.(study|finetune_pairs|clusters)|benchmarks\.(step|embed|probe|plans|beside)|torture\.(soak|faults)":
@@ -91,8 +98,7 @@ def furnish(room: pathlib.Path) -> None:
                     tar.add(path, path.name)
     (room / "captions.txt").write_text("a red circle\na blue square\n")
     (room / "data/pairs.jsonl").write_text("")
-    (room / "mine.py").write_text("from configs import pretrain\n\n\ndef get_config(arg=None):\n"
-                                  "    return pretrain.get_config(f'data=cc12m,{arg}' if arg else 'data=cc12m')\n")  # fmt: skip
+    (room / "mine.py").write_text(RECIPE)
     (room / "data" / "tfds").mkdir()
     (room / "bin").mkdir()
     for name, body in {
