@@ -28,7 +28,7 @@ from xclip_jax.objectives import Check, Curve, Health, Term
 from xclip_jax.objectives.term import Arrays, Result
 from xclip_jax.parallel.sharding import argmax
 
-SMALL_CLASSES = 4096  # of small towers, whose steps a head over all of CLIP's tokens would lengthen by 0.6
+SMALL_HEAD = 4096  # of small towers, whose steps a head over all of CLIP's tokens would lengthen by 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +41,18 @@ class Tokens(Term):
     title: ClassVar[str] = "tokens"
 
     spread: float = key(1.0, "initial standard deviation of the head's weights, times the root of the width", above(0))
-    classes: int = key(0, "size of the head, for the tokens that appear first in training; 0 for all", at_least(0))
+    outputs: int = key(0, "size of the head, for the tokens that appear first in training; 0 for all", at_least(0))
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """Return a linear classifier of images with one class per token, or `classes`."""
-        width, classes = model.widths["img"], self.classes or vocab
-        classifier = Classifier(classes, self.spread * width**-0.5)
-        return {"tokens": Head(classifier, input="img", output="tokens", flops=2 * classes * width)}
+        """Return a linear classifier of images with one class per token, or `outputs` classes."""
+        width, outputs = model.widths["img"], self.outputs or vocab
+        classifier = Classifier(outputs, self.spread * width**-0.5)
+        return {"tokens": Head(classifier, input="img", output="tokens", flops=2 * outputs * width)}
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, jax.Array]:
-        """Return the document frequencies of the tokens and, for `classes`, the class of each token."""
-        numbers = {"token_classes": jnp.zeros(vocab, jnp.int32)} if self.classes else {}
-        return initial_state(self.classes or vocab) | numbers
+        """Return the document frequencies of the tokens and, for `outputs`, the class of each token."""
+        numbers = {"token_classes": jnp.zeros(vocab, jnp.int32)} if self.outputs else {}
+        return initial_state(self.outputs or vocab) | numbers
 
     def __call__(
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
@@ -60,8 +60,8 @@ class Tokens(Term):
         """Compute the loss, see `Term.__call__`."""
         text, numbers = batch["text"], {}
         counts = first_uses(text, batch["text_end"])
-        if self.classes:
-            numbers["token_classes"] = number(state["token_classes"], text, counts, self.classes)
+        if self.outputs:
+            numbers["token_classes"] = number(state["token_classes"], text, counts, self.outputs)
             text = numbers["token_classes"][text]
             counts &= text > 0
         loss, metrics, state = classify(out["tokens"], text, counts, state)
@@ -153,8 +153,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> recipes.Describe:
     """Fill in the recipe `small`, and add the term."""
     describe = small.fill_in(config, arg)
-    classes = SMALL_CLASSES if config.model.img.width <= small.SMALL_WIDTH else 0
+    outputs = SMALL_HEAD if config.model.img.width <= small.SMALL_WIDTH else 0
     config.objective.name = "superclip"
     config.objective.terms = {**config.objective.terms, "tokens": 1.0}
-    config.objective.plugins = {"tokens": {"type": "examples.superclip:Tokens", "classes": classes}}
+    config.objective.plugins = {"tokens": {"type": "examples.superclip:Tokens", "outputs": outputs}}
     return describe

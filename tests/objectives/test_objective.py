@@ -148,6 +148,6 @@ def test_a_card_lists_the_options_of_a_term_of_another_package():
     resolved = schema.resolve(superclip())
     recipe = make_objective(resolved.objective).recipe(resolved.model)
     clip = {f"objective.clip.{name}" for name in ("label_smoothing", "positives", "gce_q")}
-    tokens = {f"objective.plugins.tokens.{name}" for name in ("spread", "classes")}
+    tokens = {f"objective.plugins.tokens.{name}" for name in ("spread", "outputs")}
     assert recipe.keys() == {"objective.terms.clip", "objective.terms.tokens"} | clip | tokens
     assert recipe["objective.terms.tokens"] == recipe["objective.plugins.tokens.spread"] == 0.5

@@ -9,6 +9,7 @@ from examples import superclip as tokens
 from tests.helpers import tiny
 from tests.helpers.util import assert_close, central_differences, rows_over
 from xclip_jax.config import load, schema
+from xclip_jax.objectives import make_objective
 from xclip_jax.parallel.mesh import replicated
 from xclip_jax.train.cost.hlo import collectives
 
@@ -53,7 +54,7 @@ def given(batches):
 
 
 def loss(logits, text, end, state, classes=0):
-    term = tokens.Tokens(classes=classes)
+    term = tokens.Tokens(outputs=classes)
     value, metrics, state = term({"tokens": logits}, None, state, {"text": text, "text_end": end})
     return value, (metrics, state)
 
@@ -81,7 +82,7 @@ def test_equals_oracle(steps, devices, pad):
 def test_only_the_first_tokens_have_classes(devices):
     """In a head of 9 classes, with numbers in order of appearance; the others are not there."""
     batches, class_of = [captions(n=5, seed=i) for i in range(3)], {}
-    state = tokens.Tokens(classes=9).initial_state(None, VOCAB)
+    state = tokens.Tokens(outputs=9).initial_state(None, VOCAB)
     logits = np.random.default_rng(7).normal(size=(8, 9))
     step = jax.jit(jax.value_and_grad(functools.partial(loss, classes=9), has_aux=True))
     for text in batches:
@@ -101,9 +102,10 @@ def test_the_recipe_adds_the_term(tmp_path):
     arg = f"pairs={tiny.folder(tmp_path, n=32)},size=48,steps=4,batch=8,tokenizer=bytes"
     config = schema.resolve(load.load_config(f"{tokens.__file__}:{arg}"))
     assert config.objective.terms == {"clip": 1.0, "tokens": 1.0} and config.model.img.image_size == 48
-    assert config.objective.term("tokens") == tokens.Tokens(classes=tokens.SMALL_CLASSES)
+    assert config.objective.term("tokens") == tokens.Tokens(outputs=tokens.SMALL_HEAD)
+    assert make_objective(config.objective).classes == 0  # trains on pairs, not on labels
     large = schema.resolve(load.load_config(f"{tokens.__file__}:{arg},objective=siglip,preset=S/16"))
-    assert large.objective.terms == {"siglip": 1.0, "tokens": 1.0} and large.objective.term("tokens").classes == 0
+    assert large.objective.terms == {"siglip": 1.0, "tokens": 1.0} and large.objective.term("tokens").outputs == 0
 
 
 @pytest.mark.parametrize("classes", [0, 512])
@@ -114,7 +116,7 @@ def test_rows_stay_on_their_device(classes):
     whole = replicated(rows.mesh)
     logits = jax.ShapeDtypeStruct((b, vocab), jnp.float32, sharding=rows)
     text, end = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((b, n), (b,)))
-    state = tokens.Tokens(classes=classes).initial_state(None, vocab)
+    state = tokens.Tokens(outputs=classes).initial_state(None, vocab)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
     of_classes = functools.partial(loss, classes=classes)
     step = jax.jit(jax.value_and_grad(of_classes, has_aux=True), out_shardings=((whole, (whole, whole)), rows))
