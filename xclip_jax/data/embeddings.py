@@ -4,6 +4,7 @@ Columns are "kind", "id", "text" (strings) and "embedding" (lists of e numbers i
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -58,14 +59,27 @@ def files(path: str | os.PathLike) -> list[str]:
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
     """Return the columns of a file, or folder of `files`: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
+    columns = read_arrow(path)
+    return columns | {column: columns[column].to_pylist() for column in COLUMNS[:-1]}
+
+
+def read_arrow(path: str | os.PathLike) -> dict[str, Any]:
+    """Return `read`, with the strings as `pyarrow.ChunkedArray`: a million of these are no million objects."""
     path = os.path.expanduser(path)
     parts = files(path)
     with _naming(path):
-        table = pyarrow.parquet.read_table(parts, partitioning=None)  # else a folder "kind=x" is a column
-        vectors = [np.asarray(chunk.flatten()) for chunk in table["embedding"].chunks]
-        size = table.schema.field("embedding").type.list_size
-        rows = np.concatenate([np.empty(0, np.float32), *vectors]).reshape(-1, size)
-        return {column: table[column].to_pylist() for column in COLUMNS[:-1]} | {"embedding": rows}
+        tables = [pyarrow.parquet.ParquetFile(part) for part in parts]
+        size = tables[0].schema_arrow.field("embedding").type.list_size
+        # Allocated whole: joining the parts would need the memory twice.
+        rows = np.empty((sum(table.metadata.num_rows for table in tables), size), np.float32)
+        strings, start = [], 0
+        for batch in itertools.chain.from_iterable(table.iter_batches(columns=COLUMNS) for table in tables):
+            rows[start : start + len(batch)] = np.asarray(batch["embedding"].flatten()).reshape(-1, size)
+            strings.append(batch.select(COLUMNS[:-1]))
+            start += len(batch)
+        schema = pyarrow.schema([(column, pyarrow.string()) for column in COLUMNS[:-1]])
+        table = pyarrow.Table.from_batches([batch.cast(schema) for batch in strings], schema)
+        return {column: table[column] for column in COLUMNS[:-1]} | {"embedding": rows}
 
 
 def about(path: str | os.PathLike) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class FolderSource(Source):
         folder = pathlib.Path(place).expanduser()
         self.options = options or SourceOptions()
         if folder.is_dir():
-            self.images = list(map(str, sorted(labelled.images_in(folder))))
+            self.images = sorted(labelled.images_in(folder), key=lambda path: path.split("/"))
             self._root = len(str(folder / "x")) - 1
         else:
             self.images = storage.expand(str(place))
