@@ -69,7 +69,10 @@ def measure(folder: pathlib.Path, n: int, searches: int) -> None:
         texts = [milliseconds(f"search?text=a+photo+of+thing+number+{i}") for i in range(searches)]
         with concurrent.futures.ThreadPoolExecutor(6) as browser:  # connections that browsers open to a server
             grids = [range(first, first + 24) for first in range(0, min(n, 40_000) - 24, 1000)]
-            page = [1000 * seconds_of(lambda g=g: [*browser.map(milliseconds, (f"thumbnail/{i}" for i in g))]) for g in grids]
+            page = [
+                1000 * seconds_of(lambda g=g: [*browser.map(milliseconds, (f"thumbnail/{i}" for i in g))])
+                for g in grids
+            ]
         peak = 1024 * int(re.findall(r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{server.pid}/status").read_text())[0])
         server.terminate()
     print(

@@ -90,7 +90,7 @@ class Index:
 
     def _nearest(self, row: np.ndarray) -> list[Match]:
         scores = self._rows @ row
-        least = -np.partition(-scores, min(COUNT, len(scores)) - 1)[: COUNT].max()
+        least = -np.partition(-scores, min(COUNT, len(scores)) - 1)[:COUNT].max()
         near = np.flatnonzero(scores >= least)  # sorting all takes longer than their products
         best = near[np.argsort(-scores[near], kind="stable")][:COUNT].tolist()
         return [Match(i, self._name(i), self._texts[i].as_py(), float(scores[i])) for i in best]

@@ -4,7 +4,6 @@ Columns are "kind", "id", "text" (strings) and "embedding" (lists of e numbers i
 """
 
 import contextlib
-import itertools
 import json
 import os
 import pathlib
@@ -21,6 +20,7 @@ from xclip_jax.core.storage import unreadable_as
 __all__ = ["about", "files", "read"]
 
 COLUMNS = ("kind", "id", "text", "embedding")
+_STRINGS = pyarrow.schema([(column, pyarrow.string()) for column in COLUMNS[:-1]])
 _ABOUT = "xclip_jax"
 
 
@@ -70,15 +70,17 @@ def read_arrow(path: str | os.PathLike) -> dict[str, Any]:
     with _naming(path):
         tables = [pyarrow.parquet.ParquetFile(part) for part in parts]
         size = tables[0].schema_arrow.field("embedding").type.list_size
-        # Allocated whole: joining the parts would need the memory twice.
+        # Filled one group at a time: joining chunks would need the memory twice.
         rows = np.empty((sum(table.metadata.num_rows for table in tables), size), np.float32)
-        strings, start = [], 0
-        for batch in itertools.chain.from_iterable(table.iter_batches(columns=COLUMNS) for table in tables):
-            rows[start : start + len(batch)] = np.asarray(batch["embedding"].flatten()).reshape(-1, size)
-            strings.append(batch.select(COLUMNS[:-1]))
-            start += len(batch)
-        schema = pyarrow.schema([(column, pyarrow.string()) for column in COLUMNS[:-1]])
-        table = pyarrow.Table.from_batches([batch.cast(schema) for batch in strings], schema)
+        start = 0
+        strings = []
+        for file, group in ((t, group) for t in tables for group in range(t.num_row_groups)):
+            table = file.read_row_group(group, list(COLUMNS))
+            for chunk in table["embedding"].chunks:
+                rows[start : start + len(chunk)] = np.asarray(chunk.flatten()).reshape(-1, size)
+                start += len(chunk)
+            strings.append(table.select(COLUMNS[:-1]).cast(_STRINGS))
+        table = pyarrow.concat_tables([_STRINGS.empty_table(), *strings])
         return {column: table[column] for column in COLUMNS[:-1]} | {"embedding": rows}
 
 

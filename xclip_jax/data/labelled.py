@@ -77,12 +77,13 @@ def images_in(folder: pathlib.Path) -> list[str]:
         if not isinstance(error, FileNotFoundError):
             raise error
 
-    inside = []
+    inside = []  # strings: a path object for each of a million files would take ten seconds
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not (name.startswith(".") or _leads_back(root, name))]
-        inside.append((root, sorted(n for n in files if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith("."))))
-    # A path object for each of a million files would take ten seconds.
-    return [start + file for root, files in sorted(inside) for start in (str(pathlib.Path(root, "x"))[:-1],) for file in files]
+        names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
+        start = str(pathlib.Path(root, "x"))[:-1]
+        inside.append((root, [start + name for name in names]))
+    return [file for _, files in sorted(inside) for file in files]
 
 
 def _leads_back(root: str, name: str) -> bool:
