@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute
 from PIL import Image
 
 from xclip_jax.commands.embed import MAX_UNREADABLE, MAY_FAIL, embed, ledger_of
@@ -62,17 +63,17 @@ class Match(NamedTuple):
 class Index:
     """A thread-safe model with images and their embeddings."""
 
-    def __init__(self, model: Model, source: Images, numbers: Sequence[int], columns: Mapping[str, Any]) -> None:
-        """Make an index of the images `numbers` of a source, whose texts and embeddings are in `columns`."""
+    def __init__(self, model: Model, source: Images, numbers: np.ndarray, columns: Mapping[str, Any]) -> None:
+        """Make an index of the images `numbers` of a source, whose names, texts and embeddings are in `columns`."""
         self._model = model
         self._source = source
         self._numbers = numbers
+        self._names = columns["id"]
         self._texts = columns["text"]
         self._rows = columns["embedding"]
         self._lock = threading.Lock()
-        paths = [source.name(i) for i in numbers]
-        start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
-        self._names = [path[start:] for path in paths]
+        ends = pyarrow.compute.min_max(self._names).as_py().values()
+        self._root = os.path.commonprefix([*ends]).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -89,19 +90,24 @@ class Index:
 
     def _nearest(self, row: np.ndarray) -> list[Match]:
         scores = self._rows @ row
-        best = np.argsort(-scores, kind="stable")[:COUNT]
-        return [Match(int(i), self._names[i], self._texts[i], float(scores[i])) for i in best]
+        least = -np.partition(-scores, min(COUNT, len(scores)) - 1)[:COUNT].max()
+        near = np.flatnonzero(scores >= least)  # sorting all takes longer than their products
+        best = near[np.argsort(-scores[near], kind="stable")][:COUNT].tolist()
+        return [Match(i, self._name(i), self._texts[i].as_py(), float(scores[i])) for i in best]
+
+    def _name(self, image: int) -> str:
+        return self._names[image].as_py()[self._root :]
 
     def thumbnail(self, image: int) -> bytes:
         """Return an image as WebP of at most `SIDE` x `SIDE` pixels.
 
         Raises `IndexError` for an unknown number, and `UserError` for an image that can no longer be read.
         """
-        number = self._numbers[image]
+        number = int(self._numbers[image])
         try:
             pixels = images.decode(self._source.read(number)[0], scaled_to=SIDE)
         except (OSError, UserError) as error:  # do not show their messages, which contain the path
-            raise UserError(f"The file of image {image}, {self._names[image]!r}, can no longer be read.") from error
+            raise UserError(f"The file of image {image}, {self._name(image)!r}, can no longer be read.") from error
         small = Image.fromarray(pixels)
         small.thumbnail((SIDE, SIDE))
         content = io.BytesIO()
@@ -120,9 +126,8 @@ def make_index(model: Model, pattern: str, max_unreadable: float = MAX_UNREADABL
     key = hashlib.sha256(os.fsencode(parts)).hexdigest()[:16]
     file = storage.cache_dir() / "search" / f"{key}.parquet"
     embed(model, {"image": source}, str(file), max_unreadable=max_unreadable)
-    columns = embeddings.read(file)
-    bad = {entry["index"] for entry in json_lines.read(storage.as_path(ledger_of(file)))}
-    return Index(model, source, [i for i in range(len(source)) if i not in bad], columns)
+    bad = [entry["index"] for entry in json_lines.read(storage.as_path(ledger_of(file)))]
+    return Index(model, source, np.delete(np.arange(len(source)), bad), embeddings.read_arrow(file))
 
 
 def make_app(index: Index) -> Any:

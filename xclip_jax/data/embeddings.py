@@ -20,6 +20,7 @@ from xclip_jax.core.storage import unreadable_as
 __all__ = ["about", "files", "read"]
 
 COLUMNS = ("kind", "id", "text", "embedding")
+_STRINGS = pyarrow.schema([(column, pyarrow.string()) for column in COLUMNS[:-1]])
 _ABOUT = "xclip_jax"
 
 
@@ -58,14 +59,29 @@ def files(path: str | os.PathLike) -> list[str]:
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
     """Return the columns of a file, or folder of `files`: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
+    columns = read_arrow(path)
+    return columns | {column: columns[column].to_pylist() for column in COLUMNS[:-1]}
+
+
+def read_arrow(path: str | os.PathLike) -> dict[str, Any]:
+    """Return `read`, with the strings as `pyarrow.ChunkedArray`: a million of these are no million objects."""
     path = os.path.expanduser(path)
     parts = files(path)
     with _naming(path):
-        table = pyarrow.parquet.read_table(parts, partitioning=None)  # else a folder "kind=x" is a column
-        vectors = [np.asarray(chunk.flatten()) for chunk in table["embedding"].chunks]
-        size = table.schema.field("embedding").type.list_size
-        rows = np.concatenate([np.empty(0, np.float32), *vectors]).reshape(-1, size)
-        return {column: table[column].to_pylist() for column in COLUMNS[:-1]} | {"embedding": rows}
+        tables = [pyarrow.parquet.ParquetFile(part) for part in parts]
+        size = tables[0].schema_arrow.field("embedding").type.list_size
+        # Filled one group at a time: joining chunks would need the memory twice.
+        rows = np.empty((sum(table.metadata.num_rows for table in tables), size), np.float32)
+        start = 0
+        strings = []
+        for file, group in ((t, group) for t in tables for group in range(t.num_row_groups)):
+            table = file.read_row_group(group, list(COLUMNS))
+            for chunk in table["embedding"].chunks:
+                rows[start : start + len(chunk)] = np.asarray(chunk.flatten()).reshape(-1, size)
+                start += len(chunk)
+            strings.append(table.select(COLUMNS[:-1]).cast(_STRINGS))
+        table = pyarrow.concat_tables([_STRINGS.empty_table(), *strings])
+        return {column: table[column] for column in COLUMNS[:-1]} | {"embedding": rows}
 
 
 def about(path: str | os.PathLike) -> dict[str, Any]:

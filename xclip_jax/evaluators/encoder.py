@@ -24,7 +24,7 @@ Features = dict[str, np.ndarray]
 Rows = Sequence[np.ndarray] | np.ndarray
 Encode = Callable[..., dict[str, jax.Array]]
 
-# With _BATCHES batches or more, texts of a causal tower are cut to the longest, rounded up to a multiple of _LENGTHS.
+# One text, or _BATCHES batches or more, of a causal tower are cut to the longest, rounded up to a multiple of _LENGTHS.
 _LENGTHS, _BATCHES = 16, 4
 MAX_UNREADABLE = 0.05  # fraction of a set's images; above it the result would describe the set, not the model
 
@@ -173,7 +173,9 @@ class Encoder:
     def tokens(self, variables: Variables, tokens: Rows, features: Sequence[str] | None = None) -> Features:
         """Encode rows of tokens, int32 (n, text_length), see `images`."""
         length = self._text_length
-        if self._eot_id is not None and len(tokens) >= _BATCHES * self.batch:  # enough to compile another shape
+        if self._eot_id is not None and (
+            len(tokens) == 1 or len(tokens) >= _BATCHES * self.batch  # a search, or enough to compile another shape
+        ):
             longest = int((np.asarray(tokens) == self._eot_id).argmax(axis=1).max()) + 1
             length = min(math.ceil(longest / _LENGTHS) * _LENGTHS, length)
         rows = np.asarray(tokens)[:, :length] if length < self._text_length else tokens
