@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data import records, sources
-from xclip_jax.data.base import Source, SourceOptions, decode_text
+from xclip_jax.data.base import Source, SourceOptions, clean_text, decode_utf8
 from xclip_jax.evaluators.sets.custom import query_columns
 
 CONTAINERS = (".tar", ".csv", ".tsv", ".parquet")
@@ -80,7 +80,7 @@ class Lines:
         return f"{_readable(self.path)}#{self.numbers[index] + 1}"
 
     def read(self, index: int) -> tuple[str, str]:
-        text = decode_text(self._lines[self.numbers[index]]).strip()
+        text = clean_text(decode_utf8(self._lines[self.numbers[index]]))
         if not text:
             raise BadSample("line is empty")
         return text, text

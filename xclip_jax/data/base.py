@@ -1,6 +1,7 @@
 """Base classes of sources and of kinds of sources, and helpers to decode text from files, tables and JSON."""
 
 import abc
+import codecs
 import dataclasses
 import errno
 import math
@@ -217,15 +218,15 @@ class SourceKind:
         return False
 
 
-def decode_text(data: bytes) -> str:
-    """Decode a text in UTF-8; raise `BadSample` for another encoding or binary data."""
-    text = decode_utf8(data)
-    if _CONTROL.search(text):
-        raise BadSample("caption is not text", f"begins with {data[:8]!r}")
-    return text
+def _begins_as_utf16(data: bytes) -> bool:
+    return data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or 0 in data[:2]
 
 
-_TO_UTF8 = "convert the file, as with iconv -f latin1 -t utf-8 FILE > NEW"
+def _not_utf8(data: bytes) -> str:
+    """Return what is wrong with bytes that are not UTF-8, and the remedy."""
+    is_utf16 = _begins_as_utf16(data)
+    name = "utf-16" if is_utf16 else "latin1"
+    return f"{'UTF-16, ' * is_utf16}not UTF-8; convert the file, as with iconv -f {name} -t utf-8 FILE > NEW"
 
 
 def decode_utf8(data: bytes) -> str:
@@ -234,7 +235,7 @@ def decode_utf8(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         start = max(error.start - 20, 0)
-        raise BadSample("caption is not UTF-8", f"{data[start : error.end + 10]!r}; {_TO_UTF8}") from error
+        raise BadSample("caption is not UTF-8", f"{data[start : error.end + 10]!r} is {_not_utf8(data)}") from error
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -242,7 +243,7 @@ def read_text(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r} is not UTF-8 ({error}); {_TO_UTF8}.") from error
+        raise UserError(f"{str(path)!r} is {_not_utf8(error.object)} ({error}).") from error
 
 
 def open_binary(path: str) -> Any:
@@ -274,6 +275,8 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
     with open_binary(path) as file:
         head = file.readline()
         file.seek(0)
+        if _begins_as_utf16(head):
+            raise UserError(f"table {path!r} is {_not_utf8(head)}.")
         mark = next((mark for mark in "\t,;" if mark.encode() in head), ",")
         quote = False if mark == "\t" else '"'
         parsing = pyarrow.csv.ParseOptions(delimiter=mark, quote_char=quote, newlines_in_values=bool(quote))
@@ -305,9 +308,24 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
 
 
 def strip_texts(values: Iterable[Any]) -> list[str]:
-    """Return the non-empty strings among `values`, without surrounding white space, see `join_surrogates`."""
-    texts = [join_surrogates(item.strip()) for item in values if isinstance(item, str)]
+    """Return the non-empty strings among `values`, see `clean_text`."""
+    texts = [clean_text(item) for item in values if isinstance(item, str)]
     return [text for text in texts if text]
+
+
+def clean_text(text: str) -> str:
+    """Strip a byte order mark and white space, see also `join_surrogates`; `BadSample` for control characters."""
+    if len(text) > MAX_BYTES["text"]:
+        raise BadSample("caption too large", f"{len(text):,} letters; at most {MAX_BYTES['text']:,}")
+    if _CONTROL.search(text):
+        raise BadSample("caption is not text", f"begins with {text[:8]!r}")
+    return join_surrogates(text.removeprefix("\ufeff").strip())
+
+
+def split_lines(data: bytes) -> list[str]:
+    """Return the non-empty lines of a text in UTF-8, see `strip_texts`."""
+    # str.splitlines() would also cut at letters of damaged texts, such as U+0085.
+    return strip_texts(re.split(r"[\r\n]+", decode_utf8(data)))
 
 
 def pair(

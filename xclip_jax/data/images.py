@@ -17,6 +17,8 @@ DECODINGS: dict[str, Any] = {
     "transformers": {"background": WHITE, "rotate": False},  # from version 5.21 on
 }
 MAX_PIXELS = 1 << 26  # 200 MB decoded; larger images are decompression bombs, or useless at 224 pixels
+_MAX_SIDE = 65_500  # of libjpeg
+_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8": b";"}  # first and last bytes of whole files
 # Without EPS (an external program), ICO (decoded when opened) and Pillow's rare formats.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION = 0x0112
@@ -54,8 +56,9 @@ def is_jpeg(data: Any) -> TypeGuard[bytes]:
 
 
 def _check_pixels(w: int, h: int) -> None:
-    if not 0 < w * h <= MAX_PIXELS:
-        raise BadSample("image too large" if w * h else "image is empty", f"{w} x {h} pixels; at most {MAX_PIXELS:,}")
+    if not 0 < w * h <= MAX_PIXELS or max(w, h) > _MAX_SIDE:
+        most = f"at most {MAX_PIXELS:,}, and {_MAX_SIDE:,} a side"
+        raise BadSample("image too large" if w * h else "image is empty", f"{w} x {h} pixels; {most}")
 
 
 @functools.cache
@@ -63,6 +66,13 @@ def formats() -> list[str]:
     """Return Pillow's names of the supported file formats."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether a file that cannot be decoded lacks its end."""
+    if data[:4] == b"RIFF":  # WebP
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    return any(data.startswith(first) and not data.rstrip(b"\0").endswith(last) for first, last in _ENDS.items())
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -101,13 +111,15 @@ def open_image(data: bytes | Image.Image, *, rotate: bool = True) -> Image.Image
         return image if turn is None else image.transpose(turn)
     except (BadSample, MemoryError):
         raise
-    except Image.UnidentifiedImageError as error:
-        raise BadSample("not an image", about) from error
     except Exception as error:  # Pillow's readers raise errors of any class for damaged files
-        reason = "image cut off" if "truncated" in str(error) else "image damaged"
+        reason, cause = "image damaged", f"{about} ({error})"
         if isinstance(error, Image.DecompressionBombError):  # Pillow's bound, before the size is known
             reason = "image too large"
-        raise BadSample(reason, f"{about} ({error})") from error
+        elif "truncated" in str(error) or (isinstance(data, bytes) and _is_cut(data)):
+            reason = "image cut off"
+        elif isinstance(error, Image.UnidentifiedImageError):
+            reason, cause = "not an image", about
+        raise BadSample(reason, cause) from error
 
 
 def decode(

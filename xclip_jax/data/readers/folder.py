@@ -5,14 +5,13 @@ import hashlib
 import itertools
 import os
 import pathlib
-import re
 import time
 from typing import Any
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data import labelled
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Record, Source, SourceKind, SourceOptions, decode_text
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Record, Source, SourceKind, SourceOptions, split_lines
 from xclip_jax.data.records import thread_pool
 
 _TIMED = 256  # images whose files show how fast the disk answers
@@ -60,7 +59,7 @@ class FolderSource(Source):
         if storage.is_remote(path) and not self.options.captions:
             return []
         try:
-            content = decode_text(storage.read(path, MAX_BYTES["text"]))
+            text = split_lines(storage.read(path, MAX_BYTES["text"]))
         except OSError as error:
             has_none = error.errno in (errno.ENOENT, errno.EFBIG, errno.EINVAL)  # EINVAL: a named pipe
             if not (isinstance(error, FileNotFoundError) if name else has_none and not self.options.captions):
@@ -70,8 +69,6 @@ class FolderSource(Source):
             if self.options.captions:
                 raise
             return []
-        # str.splitlines() would also cut at letters of damaged texts, such as U+0085.
-        text = [line.strip() for line in re.split(r"[\r\n]+", content) if line.strip()]
         if self.options.captions and not name and not text:
             raise BadSample("caption is empty", f"{path!r}")
         return text

@@ -18,7 +18,7 @@ import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
-from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, decode_text, decode_utf8, json_values, pair
+from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, decode_utf8, json_values, pair
 from xclip_jax.data.readers import tar_index
 
 _GAP = 1 << 16  # bytes; one request reads all files of a sample if the gaps between them are at most this large
@@ -110,7 +110,7 @@ class TarSource(Source):
                 return field(key)
             if parts["text"] is None and len(self.options.text_columns) == 1:
                 raise BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
-            return [decode_text(parts["text"] or b"")]
+            return [decode_utf8(parts["text"] or b"")]
 
         name = f"{redact(tar)}#{row['key'].decode(errors='replace')}"
         return pair(parts["image"], name, self.options, caption, field)

@@ -14,9 +14,9 @@ import re
 import numpy as np
 
 from xclip_jax.core import hub_client, storage
-from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.errors import BadSample, UserError, check_choice
 from xclip_jax.data import labelled
-from xclip_jax.data.base import MAX_BYTES, LazySequence, SourceKind, SourceOptions, read_text
+from xclip_jax.data.base import MAX_BYTES, LazySequence, SourceKind, SourceOptions, read_text, split_lines
 from xclip_jax.data.readers import tar as tar_reader
 from xclip_jax.data.readers import tar_index
 
@@ -152,8 +152,10 @@ def open_captions(split: Split) -> tuple[LazySequence, list[list[str]]]:
     images, answers = read(split)
     captions = []
     for i, answer in enumerate(answers):
-        with storage.unreadable_as(f"{split.spec}: caption of {images.name(i)!r} is not in UTF-8"):
-            captions.append(answer.decode("utf-8-sig").splitlines())
+        try:
+            captions.append(split_lines(answer))
+        except BadSample as error:
+            raise UserError(f"{split.spec}: {images.name(i)!r}: {error}.") from error
     return images, captions
 
 
