@@ -50,7 +50,7 @@ def prepare(folder: pathlib.Path, n: int) -> None:
             rows = rng.standard_normal((min(embed.PART, n - start), WIDTH), np.float32)
             yield embed.Part(rows / np.linalg.norm(rows, axis=1, keepdims=True), [""] * len(rows), {})
 
-    embed.embed_images = embed_images  # ty: ignore[invalid-assignment]
+    embed.embed_images = embed_images
     serve.make_index(xclip_jax.load(folder / "model"), str(folder / "images"))
 
 

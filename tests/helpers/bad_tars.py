@@ -125,7 +125,7 @@ def make(folder):
         "cut_png": ("png", encode(picture(1, w=100, h=100), "PNG")[:500], "image cut off"),
         "html": ("jpg", b"<!DOCTYPE html><html>404</html>", "not an image"),
         "no_bytes": ("jpg", b"", "image file is empty"),
-        "magic_alone": ("jpg", b"\xff\xd8\xff\xe0", "not an image"),
+        "magic_alone": ("jpg", b"\xff\xd8\xff\xe0", "image cut off"),
         "svg": ("jpg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
         "bomb": ("png", bomb(60_000), "image too large"),
         "jpeg_bomb": ("jpg", jpeg(1).replace(struct.pack(">HH", 30, 40), b"\xff\x00\xff\x00", 1), "image too large"),

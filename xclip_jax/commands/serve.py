@@ -72,7 +72,8 @@ class Index:
         self._texts = columns["text"]
         self._rows = columns["embedding"]
         self._lock = threading.Lock()
-        ends = pyarrow.compute.min_max(self._names).as_py().values()
+        compute: Any = pyarrow.compute  # its functions are made at import
+        ends = compute.min_max(self._names).as_py().values()
         self._root = os.path.commonprefix([*ends]).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
 
     def __len__(self) -> int:

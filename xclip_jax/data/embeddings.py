@@ -64,7 +64,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_arrow(path: str | os.PathLike) -> dict[str, Any]:
-    """Return `read`, with the strings as `pyarrow.ChunkedArray`: a million of these are no million objects."""
+    """Return `read`, with the strings as `pyarrow.ChunkedArray`: which need no object each."""
     path = os.path.expanduser(path)
     parts = files(path)
     with _naming(path):

@@ -113,12 +113,12 @@ def open_image(data: bytes | Image.Image, *, rotate: bool = True) -> Image.Image
         raise
     except Exception as error:  # Pillow's readers raise errors of any class for damaged files
         reason, cause = "image damaged", f"{about} ({error})"
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason, cause = "not an image", about  # its message has an address of the memory
         if isinstance(error, Image.DecompressionBombError):  # Pillow's bound, before the size is known
             reason = "image too large"
         elif "truncated" in str(error) or (isinstance(data, bytes) and _is_cut(data)):
             reason = "image cut off"
-        elif isinstance(error, Image.UnidentifiedImageError):
-            reason, cause = "not an image", about
         raise BadSample(reason, cause) from error
 
 

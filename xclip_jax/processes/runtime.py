@@ -254,8 +254,8 @@ def exits() -> Iterator[None]:
                 print(stop.code, file=sys.stderr)
             exit_now(status)
         raise
-    except Exception:
-        sys.excepthook(*sys.exc_info())
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
         exit_now(status)
     finally:
         if _peers is not None and status in (0, EXIT_RESUMABLE):

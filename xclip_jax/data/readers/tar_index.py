@@ -245,7 +245,8 @@ def _build_apart(tars: Sequence[str], processes: int) -> None:
     caller's script again, and needs shared memory.
     """
     code = f"import sys; sys.path = {sys.path}; from {__name__} import _serve; _serve()"
-    rest, done = iter(tars), []
+    rest = iter(tars)
+    done = []
 
     def work(_: int) -> None:
         pipe, command = subprocess.PIPE, [sys.executable, "-c", code]
