@@ -22,6 +22,7 @@ from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.report import collect, examples, page, sections
 from xclip_jax.report.collect import Run
+from xclip_jax.report.page import MARK
 
 pytestmark = pytest.mark.long
 
@@ -159,7 +160,7 @@ def test_the_command_writes_a_page_of_runs(tmp_path, monkeypatch, capsys):
     ) or examples.collect_examples(*args, **options))  # fmt: skip
     monkeypatch.chdir(tmp_path)
     command.main(["a", "b", "c"])
-    assert "report: comparison.html" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("comparison.html\n")
     text = (tmp_path / "comparison.html").read_text()
     words = " ".join(check(text, SECTIONS).text)
     assert prompts == [[["art of a red fox"], ["art of hen"]]] * 2
@@ -171,7 +172,8 @@ def test_the_command_writes_a_page_of_runs(tmp_path, monkeypatch, capsys):
 
 def test_a_page_that_the_disk_refuses_leaves_the_former_one(tmp_path):
     folder, page = run(tmp_path / "a", 0, 40).record.folder, tmp_path / "page.html"
-    page.write_text("former")
+    former = f"{MARK} former"
+    page.write_text(former)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
     try:
@@ -179,7 +181,7 @@ def test_a_page_that_the_disk_refuses_leaves_the_former_one(tmp_path):
             command.main([str(folder), "--output", str(page)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert page.read_text() == "former" and list(tmp_path.glob(".*")) == []
+    assert page.read_text() == former and list(tmp_path.glob(".*")) == []
 
 
 def test_images_that_differ_are_not_put_side_by_side(tmp_path):
