@@ -56,6 +56,12 @@ def test_links_are_kept(tmp_path):
     outputs.check_folder("--config.run", tmp_path / "run")
 
 
+def test_a_relative_path_stays_one(tmp_path, monkeypatch):
+    """Messages name the file as its user did."""
+    monkeypatch.chdir(tmp_path)
+    assert [os.fspath(outputs.check_file("--out", path)) for path in ("x.json", "a/x.json")] == ["x.json", "a/x.json"]
+
+
 def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere/else")

@@ -5,6 +5,7 @@ for each thing of the user's. Trainings are shortened. LOG has the output and th
 """
 
 import collections
+import json
 import os
 import pathlib
 import re
@@ -16,9 +17,11 @@ import tarfile
 import tempfile
 import time
 
+import pyarrow.parquet
+from PIL import Image
+
 from docs.commands import ROOT, Block, blocks
 from tests.helpers import tiny
-from tests.helpers.fake_cloud import GCLOUD, UV
 from tests.helpers.launching import executable
 
 LINKS = ("README.md", "LICENSE", "benchmarks", "configs", "examples", "launch", "pyproject.toml", "setup.py", "studies",
@@ -32,13 +35,14 @@ def get_config(arg=None):
 """
 # What a page writes, and what stands for it in the folder.
 STAND_INS = {
-    r"/(my|data|shared)/": r"\1/",
-    r"\bRUN(_[ABC])?\b|\bTEACHER\b|runs/[\w-]*(tuned|mine|teacher|shapes|squares|stuck)\b": "runs/mine",
+    r"(?<![\w./])/(my|data|shared)\b": r"\1",
+    r"\bRUN(_[ABC])?\b|\bTEACHER\b|runs/(teacher|shapes|squares|stuck)\b": "runs/mine",
     r"runs/(clip|other|demo-clip)\b": "runs/other",
     r"runs/(xclip|demo-xclip)\b": "runs/mine",
     r"\bFILE\.py\b": "mine.py",
     r"\b(RECIPE|CONFIG)\b": "small:pairs=my/pairs",
-    r"\b(PATH|PAIRS|FOLDER)\b": "my/pairs",
+    r"(?<=folder:|.csv:)PATH(?=,(weights|train))": "my/classes",
+    r"\b(PATH|PAIRS|FOLDER)\b|(?<= )SOURCE\b(?!=)": "my/pairs",
     r"\bSETS\b": "folder:my/classes/test",
     r"hf:ORG/NAME\b(?!/|\?)|hf:laion/[\w-]+|hf:openai/[\w-]+@main|ViT-B-32\.pt": "exported",
     r"imagenet_v2|imagenet_a|coco_retrieval|\bpaper\b|(?<==)imagenet\b|(?<= )imagenet\b": "folder:my/classes/test",
@@ -46,14 +50,13 @@ STAND_INS = {
     r"\{00000\.\.0\d+\}": "{00000..00001}",
 }
 SHORT = {  # flags that end a command within a minute or two
-    r"xclip-jax train.*\b(pretrain|mine\.py|tfds:|glue:|hf:)|main --config studies": " --check",
+    r"xclip-jax train.*\b(pretrain|mine\.py|tfds:|hf:)|main --config studies": " --check",
     r"xclip-jax train|python -m xclip_jax\.main": " --config.steps=2 --config.optim.warmup=0 --config.eval.sets='()'",
     r"examples\.compare_objectives": " --steps 1 --batch 16 --suite emoji/test_aliases",
     r"benchmarks\.accelerator": " --small --steps 1",
     r"benchmarks\.loader": " --quick --repeats 1",
     r"benchmarks\.evaluation": " --turns 1",
     r"tests\.torture\.fuzz": " --inputs 50",
-    r"studies photographs --run": " --list",
 }
 CANNOT = {
     r"launch/(test|docs|local)\.sh|\.ci/run|pytest|pre-commit|pictures|docs\.curves": "the suite, site or browser",
@@ -61,10 +64,10 @@ CANNOT = {
     r"^git |VERSION|--push|uv venv|old-checkout": "a release, another checkout or an account",
     r"examples\.(study|finetune_pairs|clusters)|benchmarks\.(step|embed|probe|plans|beside)|torture\.(soak|faults)":
         "ten minutes and more",
-    r"hf:|wds_|tfds:imagenet|it_\*|clip_benchmark|clip-benchmark|r\.load": "data of the Hub or of TFDS",
+    r"hf:|wds_|tfds:imagenet|it_\*|clip_benchmark|clip-benchmark|r\.load|imagenet/it": "data of the Hub or of TFDS",
     r"plan |roofline": "minutes of the TPU compiler",
     r"sbatch|SPOT=1|TYPE=|tpu_vm\.sh --config": "a cloud or Slurm: run against their fakes by tests/launch",
-    r"LD_PRELOAD|Flickr8k|captions\.txt Images|Images/pairs": "files of the user's",
+    r"LD_PRELOAD|Flickr8k|captions\.txt Images|Images/pairs|photographs --run|^PHOTO": "files of the user's",
     r"studies( |\.|/)(?!photographs)|studies$|glyphs|benchmarks\.(guard|kernel|int8)": "another commit",
 }  # fmt: skip
 
@@ -78,42 +81,58 @@ def furnish(room: pathlib.Path) -> None:
     for name in ("data/pairs", "pairs", "photos", "Pictures", "data/photos", "shared/pairs"):
         shutil.copytree(pairs, room / name)
     shutil.copytree(pairs, room / "my/shop/photos")
-    for split in ("train", "test", "val"):
+    for split in ("train", "test", "val", "validation"):
         tiny.classes(room / "my/classes" / split)
     shutil.copytree(room / "my/classes", room / "my/images")
-    rows = [f"{i:03d}.png,picture {i},number {i},long {i}" for i in range(80)]
-    for table, folder in (
-        ("my/pairs", "pairs"),
-        ("my/table", "pairs"),
-        ("pairs", "photos"),
-        ("my/shop/pairs", "photos"),
-    ):
-        header = "path,title,alt,synthetic" if "shop" in table else "path,caption,alt,synthetic"
-        (room / f"{table}.csv").write_text("\n".join([header, *(f"{folder}/{row}" for row in rows)]) + "\n")
+    _write_tables(room)
     for folder in ("data/cc12m", "my/tars"):
         (room / folder).mkdir(parents=True)
         for shard in range(2):
             with tarfile.open(room / folder / f"{shard:05d}.tar", "w") as tar:
                 for path in sorted(pairs.iterdir())[80 * shard : 80 * shard + 80]:
                     tar.add(path, path.name)
+    Image.open(pairs / "000.png").save(room / "photos" / "fox.jpg")
+    shutil.copy(room / "photos/fox.jpg", room / "data/photos/fox.jpg")
     (room / "captions.txt").write_text("a red circle\na blue square\n")
-    (room / "data/pairs.jsonl").write_text("")
     (room / "mine.py").write_text(RECIPE)
-    (room / "data" / "tfds").mkdir()
+    (room / "my_lab").mkdir()
+    shutil.copy(ROOT / "tests/extension/json_lines.py", room / "my_lab")
+    (code,) = re.findall(r"```python\n(import jax\n.*?)```", (ROOT / "docs/tracking.md").read_text(), re.DOTALL)
+    (room / "my_lab/trace.py").write_text(code)
     (room / "bin").mkdir()
-    for name, body in {
-        "gcloud": GCLOUD,
-        "uv": UV,
-        "pip": 'exec "$REAL_UV" pip "$@" --dry-run --python "$VENV"',
-    }.items():
-        executable(room / "bin" / name, body)
+    executable(room / "bin/pip", f'exec {shutil.which("uv")} pip "$@" --dry-run --python "$VENV"')
+
+
+def _write_tables(room: pathlib.Path) -> None:
+    """Write the stand-ins that are tables."""
+    numbers = range(80)
+    rows = [f"{i:03d}.png,picture {i},number {i},long {i}" for i in numbers]
+    for name, folder, second in (("my/pairs", "pairs", "caption"), ("my/table", "pairs", "caption"),
+                                 ("pairs", "photos", "caption"), ("my/shop/pairs", "photos", "title")):  # fmt: skip
+        lines = [f"path,{second},alt,synthetic", *(f"{folder}/{row}" for row in rows)]
+        (room / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    lines = [f"photos/{i:03d}.png,picture {i},no {i},never {i},none {i}" for i in numbers]
+    (room / "colours.csv").write_text("\n".join(["image,right,wrong,wrong2,wrong3", *lines]) + "\n")
+    contents = [(room / f"photos/{i:03d}.png").read_bytes() for i in numbers]
+    columns = {"image": contents, "photo": contents, "text": [f"picture {i}" for i in numbers]}
+    table = pyarrow.table(columns | {"title": columns["text"], "kind": ["fox" if i % 2 else "hen" for i in numbers]})
+    (room / "data/shop").mkdir()
+    for split in ("train", "test", "validation"):
+        pyarrow.parquet.write_table(table, room / f"data/shop/{split}-00000.parquet")
+        lines = [f"{split}/{name}/{i}.png,{name}" for i in range(10) for name in ("cat", "dog")]
+        (room / f"my/classes/{split}.csv").write_text("\n".join(["image,label", *lines]) + "\n")
+    lines = [json.dumps({"image": f"photos/{i:03d}.png", "text": f"picture {i}"}) for i in numbers]
+    (room / "data/pairs.jsonl").write_text("\n".join(lines).replace("photos/", "pairs/") + "\n")
+    (room / "data/CoLA").mkdir()
+    for name in ("train", "dev"):
+        (room / f"data/CoLA/{name}.tsv").write_text("".join(f"x\t{i % 2}\t\tsentence {i}.\n" for i in numbers))
 
 
 def _environment(room: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
     venv = pathlib.Path(sys.executable).parent
     return os.environ | {
         "HOME": str(room), "PATH": f"{room / 'bin'}:{venv}:{os.environ['PATH']}", "VENV": str(venv.parent),
-        "REAL_UV": shutil.which("uv") or "uv", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{ROOT}:{room}", "JAX_PLATFORMS": "cpu",
         "XDG_CACHE_HOME": str(cache), "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
     }  # fmt: skip
 
@@ -169,7 +188,9 @@ def main(log: str, words: list[str]) -> None:
         first = ["small:pairs=my/pairs,objective=xclip,steps=3 --config.run=runs/mine",
                  "small:pairs=my/pairs,objective=clip,steps=3 --config.run=runs/other"]  # fmt: skip
         commands = [f"xclip-jax train --config {spec}" for spec in first]
-        commands += ["xclip-jax export --checkpoint runs/other --to open_clip exported"]
+        commands += ["xclip-jax train --config small:pairs=my/pairs,steps=3,weights=runs/other --config.run=runs/tuned",
+                     "xclip-jax check folder:data/pairs --samples 0 --by runs/mine --suspects suspects.jsonl",
+                     "xclip-jax export --checkpoint runs/other --to open_clip exported"]  # fmt: skip
         commands += [
             f"xclip-jax evaluate --checkpoint runs/{x} --suite folder:my/classes/test" for x in ("mine", "other")
         ]
