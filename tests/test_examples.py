@@ -152,6 +152,7 @@ def test_the_notebook_installs_from_what_is_named(tmp_path, monkeypatch):
     assert asked == ["xclip_jax[demo] @ git+https://host/lab/x", "x-1.0-py3-none-any.whl[demo]"]
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Jupyter shows the picture
 def test_the_notebook(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load, "load_config", narrow(load.load_config))
@@ -233,6 +234,7 @@ def test_the_contrastive_term_keeps_details():
     assert min(nclip[2], xclip[2]) > 2  # and both have the places as clusters
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Jupyter shows the picture
 def test_the_notebook_of_clusters(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     *training, drawing, _ = (source for source, _ in notebook_cells("clusters"))

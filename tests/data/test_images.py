@@ -104,7 +104,9 @@ def test_a_file_has_the_same_features_everywhere(decoding, cache, pairs, tmp_pat
     paths = sorted([*pairs.glob("*.png"), *pairs.glob("*.jpg")])
     features = model.encode_image(paths)
     np.testing.assert_array_equal(model.encode_image([path.read_bytes() for path in paths]), features)
-    np.testing.assert_allclose(model.encode_image([Image.open(path) for path in paths]), features, atol=1e-2)
+    np.testing.assert_allclose(
+        model.encode_image([Image.open(io.BytesIO(path.read_bytes())) for path in paths]), features, atol=1e-2
+    )
     embed.embed(model, {"image": inputs.open_images(str(pairs))}, str(tmp_path / "x.parquet"))
     np.testing.assert_allclose(read_embeddings(tmp_path / "x.parquet")["embedding"], features, atol=1e-6)
     # A training crop of the whole image, bicubic, is what evaluation sees.
