@@ -83,6 +83,7 @@ def test_a_reader_that_ends_early(tars):
     assert process.returncode == errors.EXIT_UNREAD
 
 
+@pytest.mark.filterwarnings("ignore:.*fork")  # the child becomes another program at once
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_terminal_that_is_closed(ignored, pairs, tmp_path):
     """The run saves and stops, or goes on if it ignores the signal, as after `disown`."""

