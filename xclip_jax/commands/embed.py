@@ -144,7 +144,7 @@ def embed(
     # The name of a tokenizer's file depends on the model's folder; its content is among the weights.
     plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit", "tokenizer")}
     plan |= {"part": PART, "weights": model.fingerprint()}
-    plan |= {name: source.digest() for name, source in sources.items()}
+    plan |= {name: source.digest for name, source in sources.items()}
     path = pathlib.Path(out)
     folder = pathlib.Path(f"{out}.parts")
     if share[1] > 1:  # parts and ledger are outside the folder, since its readers would read them too

@@ -1,5 +1,6 @@
 """Inputs of embed and serve: images with optional captions, and lines of text."""
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -58,8 +59,9 @@ class Images:
             paths += [place[key] for key in ("tar", "file") if key in place]
         return [path if storage.is_remote(path) else os.path.abspath(path) for path in paths]
 
+    @functools.cached_property
     def digest(self) -> str:
-        """Return columns and a hash of names and sizes of images and captions, not of times, which change in copies."""
+        """Columns, and a hash of names and sizes of images and captions, not of times, which change in copies."""
         return f"{self.source.fingerprint()['hash']} {self._columns}"
 
 
@@ -71,7 +73,7 @@ class Lines:
         content = pathlib.Path(path).read_bytes()
         self._lines = content.removesuffix(b"\n").split(b"\n") if content else []
         self.numbers = range(len(self._lines))
-        self._digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        self.digest = hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -85,9 +87,6 @@ class Lines:
             raise BadSample("line is empty")
         return text, text
 
-    def digest(self) -> str:
-        return self._digest
-
 
 class Captions(Lines):
     """The different captions of images, in the order of their first use."""
@@ -100,7 +99,7 @@ class Captions(Lines):
         texts = (text for captions in read if not isinstance(captions, BadSample) for text in captions)
         self._lines = [text.encode() for text in dict.fromkeys(texts)]
         self.numbers = range(len(self._lines))
-        self._digest = hashlib.blake2b(b"\0".join(self._lines), digest_size=16).hexdigest()
+        self.digest = hashlib.blake2b(b"\0".join(self._lines), digest_size=16).hexdigest()
         if not self._lines:
             remedy = f"name their column, {images.spec}?text=COLUMN"
             if images.spec.startswith("folder:"):

@@ -123,7 +123,7 @@ def make_index(model: Model, pattern: str, max_unreadable: float = MAX_UNREADABL
     """
     source = open_images(pattern)
     # Other folders may have files of the same names and sizes.
-    parts = f"{model.fingerprint()} {source.digest()} {source.places()}"
+    parts = f"{model.fingerprint()} {source.digest} {source.places()}"
     key = hashlib.sha256(os.fsencode(parts)).hexdigest()[:16]
     file = storage.cache_dir() / "search" / f"{key}.parquet"
     embed(model, {"image": source}, str(file), max_unreadable=max_unreadable)
