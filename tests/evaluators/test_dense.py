@@ -105,7 +105,7 @@ def test_it_is_scikit_learns_regression_and_loops_over_patches(monkeypatch):
     monkeypatch.setattr(dense, "_SWEEP", Sweep((1e-4, 0.3), 0, 1e-6))  # the first predicts next to nothing
     data, variables, encoder = random_set(), small_model()[1], make_encoder(devices=2)
     x, y = {"": [], "pixels/": []}, []
-    for part in data.parts:
+    for part in (data.train, data.validation, data.test):
         x[""].append(np.concatenate([h for _, h in encoder.patches(variables, part.images)]).reshape(-1, 16))
         pixels = np.stack(part.images).reshape(-1, GRID, 4, GRID, 4, 3).swapaxes(2, 3).reshape(-1, 4, 48) / 255
         place = np.broadcast_to(np.eye(4), (len(pixels), 4, 4))
@@ -134,7 +134,10 @@ def test_it_is_scikit_learns_regression_and_loops_over_patches(monkeypatch):
 
 def test_chance_is_that_of_the_mean_shares_everywhere():
     data, results = random_set(), {r.key: r for r in measured()}
-    y = [np.stack([shares(mask) for mask in part.masks]).reshape(-1, 3) for part in data.parts]
+    y = [
+        np.stack([shares(mask) for mask in part.masks]).reshape(-1, 3)
+        for part in (data.train, data.validation, data.test)
+    ]
     constant = np.concatenate(y[:2]).mean(axis=0)
     iou = np.minimum(constant, y[2]).sum(axis=0) / np.maximum(constant, y[2]).sum(axis=0)
     assert results["miou"].chance == pytest.approx(100 * iou.mean())
@@ -284,7 +287,8 @@ def test_pets_outlines_have_no_class():
 
     with tfds.testing.mock_data(as_data_source_fn=records):
         data = registry.load("dense/pets", PREPARE)
-    assert [len(part.images) for part in data.parts] == [3, 0, 3] and data.classes == ["pet", "background"]
+    assert (len(data.train.images), len(data.validation.images), len(data.test.images)) == (3, 0, 3)
+    assert data.classes == ["pet", "background"]
     assert data.train.masks[0][0].tolist() == [0] * 5 + [255] + [1] * 6
     assert data.card.data == "oxford_iiit_pet" and data.card.version and data.card.split_hash
     assert [len(texts) for texts in data.prompts] == [80, 80] and "a photo of a pet." in data.prompts[0]

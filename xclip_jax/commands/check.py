@@ -22,14 +22,7 @@ import numpy as np
 
 from xclip_jax import model as inference
 from xclip_jax.core.console import show
-from xclip_jax.core.errors import (
-    BadSample,
-    Parser,
-    UserError,
-    check_count,
-    check_fraction,
-    exit_with_message,
-)
+from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_fraction, exit_with_message
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.outputs import check_file
 from xclip_jax.core.storage import strict_json, write_whole

@@ -26,14 +26,7 @@ import jax
 from xclip_jax.config import schema
 from xclip_jax.core import environment
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import (
-    Parser,
-    UserError,
-    check_choice,
-    check_count,
-    exit_with_message,
-    redact,
-)
+from xclip_jax.core.errors import Parser, UserError, check_choice, check_count, exit_with_message, redact
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.outputs import check_file
 from xclip_jax.core.storage import as_path

@@ -33,14 +33,9 @@ class Model:
     """
 
     def __init__(self, model: inference.Model | str | os.PathLike, *, step: int | None = None, batch: int = 32) -> None:
-        """Load a model, on all devices of this machine.
+        """Use `model`, a path or repository that `xclip_jax.load` loads with `step` and `batch`, or its result.
 
-        Args:
-          model: a path or repository for `xclip_jax.load`, or its result.
-          step, batch: see `xclip_jax.load`.
-
-        Raises:
-          UserError: `mteb` is not installed, or the model cannot be loaded.
+        `UserError` if `mteb` is not installed, or the model cannot be loaded.
         """
         meta = import_extra("mteb.models.model_meta", "mteb", "xclip_jax.commands.mteb")
         self.model = model if isinstance(model, inference.Model) else inference.load(model, step=step, batch=batch)

@@ -19,12 +19,11 @@ _KINDS = {int: "an integer", float: "a number"}
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     """Parse a recipe's argument, the part after ":" in --config, and return the defaults updated with its values.
 
+    `UserError` for an unknown key or a wrong value.
+
     Args:
       arg: "KEY=VALUE,KEY=VALUE". After a string, a part without "=" continues it, so that paths may contain commas.
       **defaults: all keys and their defaults, which are strings, integers or numbers; a value has its default's type.
-
-    Raises:
-      UserError: an unknown key or a wrong value.
     """
     items: list[tuple[str, str]] = []
     for item in filter(None, (arg or "").split(",")):

@@ -191,37 +191,24 @@ def unknown_key(key: str, names: Iterable[str]) -> str:
     return f"config key {key!r} is unknown" + (f"; did you mean {prefix + dot + near!r}?" if near else "")
 
 
-def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str) -> type[T]:
-    """Look up the config dataclass `name` in `table`, or import "package.module:Class".
-
-    Raises:
-      UserError: no such entry, module or class, or a class other than a dataclass derived from `base`.
-    """
-    name = str(name)
-    if name in table:
-        return table[name]
-    if ":" not in name:
-        raise UserError(
-            f"unknown {what} {name!r}; did you mean {nearest(name, table)!r}? Name a class of another package as "
-            "'package.module:Class'."
-        )
-    return import_class(name, base, what, dataclass=True)
-
-
 def read_plugin(
     values: Mapping[str, Any], path: str, table: Mapping[str, type[T]], base: type[T], what: str, type_name: str = ""
 ) -> T:
     """Make an instance of the class in key "type" of the group `values`, with its other keys as options.
 
-    The default of the type is `type_name`; for `table`, `base` and `what` see `find_class`.
-
-    Raises:
-      UserError: unknown keys and wrong values, all of them.
+    The type, by default `type_name`, is a key of `table`, or "package.module:Class", a dataclass derived from `base`.
+    `UserError` for another type, and for all unknown keys and wrong values.
     """
     options = dict(values)
-    name = options.pop("type", type_name)
+    name = str(options.pop("type", type_name))
+    if name not in table and ":" not in name:
+        raise UserError(
+            f"unknown {what} {name!r}; did you mean {nearest(name, table)!r}? Name a class of another package as "
+            "'package.module:Class'."
+        )
+    found = table[name] if name in table else import_class(name, base, what, dataclass=True)
     faults: list[str] = []
-    made = read_group(find_class(name, table, base, what), options, path, faults)
+    made = read_group(found, options, path, faults)
     if faults:
         raise UserError("; ".join(map(sentence, faults)))
     return made

@@ -58,8 +58,7 @@ def class_name(spec: str) -> str | None:
 def import_name(name: str, what: str) -> Any:
     """Import the class or function "package.module:name"; `what` is its role.
 
-    Raises:
-      UserError: a malformed name, a missing module or attribute, or a name in a file without consent.
+    `UserError` for a malformed name, a missing module or attribute, or a name in a file without consent.
     """
     match = _CLASS_NAME.fullmatch(name)
     if match is None:

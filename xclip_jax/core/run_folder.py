@@ -178,8 +178,7 @@ def _flock(content: IO[str], how: int) -> None:
 def lock(path: str | os.PathLike, *, blocking: bool, file: str | os.PathLike = "") -> Iterator[None]:
     """Hold a lock on `path` by the lock file `file`, by default hidden in the same folder; it names this process.
 
-    Raises:
-      UserError: another process holds it, unless `blocking`.
+    `UserError` if another process holds it, unless `blocking`.
     """
     if storage.is_remote(os.fspath(path)):
         yield

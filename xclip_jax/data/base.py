@@ -68,17 +68,12 @@ class Source(abc.ABC):
 
 @dataclasses.dataclass(eq=False)
 class LazySequence(Sequence):
-    """A sequence of `n` items that `get` reads on access.
-
-    Attributes:
-      name: function from an item's index to a human-readable name.
-      sizes: function that lists name and size in bytes of all items for fingerprints; None if unknown.
-    """
+    """A sequence of `n` items that `get` reads on access."""
 
     n: int
     get: Callable[[int], Any]
-    name: Callable[[int], str] = "record {}".format
-    sizes: Any = None
+    name: Callable[[int], str] = "record {}".format  # of the item at an index, for humans
+    sizes: Any = None  # function that lists name and size in bytes of all items for fingerprints; None if unknown
 
     def __len__(self) -> int:
         return self.n
@@ -223,7 +218,7 @@ def _begins_as_utf16(data: bytes) -> bool:
 
 
 def _not_utf8(data: bytes) -> str:
-    """Return what is wrong with bytes that are not UTF-8, and the remedy."""
+    """Return the fault of bytes other than UTF-8, and the remedy."""
     is_utf16 = _begins_as_utf16(data)
     name = "utf-16" if is_utf16 else "latin1"
     return f"{'UTF-16, ' * is_utf16}not UTF-8; convert the file, as with iconv -f {name} -t utf-8 FILE > NEW"

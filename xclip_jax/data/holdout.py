@@ -56,21 +56,13 @@ class Subset(WrappedSource):
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Some readable pairs of a source.
+    """Some readable pairs of a source."""
 
-    Attributes:
-      indices: numbers of the records, int (n,).
-      captions: captions of each record.
-      hashes: hexadecimal hash of each image.
-      bad: number of unreadable records in the whole source; they are not held out.
-      repeats: share of readable records in the whole source whose captions all equal another record's.
-    """
-
-    indices: np.ndarray
-    captions: list[list[str]]
-    hashes: list[str]
-    bad: int
-    repeats: float
+    indices: np.ndarray  # numbers of the records, int (n,)
+    captions: list[list[str]]  # of each record
+    hashes: list[str]  # hexadecimal, of each image
+    bad: int  # unreadable records in the whole source; they are not held out
+    repeats: float  # share of readable records in the whole source whose captions all equal another record's
 
 
 def image_hash(image: bytes | np.ndarray) -> str:

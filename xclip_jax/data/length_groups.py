@@ -102,17 +102,12 @@ class LengthOrder:
     """Sorts the rows of each device and microbatch by text length, and cuts them into groups.
 
     Rows of a microbatch are `microbatches` apart, see `sharding.map_microbatches`; each device has a part.
-
-    Attributes:
-      lengths: tokens of each text, int (parts, rows, microbatches).
-      order, inverse: row at each place, and place of each row, of the same shape.
-      sizes: ((rows, tokens), ...) of the groups.
     """
 
-    lengths: jax.Array
-    order: jax.Array
-    inverse: jax.Array
-    sizes: Sizes
+    lengths: jax.Array  # tokens of each text, int (parts, rows, microbatches)
+    order: jax.Array  # row at each place, of the same shape
+    inverse: jax.Array  # place of each row
+    sizes: Sizes  # ((rows, tokens), ...) of the groups
 
     @classmethod
     def from_tokens(cls, text: jax.Array, eot_id: int, sizes: Sizes, microbatches: int = 1) -> Self:

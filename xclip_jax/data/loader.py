@@ -118,17 +118,11 @@ def _hash(content: bytes | np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class SampleOrder:
-    """The endless sequence of a run's records by position.
-
-    Attributes:
-      sources: the run's sources.
-      places: (number of the source, index in it) for each position; depends only on the seed and the position.
-      captions: `records.reading_digest` of each source's groups, if equal captions are spread.
-    """
+    """The endless sequence of a run's records by position."""
 
     sources: Sequence[Source]
-    places: grain.MapDataset
-    captions: Sequence[Mapping[str, Any]] = ()
+    places: grain.MapDataset  # position -> (number of the source, index in it); depends only on the seed
+    captions: Sequence[Mapping[str, Any]] = ()  # `records.reading_digest` of their groups, if equal ones are spread
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return the number of the source, and the index in it, at a position of the run."""
@@ -258,10 +252,7 @@ def batches(
     Row r of global batch g is sample g * batch + r of the run: the global batches are the same on any number of hosts
     and from any start. Host h reads the h-th of `hosts` contiguous parts or, with `shards`, these parts of
     hosts * len(shards), one after another, see `mesh.BatchPart`. A bad sample is replaced by another one of its
-    source, which depends only on the seed and the position.
-
-    Raises:
-      UserError: a bad sample without a `ledger`, or no usable sample for a position.
+    source, which depends only on the seed and the position. `UserError` without a `ledger`, or if none can be used.
     """
     shards = shards or (host,)
     n = batch // (hosts * len(shards))

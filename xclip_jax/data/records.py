@@ -72,12 +72,8 @@ def read_each(
 ) -> Iterator[T | BadSample]:
     """Yield `take(record)` for each of `places`, in order, or the `BadSample` of an unusable record.
 
-    Neither a caller that stops iterating nor interpreter exit waits for unfinished reads.
-
-    Args:
-      places: (source, index) of the records; some are read ahead.
-      take: called in the threads; its result should be small. If it raises, the record is bad.
-      threads: number of chunks to read at once.
+    Some `places`, (source, index), are read ahead. `take` is called in the threads; its result should be small, and a
+    record for which it raises is bad. Neither a caller that stops iterating nor interpreter exit waits for reads.
     """
 
     def taken(record: Record | BadSample) -> T | BadSample:

@@ -125,12 +125,8 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 def with_conventions(content: str, *, end: str, pad: str, size: int, cleaning: str, start: str | None = None) -> str:
     """Wrap a tokenizer file with conventions assumed by another project's weights but missing in the file.
 
-    Args:
-      content: the tokenizer file.
-      end, pad: tokens after a text, and for padding.
-      size: number of the model's ids.
-      cleaning: key of `CLEANINGS`.
-      start: token before a text; None if the weights use none.
+    `end`, `pad` and `start` are tokens, the last None if the weights use none, `size` is the number of ids, and
+    `cleaning` a key of `CLEANINGS`.
     """
     conventions = {"start": start, "end": end, "pad": pad, "size": size, "cleaning": cleaning}
     return json.dumps({_CONVENTIONS: conventions, "tokenizer": json.loads(content)}, ensure_ascii=False)

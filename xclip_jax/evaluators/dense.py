@@ -53,46 +53,27 @@ _Encode = Callable[[Sequence[np.ndarray], int], Iterator[tuple[int, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskedImages:
-    """Images with labelled pixels.
+    """Images with labelled pixels."""
 
-    Attributes:
-      images: images for `Encoder.images`.
-      masks: uint8 (h, w), class of each pixel before preprocessing, or `NO_CLASS`.
-    """
-
-    images: Sequence[np.ndarray]
-    masks: Sequence[np.ndarray]
+    images: Sequence[np.ndarray]  # for `Encoder.images`
+    masks: Sequence[np.ndarray]  # uint8 (h, w), class of each pixel before preprocessing, or `NO_CLASS`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseSet:
-    """A dense probe.
-
-    Attributes:
-      classes: names of the classes, in the order of their numbers.
-      train, validation, test: images and masks; without validation images C is chosen on a random tenth of the
-        training images, with seed 0.
-      prepare: preprocessing already applied to images, but not to masks.
-      prompts: texts of each class for zero-shot segmentation; empty for none.
-      together: int (n,), equal for dependent test images; None if all are independent.
-    """
+    """A dense probe; without validation images C is chosen on a random tenth of the training images, with seed 0."""
 
     evaluator: ClassVar[str] = "dense"
 
     name: str
-    classes: Sequence[str]
+    classes: Sequence[str]  # names in the order of their numbers
     train: MaskedImages
     validation: MaskedImages
     test: MaskedImages
-    prepare: Preprocessing
+    prepare: Preprocessing  # already applied to images, but not to masks
     card: Provenance = dataclasses.field(default_factory=Provenance)
-    prompts: Sequence[Sequence[str]] = ()
-    together: np.ndarray | None = None
-
-    @property
-    def parts(self) -> tuple[MaskedImages, MaskedImages, MaskedImages]:
-        """Training, validation and test."""
-        return self.train, self.validation, self.test
+    prompts: Sequence[Sequence[str]] = ()  # texts of each class for zero-shot segmentation; empty for none
+    together: np.ndarray | None = None  # int (n,), equal for dependent test images; None if all are independent
 
 
 def areas(mask: np.ndarray, classes: int, grid: int, patch: int, prepare: Preprocessing) -> np.ndarray:
@@ -155,7 +136,7 @@ class DenseProbe(Evaluator):
             for key, some in self._tested.items():
                 item = PerExample(intersection[:, some], other=union[:, some], statistic="iou")
                 results.append(self.result(f"zeroshot/{key}", item, unit="x 100"))
-        counts = {"n": n, "train": sum(len(part.images) for part in self.data.parts[:2])}
+        counts = {"n": n, "train": len(self.data.train.images) + len(self.data.validation.images)}
         counts |= {"ways": len(self.data.classes), "patches": self.encoder.grid**2}
         if c is not None:
             counts["log10_c"] = np.log10(c)
@@ -169,7 +150,7 @@ class DenseProbe(Evaluator):
         def shares(*parts: MaskedImages) -> np.ndarray:
             return np.stack([areas(mask, *arguments) for part in parts for mask in part.masks])
 
-        return shares(*self.data.parts[:2]), shares(self.data.test)
+        return shares(self.data.train, self.data.validation), shares(self.data.test)
 
     @functools.cached_property
     def _chosen(self) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +176,7 @@ class DenseProbe(Evaluator):
         chosen = np.concatenate(self._chosen)
         order = np.sort(chosen)
         rows = []
-        for start, h in encode(joined([part.images for part in self.data.parts[:2]]), 0):
+        for start, h in encode(joined([self.data.train.images, self.data.validation.images]), 0):
             first = start * self.encoder.grid**2
             h = h.reshape(-1, h.shape[-1])
             low, high = np.searchsorted(order, (first, first + len(h)))

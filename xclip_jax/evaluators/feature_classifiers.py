@@ -53,20 +53,15 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Values of C to try.
+    """Values of C to try: `coarse` ones, then `halvings` times those halfway (in log C) to the neighbours of the best.
 
-    Attributes:
-      coarse: initial values, ascending.
-      halvings: how often to try the values halfway (in log C) between the best and its neighbours, within the range of
-        `coarse`. The CLIP paper has 7 values from 1e-6 to 1e6 and 4 halvings, down to eight steps per decade.
-      tolerance: tolerance of `logistic.fit`.
-      refit: whether to fit the tested classifier on given validation items too.
+    The CLIP paper has 7 values from 1e-6 to 1e6 and 4 halvings, down to eight steps per decade.
     """
 
-    coarse: Sequence[float] = COARSE
+    coarse: Sequence[float] = COARSE  # ascending
     halvings: int = 4
-    tolerance: float = 1e-5
-    refit: bool = True
+    tolerance: float = 1e-5  # of `logistic.fit`
+    refit: bool = True  # whether to fit the tested classifier on given validation items too
 
 
 def search(train: Examples, validation: Examples, classes: int, sweep: Sweep, score: Score) -> float:

@@ -35,17 +35,11 @@ State = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Solutions, one per C.
+    """Solutions, one per C."""
 
-    Attributes:
-      weights: fp32 (cs, d, classes).
-      bias: fp32 (cs, classes); its mean over classes is zero.
-      objective: (cs,), see the module's docstring.
-    """
-
-    weights: np.ndarray
-    bias: np.ndarray
-    objective: np.ndarray
+    weights: np.ndarray  # fp32 (cs, d, classes)
+    bias: np.ndarray  # fp32 (cs, classes); its mean over classes is zero
+    objective: np.ndarray  # (cs,), see the module's docstring
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Return the logits (cs, n, classes) of features (n, d)."""

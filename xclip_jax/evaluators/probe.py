@@ -186,23 +186,16 @@ def renumber(labels: np.ndarray, names: Sequence[str], to: Sequence[str], spec: 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassificationSet:
-    """Labelled items for the classifier of a fine-tuned model.
-
-    Attributes:
-      items: images or texts for `Encoder.images` or `Encoder.texts`.
-      labels: classes int (n,), or targets of a regression fp32 (n,).
-      classes: number of classes; 1 for a regression.
-      names: names of the classes; empty for a regression.
-    """
+    """Labelled items for the classifier of a fine-tuned model."""
 
     evaluator: ClassVar[str] = "classifier"
 
     name: str
-    items: Sequence[Any]
-    labels: np.ndarray
-    classes: int
+    items: Sequence[Any]  # images or texts for `Encoder.images` or `Encoder.texts`
+    labels: np.ndarray  # classes int (n,), or targets of a regression fp32 (n,)
+    classes: int  # their number; 1 for a regression
     card: Provenance = dataclasses.field(default_factory=Provenance)
-    names: Sequence[str] = ()
+    names: Sequence[str] = ()  # of the classes; empty for a regression
 
 
 class ClassifierEvaluator(Evaluator):

@@ -83,11 +83,6 @@ PROFILES = {
 }
 
 
-def with_own(profile: Profile, templates: Sequence[str], class_names: str) -> Profile:
-    """Return the profile with templates and a file of class names for your own labelled images."""
-    return dataclasses.replace(profile, templates=tuple(templates), names=read_class_names(class_names))
-
-
 # Indices of seven templates chosen by forward selection (notebook of the CLIP repository), also in SLIP.
 _SEVEN = (73, 7, 44, 69, 35, 67, 64)
 # Classes of ImageNet-A, ImageNet-R and ImageNet-O among ImageNet's 1000, equal to clip_benchmark's lists of wnids

@@ -238,12 +238,6 @@ def settings(group: Any) -> dict[str, Any]:
     return {key: getattr(group, key) for key in keys_where(type(group), evaluation="model")}
 
 
-def current_entries(entries: Sequence[Entry], group: Any) -> list[Entry]:
-    """Return the entries with the current settings of the run's config group `eval`."""
-    now = settings(group)
-    return [entry for entry in entries if entry.get("eval", now) == now]
-
-
 def add(
     path: epath.Path, entry: Entry, items: Mapping[str, PerExample], command: Mapping[str, Any], *, own: bool
 ) -> None:

@@ -201,16 +201,12 @@ def embeddings(encoder: Encoder, variables: Variables, texts: Sequence[str]) -> 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimilaritySet:
-    """Pairs of sentences with their similarity, rated by humans.
-
-    Attributes:
-      subsets: {name: pairs}, one or more subsets of at least two pairs.
-    """
+    """Pairs of sentences with their similarity, rated by humans."""
 
     evaluator: ClassVar[str] = "similarity"
 
     name: str
-    subsets: Mapping[str, Sequence[Pair]]
+    subsets: Mapping[str, Sequence[Pair]]  # {name: pairs}, one or more subsets of at least two pairs
     card: Provenance = dataclasses.field(default_factory=Provenance)
 
 
@@ -254,21 +250,17 @@ class SentenceSimilarity(Evaluator):
 class TextRetrievalSet:
     """Queries that mean the same as one of `texts`.
 
-    Attributes:
-      texts: items of the retrieval, all distinct.
-      queries: (query, index of its text).
-      groups: bool (queries,) of named parts, such as languages; recall is then their unweighted mean.
-      together: int (queries,), equal for dependent queries, such as all for one text; None if all are independent.
+    `groups`, bool (queries,), are named parts, such as languages; recall is then their unweighted mean.
     """
 
     evaluator: ClassVar[str] = "text_retrieval"
 
     name: str
-    texts: Sequence[str]
-    queries: Sequence[tuple[str, int]]
+    texts: Sequence[str]  # items of the retrieval, all distinct
+    queries: Sequence[tuple[str, int]]  # (query, index of its text)
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     card: Provenance = dataclasses.field(default_factory=Provenance)
-    together: np.ndarray | None = None
+    together: np.ndarray | None = None  # int (queries,), equal for dependent queries, such as all for one text
 
 
 class TextRetrieval(Evaluator):

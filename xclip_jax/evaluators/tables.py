@@ -33,21 +33,14 @@ _COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol", "p
 
 @dataclasses.dataclass
 class Row:
-    """The results of one set, or of one task on it.
+    """The results of one set, or of one task on it."""
 
-    Attributes:
-      name: name of the set, and the task.
-      family, role, evaluator: copied from its results.
-      results: {metric: result} by the default score, over all items.
-      scores: {score: {metric: result}} by other scores.
-    """
-
-    name: str
-    family: str
+    name: str  # of the set, and the task
+    family: str  # for family, role and evaluator see `Result`
     role: str
     evaluator: str
-    results: dict[str, Result] = dataclasses.field(default_factory=dict)
-    scores: dict[str, dict[str, Result]] = dataclasses.field(default_factory=dict)
+    results: dict[str, Result] = dataclasses.field(default_factory=dict)  # {metric: result} by the default score
+    scores: dict[str, dict[str, Result]] = dataclasses.field(default_factory=dict)  # {score: ...} by the others
 
     @functools.cached_property
     def layout(self) -> Layout:

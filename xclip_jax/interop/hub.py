@@ -29,17 +29,11 @@ _COMPANIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Weights on this machine, as `locate` returns them.
+    """Weights on this machine, as `locate` returns them."""
 
-    Attributes:
-      name: the user's name of the place.
-      path: a run's folder, or a file or folder of weights; for a repository, the file in the Hub's cache.
-      commit: commit of a repository, "" for other places.
-    """
-
-    name: str
-    path: epath.Path
-    commit: str = ""
+    name: str  # as the user gave it
+    path: epath.Path  # a run's folder, or a file or folder of weights; for a repository, the file in the Hub's cache
+    commit: str = ""  # of a repository, "" for other places
 
     def __str__(self) -> str:
         """The name with the commit: "hf:ORG/NAME@COMMIT"."""
@@ -73,12 +67,8 @@ def locate(place: str | Place) -> Place:
     Fetches one file of weights (or the shards of one index), configs, tokenizer and preprocessing, and prints the
     commit of a branch or tag. If the Hub cannot be reached, or with HF_HUB_OFFLINE, the cache is used.
 
-    Args:
-      place: a repository of the Hub or a path, which need not exist; a `Place` is returned unchanged.
-
-    Raises:
-      UserError: huggingface_hub is not installed, the Hub refuses or lacks the repository, revision or weights, or
-        neither the Hub nor its cache can provide them.
+    A path need not exist, and a `Place` is returned unchanged. `UserError` if huggingface_hub is not installed, the Hub
+    refuses or lacks the repository, revision or weights, or neither the Hub nor its cache can provide them.
     """
     if isinstance(place, Place):
         return place

@@ -82,21 +82,13 @@ def preprocessing(file: str, size: int, mean: Any, std: Any, **options: Any) -> 
 
 
 class Param(NamedTuple):
-    """A parameter of this package and its tensors in another project, to be joined along their first axis.
+    """A parameter of this package and its tensors in another project, to be joined along their first axis."""
 
-    Attributes:
-      ours: name of the parameter.
-      shape: its shape.
-      theirs: names of the tensors.
-      joined: shape of the joined tensors.
-      axes: order of the axes of the joined tensors before they are reshaped to `shape`.
-    """
-
-    ours: str
-    shape: tuple[int, ...]
-    theirs: tuple[str, ...]
-    joined: tuple[int, ...]
-    axes: tuple[int, ...]
+    ours: str  # name of the parameter
+    shape: tuple[int, ...]  # of the parameter
+    theirs: tuple[str, ...]  # names of the tensors
+    joined: tuple[int, ...]  # shape of the joined tensors
+    axes: tuple[int, ...]  # order of the axes of the joined tensors before they are reshaped to `shape`
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:

@@ -71,13 +71,8 @@ def project(
 
     The kernel of the backward pass adds the gradients of both, which XLA would do in a pass of its own.
 
-    Args:
-      x: rows, in the dtype of the product.
-      norm: the LayerNorm.
-      kernel: (d, outputs), in the dtype of `x`.
-      eps: number added to the variance.
-      cores: cores of a device.
-      interpret: whether to run as plain JAX operations, on any platform.
+    `x` and `kernel` (d, outputs) have the dtype of the product, `eps` is added to the variance, and `cores` is their
+    number in a device. With `interpret` plain JAX operations run, on any platform.
     """
     return _project_forward(x, norm, kernel, eps, cores, interpret)[0]
 
@@ -123,12 +118,8 @@ def finish(
 ) -> Array:
     """Compute the rest of a block after its attention: y = x + attended @ out, and y + down(act(up(norm(y)))).
 
-    Args:
-      x: rows before the block, (rows, d), in the dtype of the products.
-      attended: concatenated heads, like `x`.
-      weights: see `Weights`.
-      act: elementwise activation, computed in fp32.
-      eps, cores, interpret: see `project`.
+    Rows before the block and `attended`, the concatenated heads, are (rows, d) in the dtype of the products. `act` is
+    computed in fp32. For other arguments see `project`.
     """
     return _finish_forward(x, attended, weights, act, eps, cores, interpret)[0]
 

@@ -27,9 +27,7 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
 
     They change nothing at first: input factors are random, output factors zero. Queries, keys and values of a block
     share the input factor; stacked blocks have separate factors. `params` are the model's, by tower and head.
-
-    Raises:
-      UserError: a tower would have no adapters, or a kernel is smaller than the rank.
+    `UserError` if a tower would have no adapters, or a kernel is smaller than the rank.
     """
     adapters: dict[tuple[str, ...], dict[str, jax.Array]] = {}
     for path, kernel in flatten_dict(params).items():

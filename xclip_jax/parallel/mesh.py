@@ -65,8 +65,7 @@ class BatchPart(NamedTuple):
 def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:
     """Return {process: its part of the global batch}; equal for processes with the same rows.
 
-    Raises:
-      UserError: the rows of two processes overlap in part, or differ in number.
+    `UserError` if the rows of two processes overlap in part, or differ in number.
     """
     shards = batch_shards(mesh)
     rows: dict[int, set[int]] = {}

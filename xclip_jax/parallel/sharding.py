@@ -215,8 +215,7 @@ def map_microbatches(
 def shardings(boxed: Any, layout: MeshLayout) -> Any:
     """Return the unboxed tree of NamedShardings of logically named (boxed) abstract arrays.
 
-    Raises:
-      UserError: a mesh axis does not divide its dimension.
+    `UserError` if a mesh axis does not divide its dimension.
     """
     mesh = layout.mesh
     specs = nn.get_partition_spec(boxed)

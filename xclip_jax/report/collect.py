@@ -101,7 +101,8 @@ def _read(run: RunReader, content: Mapping[str, Any]) -> Record:
     entries, items_of = results.read(run.evaluation_file) if run.evaluation_file.exists() else ([], {})
     made = [(measured, results.read_items(run.results_file).get(results.LAST, {})) for _, measured in last]
     made += [(results.read_entries([entry]), items_of.get(entry["items"], {})) for entry in entries]
-    entries = results.current_entries(entries, config.eval)
+    settings = results.settings(config.eval)
+    entries = [entry for entry in entries if entry.get("eval", settings) == settings]
     shown = results.latest(entries)[0] if entries else []
     evaluated = [(int(shown[-1]["step"]), results.read_entries(shown))] if shown else []
     known, steps_of = newest([*last, *evaluations, *evaluated])

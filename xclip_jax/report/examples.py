@@ -134,12 +134,7 @@ def collect_examples(
 ) -> Examples:
     """Return `Examples` of the first sets for classification and retrieval; all processes must call this.
 
-    Args:
-      encoder, variables: the model.
-      specs, profile: names of evaluation sets, and their templates and class names.
-      data: config of the training pairs, for held-out pairs.
-      data_dir: root of TFDS data sets; None or "" for `data.dir`.
-      seed: draws images and texts.
+    `registry.load` opens `specs` by `data`, `data_dir` and `profile`, and `seed` draws images and texts.
     """
     if not encoder.similarities:
         return Examples(seed, missing=[_NO_SIMILARITY])

@@ -195,4 +195,5 @@ def profile_of_run(config: Config, name: str = "openai", changes: Mapping[str, A
     """Return the profile `name` with `changes` to its fields, and a run's templates and class names elsewhere."""
     changes = changes or {}
     class_names = "" if "names" in changes else config.eval.class_names
-    return dataclasses.replace(prompts.with_own(PROFILES[name], config.eval.templates, class_names), **changes)
+    own = {"templates": tuple(config.eval.templates), "names": prompts.read_class_names(class_names)}
+    return dataclasses.replace(PROFILES[name], **{**own, **changes})

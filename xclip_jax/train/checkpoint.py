@@ -25,7 +25,7 @@ _REASON = 200  # characters of a reason that another library gives
 
 
 class _Damaged(Exception):
-    """A checkpoint's files are not those that were written, or have values that are not finite."""
+    """A checkpoint's files are not those written by a run, or have infinite values or NaN."""
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,7 @@
 """Files of checkpoints: their digest, and the space that they need.
 
 A digest lists names, sizes and hashes of a checkpoint's files, and shows damage before anything is restored. Orbax
-alone does not: in an experiment it restored each of 12 checkpoints with one flipped bit in the file of the weights, as
-other values and without an error. Only shorter or missing files raise.
+restores a file of weights with a flipped bit as other values, without an error.
 
 digest.json is in the checkpoint's folder: {"algorithm", "files": {name: [bytes, hash]}, "step", "digest"}, with the
 hash of all the rest as "digest". It is written before the folder gets its final name, so every checkpoint has one.

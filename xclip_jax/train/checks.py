@@ -30,19 +30,12 @@ OK, WARNING, FAIL = "ok", "warning", "FAIL"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """The result of a check.
+    """The result of a check."""
 
-    Attributes:
-      check: name of the check, such as "disk".
-      text: the result; for a warning or a FAIL the fault, and why it matters.
-      mark: "ok", "warning" or "FAIL".
-      remedy: "" if nothing is wrong or the text contains it.
-    """
-
-    check: str
-    text: str
-    mark: str = OK
-    remedy: str = ""
+    check: str  # its name, such as "disk"
+    text: str  # the result; for a warning or a FAIL the fault, and why it matters
+    mark: str = OK  # or `WARNING`, `FAIL`
+    remedy: str = ""  # "" if nothing is wrong or the text contains it
 
     @property
     def sentence(self) -> str:

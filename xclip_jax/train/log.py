@@ -43,13 +43,10 @@ class Clock:
         lines: Iterable[Mapping[str, float]] = (),
         on_step_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start the clock.
+        """Start the clock of a process that `began`, by `time.perf_counter`, and starts or resumes at step `start`.
 
-        Args:
-          began: start of the process, by `time.perf_counter`.
-          start: the step that it starts or resumes from.
-          lines: metrics logged by earlier processes, in order, including steps after `start`.
-          on_step_end: called in the thread when the devices have computed a step.
+        `lines` are metrics logged by earlier processes, in order, including steps after `start`. The thread calls
+        `on_step_end` when the devices have computed a step.
         """
         self._began = began
         self._start = start
@@ -227,8 +224,7 @@ class MetricLogger:
     def flush(self) -> None:
         """Wait for the last step and log its metrics, unless they are logged already.
 
-        Raises:
-          UserError: too many skipped steps in a row (`Diverged`), or processes that read different samples.
+        `UserError` for too many skipped steps in a row (`Diverged`), or processes that read different samples.
         """
         if self._pending is None:
             return

@@ -85,13 +85,8 @@ def prepare(
 ) -> tuple[Run, dict[str, np.ndarray]]:
     """Open and check the parts of a run; nothing is written.
 
-    If the step may not fit the devices, it is compiled, in the context `compiling`.
-
-    Returns:
-      The run, and a new run's initial tensors from `init.weights`, as large as the model.
-
-    Raises:
-      UserError: a missing part, or one that does not fit the config or the devices.
+    If the step may not fit the devices, it is compiled, in the context `compiling`. `UserError` for a missing part, or
+    one that does not fit. Returns the run, and a new run's tensors from `init.weights`, as large as the model.
     """
     checks.require(checks.check_folder(config, folder))
     experiment = open_experiment(config, folder)

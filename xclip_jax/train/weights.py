@@ -37,42 +37,24 @@ _SHOWN = 8  # tensors that an error lists by name
 
 
 class Origin(NamedTuple):
-    """Step and commit of initial weights, as a run's config.json records them.
+    """Step and commit of initial weights, as a run's config.json records them."""
 
-    Attributes:
-      step: step of the weights' run; 0 for other weights.
-      commit: commit of a repository of the Hub; "" for other places.
-    """
-
-    step: int = 0
-    commit: str = ""
+    step: int = 0  # of the weights' run; 0 for other weights
+    commit: str = ""  # of a repository of the Hub; "" for other places
 
 
 class Loaded(NamedTuple):
-    """A model on this machine's devices.
+    """A model on this machine's devices."""
 
-    Attributes:
-      config: the run's config, with batch and layout of this machine.
-      experiment: the experiment built from `config`.
-      variables: the variables to evaluate: the moving average if `eval.ema` is set.
-      step: step of the checkpoint; 0 for other weights.
-      classes: class names of a fine-tuned model; None if there are none.
-    """
-
-    config: Config
-    experiment: Experiment
-    variables: Variables
-    step: int
-    classes: tuple[str, ...] | None
+    config: Config  # the run's, with batch and layout of this machine
+    experiment: Experiment  # built from `config`
+    variables: Variables  # to evaluate: the moving average if `eval.ema` is set
+    step: int  # of the checkpoint; 0 for other weights
+    classes: tuple[str, ...] | None  # class names of a fine-tuned model; None if there are none
 
 
 def load(place: str | Place, step: int | None = None) -> Loaded:
-    """Load a checkpoint or other weights.
-
-    Args:
-      place: a run's folder, anything that `interop.read` accepts, or the result of `hub.locate`.
-      step: step of a run's checkpoint; the newest by default.
-    """
+    """Load the checkpoint of `step`, by default the newest, in a run's folder, or other weights for `interop.read`."""
     place = _existing(place)
     variables = None
     if place.run:
@@ -102,7 +84,7 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
         if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, experiment.abstract.variables()):
             raise UserError(f"{place.name}: tensors do not match its config; export the model again.")
         return Loaded(config, experiment, jax.device_put(variables, replicated(experiment.mesh)), 0, classes)
-    # Parts that are not evaluated stay on disk; the rest is replicated, so that every process can read it.
+    # Unevaluated parts stay on disk; the rest is replicated, so that every process can read it.
     abstract = experiment.abstract
     average = config.eval.ema and abstract.ema_params is not None
     others = ("params", "batch_stats") if average else ("ema_params", "ema_batch_stats")

@@ -16,7 +16,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry, retrieval
-from xclip_jax.evaluators.prompts import PROFILES, with_own
+from xclip_jax.evaluators.prompts import PROFILES, read_class_names
 from xclip_jax.evaluators.sets import custom
 
 
@@ -164,16 +164,20 @@ def test_held_out_images_are_named(classes):
     assert 0 <= registry.evaluator(make_encoder(), named).run(small_model()[1])["zeroshot/holdout/top1"] <= 100
 
 
+def profile_with(templates, path):
+    return dataclasses.replace(PROFILES["openai"], templates=tuple(templates), names=read_class_names(str(path)))
+
+
 def test_own_templates_and_names(classes, tmp_path, capsys):
     path = tmp_path / "names.json"
     path.write_text('{"red_fox": ["fox", "vixen"]}')
-    profile = with_own(PROFILES["openai"], ["art of a {c}", "{c}!"], str(path))
+    profile = profile_with(["art of a {c}", "{c}!"], path)
     data = registry.load(f"folder:{classes}", SIZE, profile=profile)
     assert data.prompts == [["art of a hen", "hen!"], ["art of a fox", "fox!", "art of a vixen", "vixen!"]]
     templates = data.card.templates
     assert templates.startswith("art of a {c} | {c}!; own names ")
     path.write_text('{"red_fox": "vixen"}')  # so that --compare refuses results by other names
-    profile = with_own(PROFILES["openai"], ["art of a {c}", "{c}!"], str(path))
+    profile = profile_with(["art of a {c}", "{c}!"], path)
     assert registry.load(f"folder:{classes}", SIZE, profile=profile).card.templates != templates
     plain = registry.load(f"folder:{classes}", SIZE)
     unknown = dataclasses.replace(PROFILES["openai"], names={"owl": "owl", "elk": "elk"})
@@ -187,9 +191,9 @@ def test_own_templates_and_names(classes, tmp_path, capsys):
     }.items():
         path.write_text(content)
         with pytest.raises(UserError, match=message):
-            registry.load(f"folder:{classes}", SIZE, profile=with_own(PROFILES["openai"], [], str(path)))
+            registry.load(f"folder:{classes}", SIZE, profile=profile_with([], path))
     with pytest.raises(UserError, match=r"template 'a fox' has no \{c\}"):
-        with_own(PROFILES["openai"], ["a fox"], "")
+        dataclasses.replace(PROFILES["openai"], templates=["a fox"])
 
 
 def test_templates_of_a_run_and_of_the_command(classes, run, tmp_path):

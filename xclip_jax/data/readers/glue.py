@@ -21,19 +21,12 @@ from xclip_jax.data.readers.tfds import name_and_split
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task.
+    """One task."""
 
-    Attributes:
-      columns: columns with the one or two texts; "3" is the fourth of CoLA's files, which have no header.
-      label: column of the label.
-      labels: labels in the files, ordered by class number; empty if the label itself is a number.
-      metrics: published metrics of the dev split; the first is reported.
-    """
-
-    columns: tuple[str, ...]
-    label: str = "label"
-    labels: tuple[str, ...] = ("0", "1")
-    metrics: tuple[str, ...] = ("top1",)
+    columns: tuple[str, ...]  # with the one or two texts; "3" is the fourth of CoLA's files, which have no header
+    label: str = "label"  # column of the label
+    labels: tuple[str, ...] = ("0", "1")  # in the files, by class number; empty if the label itself is a number
+    metrics: tuple[str, ...] = ("top1",)  # published ones of the dev split; the first is reported
 
 
 _ENTAILS = ("entailment", "not_entailment")

@@ -37,20 +37,13 @@ _AT_PATH = ("sugarcrepe", *_ARO, "winoground")
 
 
 class Choices(NamedTuple):
-    """Items before preprocessing.
+    """Items before preprocessing; for `pictures`, `texts` and `files` see `ChoiceSet`."""
 
-    Attributes:
-      images: encoded images.
-      pictures, texts, files: see `ChoiceSet`.
-      parts: name of each item's part, "" for none.
-      ids: identities of images for the set's hash.
-    """
-
-    images: Sequence[Any]
+    images: Sequence[Any]  # encoded
     pictures: np.ndarray
     texts: list[list[str]]
-    parts: list[str]
-    ids: Sequence[Any]
+    parts: list[str]  # name of each item's part, "" for none
+    ids: Sequence[Any]  # identities of images for the set's hash
     files: np.ndarray | None = None
 
 

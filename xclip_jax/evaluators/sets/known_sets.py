@@ -36,36 +36,21 @@ _APPROXIMATE = "the published split is not public or not one: compare only numbe
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Origin, templates, class names and metric of a set.
+    """Origin, templates, class names and metric of a set."""
 
-    Attributes:
-      tfds: TFDS name, configuration and version; "" if TFDS lacks the set.
-      split: split of the TFDS data set.
-      templates: key of `prompts.templates`; for "imagenet" the profile chooses.
-      names: clip-benchmark's key of the class names; "" for the data set's labels.
-      folders: names of the classes in a widespread copy of the set, in the order of `names`.
-      readable: whether the data set's labels need `prompts.readable`.
-      metric: the published metric.
-      label: feature with the label.
-      classes: the set's classes among ImageNet's 1000; empty for all.
-      train, held: splits on which probes are trained and choose C. Without `train` the set has no probe; without `held`
-        C is chosen on a tenth of `train`.
-      note, role: see `Provenance`; sets for validation are not in the paper's suite.
-    """
-
-    tfds: str = ""
-    split: str = "test"
-    templates: str = ""
-    names: str = ""
-    folders: tuple[str, ...] = ()
-    readable: bool = False
-    metric: str = "top1"
-    label: str = "label"
-    classes: tuple[int, ...] = ()
-    train: str = "train"
-    held: str = ""
-    note: str = ""
-    role: str = ""
+    tfds: str = ""  # TFDS name, configuration and version; "" if TFDS lacks the set
+    split: str = "test"  # of the TFDS data set
+    templates: str = ""  # key of `prompts.templates`; for "imagenet" the profile chooses
+    names: str = ""  # clip-benchmark's key of the class names; "" for the data set's labels
+    folders: tuple[str, ...] = ()  # names of the classes in a widespread copy of the set, in the order of `names`
+    readable: bool = False  # whether the data set's labels need `prompts.readable`
+    metric: str = "top1"  # the published one
+    label: str = "label"  # feature with the label
+    classes: tuple[int, ...] = ()  # the set's classes among ImageNet's 1000; empty for all
+    train: str = "train"  # split on which probes are trained; "" if the set has no probe
+    held: str = ""  # split on which probes choose C; "" for a tenth of `train`
+    note: str = ""  # see `Provenance`
+    role: str = ""  # see `Provenance`; sets for validation are not in the paper's suite
 
 
 def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
@@ -128,25 +113,16 @@ PAPER = tuple(name for name, entry in ENTRIES.items() if entry.tfds and entry.ro
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """Labelled images of a set or split.
+    """Labelled images of a set or split."""
 
-    Attributes:
-      images: encoded images, or uint8 (h, w, 3).
-      labels: int (n,), or bool (n, classes) if an image may have several classes.
-      classes: class names.
-      data, version, split: see `Provenance`.
-      identity: JSON that identifies images outside files, for the split's hash.
-      templates: the data set's templates, which override the profile's; may be empty.
-    """
-
-    images: Sequence[Any]
-    labels: np.ndarray
-    classes: list[str]
-    data: str
+    images: Sequence[Any]  # encoded, or uint8 (h, w, 3)
+    labels: np.ndarray  # int (n,), or bool (n, classes) if an image may have several classes
+    classes: list[str]  # their names
+    data: str  # for data, version and split see `Provenance`
     version: str = ""
     split: str = ""
-    identity: Any = ""
-    templates: Sequence[str] = ()
+    identity: Any = ""  # JSON that identifies images outside files, for the split's hash
+    templates: Sequence[str] = ()  # the data set's own, which override the profile's; may be empty
 
 
 def read(spec: str, data_dir: str) -> Content:

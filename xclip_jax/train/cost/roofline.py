@@ -71,11 +71,7 @@ def grid_of(topology: str) -> tuple[str, tuple[int, ...]]:
 
 
 def devices_of(topology: str) -> tuple[list[Any], Chip]:
-    """Return abstract devices of a topology such as "v5e:4x8", and their kind.
-
-    Raises:
-      UserError: an unknown chip or grid, or no libtpu.
-    """
+    """Return abstract devices of a topology such as "v5e:4x8", and their kind; `UserError` also without libtpu."""
     chip, _ = grid_of(topology)
     # Otherwise libtpu asks a metadata server, and serves only one process of a machine.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
