@@ -99,7 +99,10 @@ def _clip_benchmark(folder: pathlib.Path, language: str) -> tuple[Sequence[int],
 def read_translated(spec: str, data_dir: str) -> tuple[Content, str]:
     """Read ImageNet with classes in another language, `babel/LANGUAGE@FILE` or `imagenet/LANGUAGE@FOLDER`.
 
-    docs/evaluate.md describes the files. The second result describes the prompts.
+    FILE is babel_imagenet.json, {language: [numbers of classes, names]}; the prompts, nllb_dist13b_prompts.json, may be
+    next to it (default: only the name). FOLDER contains LANGUAGE_classnames.json and
+    LANGUAGE_zeroshot_classification_templates.json, {"imagenet1k": [...]}. ImageNet's images are in the folder `val`
+    next to these files (default: TFDS). The second result describes the prompts.
     """
     name, _, location = spec.partition("@")
     path = pathlib.Path(location).expanduser()
