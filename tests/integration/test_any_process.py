@@ -3,11 +3,14 @@
 import contextlib
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import nbclient
+import nbformat
 import pytest
 
 from tests.helpers import bad_tars, tiny
@@ -24,7 +27,6 @@ def main():
 """
 WAYS = {
     "no guard": CODE + "main()",
-    "running event loop, as in a notebook": CODE + "import asyncio\nasync def cell(): main()\nasyncio.run(cell())",
     "thread": CODE + "import threading\nthread = threading.Thread(target=main)\nthread.start()\nthread.join()",
     "fork": CODE + "import os\npid = os.fork()\nif not pid: main()\nelse: assert os.waitpid(pid, 0)[1] == 0",
     "daemon of multiprocessing": CODE
@@ -55,6 +57,13 @@ def test_a_script(way, tars, tmp_path):
     script.write_text(WAYS[way])
     process = subprocess.run([sys.executable, script, tars], capture_output=True, text=True)
     assert lines(process) == (0, ["16 ['picture 0']"])
+
+
+def test_a_notebook(tars):
+    cell = nbformat.v4.new_code_cell(f"{CODE}sys.argv[1:] = [{str(tars)!r}]\nmain()")
+    nbclient.NotebookClient(nbformat.v4.new_notebook(cells=[cell])).execute()
+    printed = "".join(output["text"] for output in cell["outputs"])
+    assert re.fullmatch(r"indexing 8 tars, once ...\nindexed 8 tars.*\n16 \['picture 0'\]\n", printed)
 
 
 def test_code_without_a_file(tars):
