@@ -86,12 +86,15 @@ class TensorBoard:
 
     def close(self) -> None:
         self._check()
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            self._events.close = lambda: None  # called at exit, it would raise an error again
 
     def _check(self) -> None:
         """Raise if the writing thread has ended: closing would wait for ever."""
         if not self._events._worker.is_alive():
-            self._events.close = lambda: None  # called at exit, it would raise the error again
+            self._events.close = lambda: None  # as in `close`
             raise OSError("its event file cannot be written")
 
 
