@@ -58,7 +58,8 @@ SHORT = {  # flags that end a command within a minute or two
     r"launch/local\.sh.*--config|sbatch": " --config.steps=2 --config.optim.warmup=0",
     r"launch/local\.sh$": " --config demo:steps=2",
     r"launch/test\.sh tests/report": " -k escaped",
-    r"xclip-jax plan": " --config.model.img.depth=1 --config.model.txt.depth=1",
+    r"xclip-jax plan": " --config.model.img.depth=1 --config.model.txt.depth=1 --config.data.length_groups=full"
+                       " --config.model.img.image_size=32",
     r"examples\.compare_objectives": " --steps 1 --batch 16 --suite emoji/test_aliases",
     r"examples\.study": " --a small:pairs=my/pairs,objective=clip,steps=2 --b small:pairs=my/pairs,steps=2"
                         " --sets folder:my/classes/test --seeds 0,1",
@@ -86,6 +87,8 @@ CANNOT = {
     r"^(gcloud|hf auth|wandb sync)": "an account",
     r"^(git (tag|push)|uvx twine)|VERSION|new/bin": "a release",
     r"^tfds build": "a download of data, and TensorFlow",
+    r"photographs --run --workers": "a corpus of photographs",
+    r"helpers\.documented": "this program itself",
     r"\.ci/run|torture\.faults|docs\.curves": "ten minutes and more",
 }
 
@@ -98,7 +101,7 @@ def _environment(room: pathlib.Path, cache: pathlib.Path, hub: str) -> dict[str,
         "XDG_CACHE_HOME": str(cache), "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
         "CLOUD": str(room / "cloud"), "POLL": "1", "HF_ENDPOINT": hub, "HF_TOKEN": hub_server.TOKEN,
         "HF_HUB_DISABLE_XET": "1", "WANDB_MODE": "offline", "NOTEBOOKS": "false",
-        "PYTEST_ADDOPTS": "-k 'needs_a_recipe or test_jobset_has or dry_run'",
+        "PYTEST_ADDOPTS": "-k 'needs_a_recipe or test_jobset_has or dry_run or a_deep_tower'",
     }  # fmt: skip
 
 
@@ -146,6 +149,14 @@ def run(block: Block, template: pathlib.Path, cache: pathlib.Path, hub: str) -> 
     ]
 
 
+def _kind(block: Block, status: str, output: str) -> str:
+    if status == "124":
+        return "ran until stopped"
+    if status != "0" and block.mention and re.search("arguments .*required", output):
+        return "asked for the arguments that a mention leaves out"
+    return status if "cannot" in status else f"ended with {status}"
+
+
 @contextlib.contextmanager
 def prepared() -> Iterator[tuple[pathlib.Path, pathlib.Path, str]]:
     """Context of a folder with runs and stand-ins, a cache, and the address of a Hub with one model."""
@@ -178,7 +189,7 @@ def main(log: str, words: list[str]) -> None:
             start = time.monotonic()
             for command, status, output in run(block, *room):
                 counts["found"] += 1
-                counts[status if "cannot" in status else f"ended with {status}"] += 1
+                counts[_kind(block, status, output)] += 1
                 print(f"{status:<10} {block.place}  {command}", flush=True)
                 file.write(f"### {status} {block.place}  {command}\n{output}\n")
                 file.flush()

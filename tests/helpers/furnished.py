@@ -70,6 +70,8 @@ def furnish(room: pathlib.Path) -> None:
     for name in ("a", "b"):
         (room / f"{name}.jsonl").write_text("")
     _write_programs(room)
+    stand_ins = [line[3:] for line in _git("-C", str(room), "status", "--porcelain").splitlines()]
+    (room / ".git/info/exclude").write_text("\n".join(stand_ins) + "\n")  # no files of the checkout to its tools
 
 
 def _write_programs(room: pathlib.Path) -> None:
