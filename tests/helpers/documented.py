@@ -55,6 +55,7 @@ STAND_INS = {
     r"--nproc_per_node 8": "--nproc_per_node 1",
 }
 SHORT = {  # flags that end a command within a minute or two
+    r"\$FLAGS": "",
     r"xclip-jax train.*\b(pretrain|mine\.py)|recipe\.py": " --check",
     r"xclip-jax train|python -m xclip_jax\.main": " --config.steps=2 --config.optim.warmup=0 --config.eval.sets='()'",
     r"launch/local\.sh.*--config|sbatch": " --config.steps=2 --config.optim.warmup=0",
