@@ -26,6 +26,8 @@ from tests.helpers.furnished import furnish
 STAND_INS = {
     r"wds:(hf:[\w-]+/[\w-]+|/data/wds_own)": "wds:data/wds",
     r"hf:ORG/NAME(?=/|\?)": "parquet:data/shop",
+    r"--push ORG/NAME": "--push lab/mine",
+    r"ORG/NAME": "lab/NAME",
     r"(?<=label=)(articleType|baseColour|COLUMN)\b": "kind",
     r"tfds:imagenet2012": "folder:my/classes",
     r"gs://my-bucket\b": "gs://bucket",
@@ -44,7 +46,7 @@ STAND_INS = {
     r"(folder:|csv:)PATH(?=,(weights|train))": r"\1my/classes",
     r"\b(PATH|PAIRS|(?<!PHOTOGRAPHS=)FOLDER)\b|(?<= )SOURCE\b(?!=)": "my/pairs",
     r"\bSETS\b": "folder:my/classes/test",
-    r"hf:laion/[\w-]+|hf:openai/[\w-]+@main": "hf:ORG/NAME",
+    r"hf:laion/[\w-]+|hf:openai/[\w-]+@main": "hf:lab/NAME",
     r"ViT-B-32\.pt": "exported",
     r"imagenet_v2|imagenet_a|coco_retrieval|\bpaper\b|(?<=[= ])imagenet\b(?!/)": "folder:my/classes/test",
     r"probe/cifar10": "probe/folder:my/classes",
@@ -57,6 +59,7 @@ STAND_INS = {
 SHORT = {  # flags that end a command within a minute or two
     r"\$FLAGS": "",
     r"xclip-jax train.*\b(pretrain|mine\.py)|recipe\.py": " --check",
+    r"trace:Trace": " --config.steps=121 --config.data.batch=16 --config.eval.sets='()' --config.eval.sets_at_end='()'",
     r"xclip-jax train|python -m xclip_jax\.main": " --config.steps=2 --config.optim.warmup=0 --config.eval.sets='()'",
     r"launch/local\.sh.*--config|sbatch": " --config.steps=2 --config.optim.warmup=0",
     r"launch/local\.sh$": " --config demo:steps=2",
@@ -85,7 +88,8 @@ EARLIER = {  # commits that the pages name, which have what is no longer here
     r"benchmarks\.int8": "36f7bcd8",
     r"studies( |\.|/)(?!photographs|__main__)|studies$|glyphs|benchmarks\.(guard|kernel)": "56d309c8",
 }
-EXPECTED = {r"doctor (runs|RUN|--config pretrain)": "1"}  # other statuses that a page announces, here of runs that have learned nothing
+# Other statuses that pages announce, here of runs that have learned nothing and of too few pairs.
+EXPECTED = {r"doctor (runs|RUN|--config pretrain)": "1"}
 CANNOT = {
     r"^kubectl|big_vision": "a program that no registry of Python packages has",
     r"^(gcloud|hf auth|wandb sync)": "an account",
@@ -128,6 +132,8 @@ def _script(block: Block) -> tuple[str, dict[int, str]]:
         if commit:
             lines += [f"git checkout --quiet --force {commit}"]
         lines += ["rm -rf OUT runs/small-*"]  # commands of a page may be alternatives
+        lines += [f"rm -rf {run}" for run in re.findall(r"train .*--config\.run=(runs/\S+)", text)]
+        lines += [f"[ -d {file} ] || rm -f {file}" for file in re.findall(r"--out (\S+\.parquet)", text)]
         lines += [f"echo '@@ {number}'", text, 'echo "@@ status $?"']
     return "\n".join(lines), reasons
 
@@ -161,7 +167,7 @@ def _kind(block: Block, command: str, status: str, output: str) -> str:
         return "ran until stopped"
     if any(status == end and re.search(pattern, command) for pattern, end in EXPECTED.items()):
         return f"ended with {status}, as the page says"
-    if status != "0" and block.mention and re.search("arguments .*required", output):
+    if status != "0" and block.mention and re.search("arguments .*required|is missing", output):
         return "asked for the arguments that a mention leaves out"
     return status if "cannot" in status else f"ended with {status}"
 
@@ -183,7 +189,7 @@ def prepared() -> Iterator[tuple[pathlib.Path, pathlib.Path, str]]:
                               env=_environment(template, cache, hub.url))  # fmt: skip
         if done.returncode:
             sys.exit(done.stderr + done.stdout)
-        hub.add("ORG/NAME", template / "exported")
+        hub.add("lab/NAME", template / "exported")
         hub.add("pixparse/cc3m-wds", {"cc3m-train-0000.tar": (template / "data/cc12m/00000.tar").read_bytes()})
         yield template, cache, hub.url
 

@@ -41,7 +41,7 @@ def furnish(room: pathlib.Path) -> None:
     for split in ("train", "test", "val", "validation"):
         tiny.classes(room / "my/classes" / split)
     shutil.copytree(room / "my/classes", room / "my/images")
-    tiny.classes(room / "data/imagenet/val", 1, [f"n{i:08d}" for i in range(1000)])
+    tiny.classes(room / "data/imagenet/val", 1, [str(i) for i in range(1000)])
     _write_tables(room)
     for folder in ("data/cc12m", "my/tars"):
         (room / folder).mkdir(parents=True)
@@ -118,7 +118,7 @@ def _write_tables(room: pathlib.Path) -> None:
     for split in ("train", "test", "validation"):
         pyarrow.parquet.write_table(table, room / f"data/shop/{split}-00000.parquet")
         lines = [f"{split}/{name}/{i}.png,{name}" for i in range(10) for name in ("cat", "dog")]
-        (room / f"my/classes/{split}.csv").write_text("\n".join(["image,label", *lines]) + "\n")
+        (room / f"my/classes/{split}.csv").write_text("\n".join(["path,label", *lines]) + "\n")
     lines = [json.dumps({"image": f"photos/{i:03d}.png", "text": f"picture {i}"}) for i in numbers]
     (room / "data/pairs.jsonl").write_text("\n".join(lines).replace("photos/", "pairs/") + "\n")
     (room / "data/CoLA").mkdir()
