@@ -57,7 +57,7 @@ STAND_INS = {
     r"--nproc_per_node 8": "--nproc_per_node 1",
 }
 SHORT = {  # flags that end a command within a minute or two
-    r"\$FLAGS": "",
+    r"\$FLAGS|runs/negatives": "",
     r"xclip-jax train.*\b(pretrain|mine\.py)|recipe\.py": " --check",
     r"trace:Trace": " --config.steps=121 --config.data.batch=16 --config.eval.sets='()' --config.eval.sets_at_end='()'",
     r"xclip-jax train|python -m xclip_jax\.main": " --config.steps=2 --config.optim.warmup=0 --config.eval.sets='()'",
