@@ -69,7 +69,7 @@ SHORT = {  # flags that end a command within a minute or two
     r"examples\.compare_objectives": " --steps 1 --batch 16 --suite emoji/test_aliases",
     r"examples\.study": " --a small:pairs=my/pairs,objective=clip,steps=2 --b small:pairs=my/pairs,steps=2"
                         " --sets folder:my/classes/test --seeds 0,1",
-    r"examples\.finetune_pairs": " --given-steps 5 --steps 2",
+    r"examples\.finetune_pairs": " --given-steps 40 --steps 2",
     r"open_clip_train": " --model ViT-S-32-alt --train-num-samples 8 --batch-size 4 --epochs 1 --workers 1 --warmup 1",
     r"benchmarks\.accelerator": " --small --steps 1",
     r"benchmarks\.beside_open_clip(?!.*--table)": " --pairs my/pairs --seconds 2 --seeds 0 --rates 1e-3 --evaluate",
@@ -167,7 +167,7 @@ def _kind(block: Block, command: str, status: str, output: str) -> str:
         return "ran until stopped"
     if any(status == end and re.search(pattern, command) for pattern, end in EXPECTED.items()):
         return f"ended with {status}, as the page says"
-    if status != "0" and block.mention and re.search("arguments .*required|is missing", output):
+    if status != "0" and block.mention and re.search("arguments .*required|is missing|step.hlo", output):
         return "asked for the arguments that a mention leaves out"
     return status if "cannot" in status else f"ended with {status}"
 
