@@ -54,18 +54,21 @@ STAND_INS = {
     r"/path/to/chromium": "$(command -v chromium google-chrome)",
     r"PYTHON=python3.13": "PYTHON=python3",
     r"\.\./old-checkout": ".",
+    r"--dims 256": "--dims 64",
     r"--nproc_per_node 8": "--nproc_per_node 1",
 }
 SHORT = {  # flags that end a command within a minute or two
     r"\$FLAGS|runs/negatives": "",
     r"xclip-jax train.*\b(pretrain|mine\.py)|recipe\.py": " --check",
-    r"trace:Trace": " --config.steps=121 --config.data.batch=16 --config.eval.sets='()' --config.eval.sets_at_end='()'",
+    r"trace:Trace": " --config.steps=121 --config.optim.warmup=0 --config.data.batch=16 --config.eval.sets='()'"
+                    " --config.eval.sets_at_end='()'",
     r"xclip-jax train|python -m xclip_jax\.main": " --config.steps=2 --config.optim.warmup=0 --config.eval.sets='()'",
     r"launch/local\.sh.*--config|sbatch": " --config.steps=2 --config.optim.warmup=0",
     r"launch/local\.sh$": " --config demo:steps=2",
     r"launch/test\.sh tests/report": " -k escaped",
-    r"xclip-jax plan": " --config.model.img.depth=1 --config.model.txt.depth=1 --config.data.length_groups=full"
-                       " --config.model.img.image_size=32",
+    r"xclip-jax plan": " --config.data.batch=64 --config.data.length_groups=full --config.model.img.image_size=32"
+                       + "".join(f" --config.model.{x}.{y}" for x in ("img", "txt")
+                                 for y in ("depth=1", "width=128", "heads=2")),
     r"examples\.compare_objectives": " --steps 1 --batch 16 --suite emoji/test_aliases",
     r"examples\.study": " --a small:pairs=my/pairs,objective=clip,steps=2 --b small:pairs=my/pairs,steps=2"
                         " --sets folder:my/classes/test --seeds 0,1",
@@ -73,6 +76,7 @@ SHORT = {  # flags that end a command within a minute or two
     r"open_clip_train": " --model ViT-S-32-alt --train-num-samples 8 --batch-size 4 --epochs 1 --workers 1 --warmup 1",
     r"benchmarks\.accelerator": " --small --steps 1",
     r"benchmarks\.beside_open_clip(?!.*--table)": " --pairs my/pairs --seconds 2 --seeds 0 --rates 1e-3 --evaluate",
+    r"benchmarks\.guard": " --rounds 2",
     r"benchmarks\.embed": " --images 64 --repeats 1 --layers 1",
     r"benchmarks\.evaluation": " --turns 1",
     r"benchmarks\.loader": " --quick --repeats 1",
@@ -95,7 +99,7 @@ CANNOT = {
     r"^(gcloud|hf auth|wandb sync)": "an account",
     r"^(git (tag|push)|uvx twine)|VERSION|new/bin": "a release",
     r"^tfds build": "a download of data, and TensorFlow",
-    r"photographs --run --workers": "a corpus of photographs",
+    r"photographs --run --workers|studies\.glyphs": "a corpus of photographs, or of glyphs",
     r"docs\.pictures CLIP": "two runs of the demo, which the head of docs/pictures.py makes",
     r"helpers\.documented": "this program itself",
     r"\.ci/run|torture\.faults|docs\.curves": "ten minutes and more",
@@ -131,7 +135,7 @@ def _script(block: Block) -> tuple[str, dict[int, str]]:
         commit = next((commit for pattern, commit in EARLIER.items() if re.search(pattern, command)), "")
         if commit:
             lines += [f"git checkout --quiet --force {commit}"]
-        lines += ["rm -rf OUT runs/small-*"]  # commands of a page may be alternatives
+        lines += ["rm -rf OUT runs/small-* runs/finetune-*"]  # commands of a page may be alternatives
         lines += [f"rm -rf {run}" for run in re.findall(r"train .*--config\.run=(runs/\S+)", text)]
         lines += [f"[ -d {file} ] || rm -f {file}" for file in re.findall(r"--out (\S+\.parquet)", text)]
         lines += [f"echo '@@ {number}'", text, 'echo "@@ status $?"']
