@@ -89,7 +89,6 @@ SHORT = {  # flags that end a command within a minute or two
 }  # fmt: skip
 ENDLESS = re.compile(r"^(?=xclip-jax serve|tensorboard|xprof|bash launch/docs\.sh serve)")
 EARLIER = {  # commits that the pages name, which have what is no longer here
-    r"benchmarks\.int8": "36f7bcd8",
     r"studies( |\.|/)(?!photographs|__main__)|studies$|glyphs|benchmarks\.(guard|kernel)": "56d309c8",
 }
 # Other statuses that pages announce, here of runs that have learned nothing and of too few pairs.
@@ -98,6 +97,7 @@ CANNOT = {
     r"^kubectl|big_vision": "a program that no registry of Python packages has",
     r"^(gcloud|hf auth|wandb sync)": "an account",
     r"^(git (tag|push)|uvx twine)|VERSION|new/bin": "a release",
+    r"benchmarks\.int8": "minutes of the TPU compiler",
     r"^tfds build": "a download of data, and TensorFlow",
     r"photographs --run --workers|studies\.glyphs": "a corpus of photographs, or of glyphs",
     r"docs\.pictures CLIP": "two runs of the demo, which the head of docs/pictures.py makes",
