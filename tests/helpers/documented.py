@@ -102,7 +102,7 @@ CANNOT = {
     r"photographs --run --workers|studies\.glyphs": "a corpus of photographs, or of glyphs",
     r"docs\.pictures CLIP": "two runs of the demo, which the head of docs/pictures.py makes",
     r"helpers\.documented": "this program itself",
-    r"\.ci/run|torture\.faults|docs\.curves": "ten minutes and more",
+    r"\.ci/run|torture\.(faults|disks)|docs\.curves": "ten minutes and more",
 }
 
 
