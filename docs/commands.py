@@ -18,8 +18,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ("*.md", "docs/**/*.md")
 HEADS = ("examples/*.py", "configs/*.py", "benchmarks/*.py", "xclip_jax/main.py", "xclip_jax/commands/*.py",
          "docs/*.py", "studies/**/*.py", "tests/torture/*.py", "launch/*")  # fmt: skip
-PROGRAMS = ("xclip-jax", "python", "pip", "bash", "sbatch", "kubectl", "torchrun", "tensorboard", "xprof", "uv", "git",
-            "cp", "export", ".ci/run", ".")  # fmt: skip
+PROGRAMS = ("xclip-jax", "python", "pip", "bash", "sbatch", "kubectl", "gcloud", "torchrun", "tensorboard", "wandb",
+            "xprof", "uv", "uvx", "git", "hf", "tfds", "cp", "rm", "cd", "cat", "iconv", "export", ".ci/run",
+            ".")  # fmt: skip
 _ASSIGNED = r"(?:[A-Z_]+=(?:'[^']*'|\"[^\"]*\"|\S)*\s+)*"
 _COMMAND = re.compile(rf"{_ASSIGNED}(?:{'|'.join(map(re.escape, PROGRAMS))}) +\S|\.ci/run|FLAGS=|\(printf ")
 _COMMENT = re.compile(r"""^((?:[^'"#]|'[^']*'|"[^"]*"|(?<=\S)\#)*?)(?:\s+#\s.*|\s+#$)?$""")
@@ -63,6 +64,8 @@ def _in_page(text: str) -> Iterator[tuple[int, str, bool]]:
         if match[2] in ("", "bash", "sh", "console"):
             yield match.start(3), match[3], False
     plain = fence.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
+    for match in re.finditer(r"(?<=\n\n)(?: {4,}\S.*\n)+", plain):
+        yield match.start(), match[0], False
     for start, code in _inline(plain):
         yield start, code, True
 

@@ -2,6 +2,7 @@
 
     python -m examples.mix runs/tuned 0.5 mixed
     xclip-jax evaluate --checkpoint mixed --suite retrieval/holdout@runs/tuned,imagenet_v2
+    xclip-jax evaluate --checkpoint runs/tuned --suite retrieval/holdout@runs/tuned,imagenet_v2
     xclip-jax evaluate --compare runs/tuned mixed
     xclip-jax export --checkpoint mixed --to open_clip mixed-open_clip
 

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from docs import commands
 from tests import extension
 from tests.extension import json_lines
-from tests.helpers.documented import RECIPE
+from tests.helpers.furnished import RECIPE
 from xclip_jax import main as cli
 from xclip_jax.config import load
 from xclip_jax.core.errors import Parser, UserError
